@@ -1,0 +1,150 @@
+"""The three interfaces that a compression method implements, and the registry that finds it by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from .errors import InputError, did_you_mean
+from .space import Basis, Change, Group, Space
+
+if TYPE_CHECKING:
+    from .moments import Moments
+
+ENTRY_POINTS = "invariance.methods"
+
+
+class Statistic(Enum):
+    """What a method asks of a space; only what some method of the recipe needs is measured."""
+
+    RAW = "raw"  # E[x xᵀ] of the signal as it is
+    NORMED = "normed"  # E[x xᵀ] of the signal at unit RMS, as the readers of the residual stream see it
+    READERS = "readers"  # Σ WᵀW over the weights that read the space; no calibration needed
+
+
+class Method:
+    """What all methods share: a name in the registry, options that are dataclass fields, a docstring as manual."""
+
+    kind: ClassVar[str]
+    name: ClassVar[str]
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if name is not None:
+            cls.name = name
+            _register(cls)
+
+    def requires(self) -> frozenset[Statistic]:
+        """The statistics that this instance reads, given its options; by default the class's ``needs``."""
+        return self.needs
+
+    def spec(self) -> str | dict[str, dict[str, Any]]:
+        """How a recipe writes this method: its name, or ``{name: {option: value}}``."""
+        options = {
+            f.name: value
+            for f in dataclasses.fields(self)  # type: ignore[arg-type]
+            if (value := getattr(self, f.name)) != f.default
+        }
+        return {self.name: options} if options else self.name
+
+
+class Rotator(Method, ABC):
+    """Which exact basis a space gets."""
+
+    kind = "rotate"
+    produces: ClassVar[Group]  # must be included in the space's group, or the plan is refused
+
+    @abstractmethod
+    def fit(self, space: Space, moments: Moments) -> Basis:
+        """The basis of one space, A of shape (copies, dim, dim) in ``produces``, directions by falling energy."""
+
+    def check(self, space: Space) -> str | None:
+        """Why this rotator cannot serve the space although the groups agree (a width it lacks); None if it can."""
+        return None
+
+
+class Selector(Method, ABC):
+    """How wide every space stays, under one budget."""
+
+    kind = "select"
+    needs_spectra: ClassVar[bool] = False
+    needs_budget: ClassVar[bool] = False
+
+    @abstractmethod
+    def allocate(
+        self,
+        spectra: Mapping[Space, Float64[Tensor, "c d"] | None],
+        cost: Callable[[Mapping[Space, int]], int],
+        budget: int | None,
+    ) -> Mapping[Space, int]:
+        """The width kept of every space in ``spectra``.
+
+        ``spectra`` holds each space's energies by falling order (None unless ``needs_spectra``), ``cost`` counts the
+        parameters that a choice of widths stores (spaces left out keep what they have), ``budget`` is the most that
+        may be stored, or None when the recipe gives none.
+        """
+
+
+class Slicer(Method, ABC):
+    """How a space is cut to its width, and who compensates for what is gone."""
+
+    kind = "slice"
+
+    @abstractmethod
+    def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:
+        """The change of one space to width k; exact when k = dim."""
+
+
+_REGISTRY: dict[str, dict[str, type[Method]]] = {"rotate": {}, "select": {}, "slice": {}}
+_loaded = False
+
+
+def _register(cls: type[Method]) -> None:
+    known = _REGISTRY[cls.kind].get(cls.name)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise InputError(
+            f"{cls.__module__}: the name '{cls.name}' is taken by {known.__module__}.{known.__qualname__}. "
+            "Give the new method a name of its own."
+        )
+    _REGISTRY[cls.kind][cls.name] = cls
+
+
+def registry(kind: str) -> Mapping[str, type[Any]]:
+    """All methods of a kind (``rotate``, ``select``, ``slice``) by name; loads entry points on first use."""
+    global _loaded
+    if not _loaded:
+        _loaded = True
+        for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+            entry.load()
+    return _REGISTRY[kind]
+
+
+def find(kind: str, name: str) -> type[Any]:
+    """The method class of that kind and name. Raises InputError, with the closest known name."""
+    known = registry(kind)
+    if name not in known:
+        raise InputError(f"no {kind} method is called '{name}'{did_you_mean(name, known)}")
+    return known[name]
+
+
+def load_plugin(module: str) -> None:
+    """Import a module, named as Python imports it or as a path to a .py file, so that its methods register."""
+    try:
+        if module.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(module.rsplit("/", 1)[-1][:-3], module)
+            assert spec is not None and spec.loader is not None
+            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        else:
+            importlib.import_module(module)
+    except (ImportError, FileNotFoundError) as e:
+        raise InputError(f"--plugin {module}: cannot be imported ({e}). Give a module on the path, or a .py file.") from e

@@ -1,0 +1,222 @@
+"""Spaces, their groups, and changes of basis: the algebra on which everything else stands."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from jaxtyping import Bool, Float64
+from scipy.stats import ortho_group
+from torch import Tensor
+
+
+class Group(Enum):
+    """The changes of basis of a space that leave the network's function unchanged.
+
+    ``a <= b`` reads "every element of a is an element of b". Elements act on column vectors as Aᵀx.
+    """
+
+    IDENTITY = "identity"
+    PERMUTATION = "permutation"
+    SIGNED_PERMUTATION = "signed permutation"
+    POSITIVE_MONOMIAL = "permutation and positive scale"  # under ReLU
+    MONOMIAL = "permutation and scale"  # the linear branch of a gated MLP
+    ORTHOGONAL = "orthogonal"
+    ROTARY = "one complex scale per frequency pair"  # under rotary positions; invertible on the dims they spare
+    INVERTIBLE = "invertible"
+
+    def __le__(self, other: Group) -> bool:
+        return other is self or any(wider <= other for wider in _WIDER[self])
+
+    @property
+    def why(self) -> str:
+        """The reason that the group is no wider, for error messages."""
+        return _WHY[self]
+
+
+_WIDER: dict[Group, tuple[Group, ...]] = {
+    Group.IDENTITY: (Group.PERMUTATION, Group.ROTARY),
+    Group.PERMUTATION: (Group.SIGNED_PERMUTATION, Group.POSITIVE_MONOMIAL),
+    Group.SIGNED_PERMUTATION: (Group.ORTHOGONAL, Group.MONOMIAL),
+    Group.POSITIVE_MONOMIAL: (Group.MONOMIAL,),
+    Group.MONOMIAL: (Group.INVERTIBLE,),
+    Group.ORTHOGONAL: (Group.INVERTIBLE,),
+    Group.ROTARY: (Group.INVERTIBLE,),
+    Group.INVERTIBLE: (),
+}
+_WHY = {
+    Group.IDENTITY: "nothing else commutes with what reads the space",
+    Group.PERMUTATION: "an elementwise activation sits between its writers and its readers",
+    Group.SIGNED_PERMUTATION: "a norm with a gain sits on the space",
+    Group.POSITIVE_MONOMIAL: "ReLU commutes with permutations and positive scales alone",
+    Group.MONOMIAL: "an activation sits on the gate and only the linear branch may be scaled",
+    Group.ORTHOGONAL: "the norm that reads the space divides by the length of its input",
+    Group.ROTARY: "rotary positions turn each frequency pair by its own angle",
+    Group.INVERTIBLE: "only a singular matrix loses information",
+}
+
+
+@dataclass(frozen=True)
+class Space:
+    """A vector space that activations live in, between the weights that write and read it.
+
+    ``dim`` is the width of one copy, ``copies`` the number of independent ones (KV heads), ``rotary`` how many
+    leading dims carry rotary positions, as pairs (j, j + rotary/2).
+    """
+
+    name: str
+    kind: str  # residual, mlp, vo or qk
+    dim: int
+    group: Group
+    copies: int = 1
+    rotary: int = 0
+
+    def admits(self, group: Group) -> bool:
+        return group <= self.group
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A random generator that depends on the seed and the space's name alone (not on Python's hash)."""
+        digest = hashlib.sha256(f"{seed}:{self.name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def element(self, seed: int) -> Float64[Tensor, "c d d"]:
+        """A random element of the space's group per copy, condition number at most 4.
+
+        Orthogonal: Haar measure. Invertible: Haar × diag(s) × Haar, s log-uniform in [1/2, 2].
+        Rotary: one complex scale of modulus in [1/2, 2] per pair, an invertible matrix on the dims beyond.
+        """
+        g = self.generator(seed)
+        return torch.stack([_element(self.group, self.dim, self.rotary, g) for _ in range(self.copies)])
+
+    def contains(self, A: Float64[Tensor, "c d d"], rtol: float = 1e-9) -> bool:
+        """Whether every copy of A is an element of the space's group, to rtol of its largest entry."""
+        return A.shape == (self.copies, self.dim, self.dim) and in_group(self.group, A, self.rotary, rtol)
+
+
+@dataclass(frozen=True)
+class Basis:
+    """An exact change of basis: new coordinates are Aᵀx; ``energy`` is what is lost if a direction goes.
+
+    Directions come by falling energy, so slicers keep from the left.
+    """
+
+    A: Float64[Tensor, "c d d"]
+    energy: Float64[Tensor, "c d"]
+
+
+@dataclass(frozen=True, eq=False)
+class Change:
+    """A change on a space: ``encode`` acts on everything that writes it, ``decode`` on everything that reads it.
+
+    A signal x becomes Eᵀx, and is read back as D Eᵀ x. With k = d, E = A and D = A⁻ᵀ it is a rotation: exact when A
+    is in the group. With k < d, E Dᵀ is a projector: a slice.
+    """
+
+    encode: Float64[Tensor, "c d k"]
+    decode: Float64[Tensor, "c d k"]
+
+    @property
+    def width(self) -> int:
+        return self.encode.shape[-1]
+
+    @classmethod
+    def rotation(cls, A: Float64[Tensor, "c d d"]) -> Change:
+        return cls(A, torch.linalg.inv(A).mT.contiguous())
+
+    @classmethod
+    def empty(cls, space: Space, k: int) -> Change:
+        """Of the right shape and no content, to build a model that is then loaded from disk."""
+        return cls(*(torch.empty(space.copies, space.dim, k, dtype=torch.float64) for _ in range(2)))
+
+
+def in_group(group: Group, A: Float64[Tensor, "c d d"], rotary: int = 0, rtol: float = 1e-9) -> bool:
+    """Whether every copy of A is an element of the group, to rtol of its largest entry."""
+    A = A.double()
+    d = A.shape[-1]
+    scale = A.abs().amax().item()
+    if not (torch.isfinite(A).all() and scale > 0):
+        return False
+    tol = rtol * scale
+    eye = torch.eye(d, dtype=A.dtype, device=A.device).expand_as(A)
+    if group is Group.IDENTITY:
+        return bool((A - eye).abs().amax() <= tol)
+    if group is Group.ORTHOGONAL:
+        return bool((A.mT @ A - eye).abs().amax() <= rtol * d)
+    if group is Group.ROTARY:
+        return _is_rotary(A, rotary, tol) and _invertible(A)
+    if group is Group.INVERTIBLE:
+        return _invertible(A)
+    support = A.abs() > tol
+    monomial = bool((support.sum(-1) == 1).all() and (support.sum(-2) == 1).all())
+    entries = A[support]
+    if group is Group.PERMUTATION:
+        return monomial and bool((entries - 1).abs().amax() <= tol)
+    if group is Group.SIGNED_PERMUTATION:
+        return monomial and bool((entries.abs() - 1).abs().amax() <= tol)
+    return monomial and (group is Group.MONOMIAL or bool((entries > 0).all()))
+
+
+def _invertible(A: Float64[Tensor, "c d d"]) -> bool:
+    return bool((torch.linalg.cond(A) < 1e12).all())
+
+
+def _pairs(d: int, rotary: int, device: torch.device | None = None) -> Bool[Tensor, "d d"]:
+    """Where an element of the rotary group may be non-zero."""
+    allowed = torch.zeros(d, d, dtype=torch.bool, device=device)
+    j = torch.arange(rotary // 2, device=device)
+    for a in (j, j + rotary // 2):
+        for b in (j, j + rotary // 2):
+            allowed[a, b] = True
+    allowed[rotary:, rotary:] = True
+    return allowed
+
+
+def _is_rotary(A: Float64[Tensor, "c d d"], rotary: int, tol: float) -> bool:
+    d, h = A.shape[-1], rotary // 2
+    outside = A[:, ~_pairs(d, rotary, A.device)].abs()
+    if outside.numel() and outside.amax() > tol:
+        return False
+    j = torch.arange(h, device=A.device)
+    same = (A[:, j, j] - A[:, j + h, j + h]).abs()
+    skew = (A[:, j, j + h] + A[:, j + h, j]).abs()
+    return not h or bool(torch.maximum(same, skew).amax() <= tol)
+
+
+def _scales(n: int, g: torch.Generator) -> Float64[Tensor, " n"]:
+    return 2 ** (2 * torch.rand(n, generator=g, dtype=torch.float64) - 1)
+
+
+def haar(d: int, g: torch.Generator) -> Float64[Tensor, "d d"]:
+    """An orthogonal matrix from Haar measure."""
+    if d == 1:
+        return torch.ones(1, 1, dtype=torch.float64)
+    seed = int(torch.randint(2**31, (), generator=g))
+    return torch.from_numpy(ortho_group.rvs(d, random_state=seed)).double()
+
+
+def _element(group: Group, d: int, rotary: int, g: torch.Generator) -> Float64[Tensor, "d d"]:
+    eye = torch.eye(d, dtype=torch.float64)
+    if group is Group.IDENTITY:
+        return eye
+    if group is Group.ORTHOGONAL:
+        return haar(d, g)
+    if group is Group.INVERTIBLE:
+        return (haar(d, g) * _scales(d, g)) @ haar(d, g) if d else eye
+    if group is Group.ROTARY:
+        h = rotary // 2
+        j = torch.arange(h)
+        angle = 2 * torch.pi * torch.rand(h, generator=g, dtype=torch.float64)
+        r = _scales(h, g)
+        eye[j, j] = eye[j + h, j + h] = r * angle.cos()
+        eye[j, j + h], eye[j + h, j] = r * angle.sin(), -r * angle.sin()
+        eye[rotary:, rotary:] = _element(Group.INVERTIBLE, d - rotary, 0, g)
+        return eye
+    P = eye[:, torch.randperm(d, generator=g)]
+    sign = 1 - 2 * torch.randint(2, (d,), generator=g).double()
+    if group is Group.SIGNED_PERMUTATION:
+        return P * sign
+    if group is Group.POSITIVE_MONOMIAL:
+        return P * _scales(d, g)
+    return P * sign * _scales(d, g) if group is Group.MONOMIAL else P
