@@ -1,0 +1,147 @@
+"""The grammar in which a model family is declared, and the rewriting of a family's model into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from . import modules
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where the four projections of an attention lie, relative to ``module`` of the block."""
+
+    module: str
+    q: str = "q_proj"
+    k: str = "k_proj"
+    v: str = "v_proj"
+    out: str = "o_proj"
+
+    def names(self) -> dict[str, str]:
+        """Our name of each weight → the family's, relative to the block."""
+        return {ours: _join(self.module, getattr(self, ours)) for ours in ("q", "k", "v", "out")}
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Where the projections of an MLP lie; ``module`` is empty where they lie on the block itself."""
+
+    module: str
+    up: str
+    down: str
+    gate: str | None = None
+    act: str = "act_fn"
+
+    def names(self) -> dict[str, str]:
+        found = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {ours: _join(self.module, theirs) for ours, theirs in found.items() if theirs}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One norm and the branches that read it and add to the residual stream."""
+
+    norm: str
+    attention: Attention | None = None
+    mlp: Mlp | None = None
+
+    def names(self) -> dict[str, str]:
+        """Our name of each weight's module, relative to the stage → the family's, relative to the block."""
+        found = {"norm": self.norm}
+        for kind, branch in (("attention", self.attention), ("mlp", self.mlp)):
+            if branch is not None:
+                found |= {f"{kind}.{ours}": theirs for ours, theirs in branch.names().items()}
+        return found
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model family: where its parts lie. Shapes, biases and norm kinds are read off the modules themselves."""
+
+    embed: tuple[str, ...]
+    blocks: str
+    final_norm: str
+    stages: tuple[Stage, ...]
+    head: str = "lm_head"
+    rotary: str | None = None
+    widths: tuple[tuple[str, str], ...] = (("residual", "hidden_size"), ("mlp", "intermediate_size"))
+    alternatives: tuple[str, ...] = ()  # model types that hold the same function under weaker config checks
+
+    def skeleton(self, config: PretrainedConfig) -> PreTrainedModel:
+        """The family's own model on the meta device: shapes and no weights."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        model.tie_weights()
+        return model
+
+    def origin(self, i: int, s: int) -> dict[str, str]:
+        """Our full name of each weight's module in stage s of block i → the family's."""
+        return {
+            f"{self.blocks}.{i}.stages.{s}.{ours}": f"{self.blocks}.{i}.{theirs}"
+            for ours, theirs in self.stages[s].names().items()
+        }
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuse a model of the family that holds weights the grammar does not speak of, or lacks some it does."""
+        kind = model.config.model_type
+        known = {*self.embed, self.final_norm, self.head}
+        for i in range(len(model.get_submodule(self.blocks))):  # type: ignore[arg-type]
+            for s in range(len(self.stages)):
+                known |= set(self.origin(i, s).values())
+        present = dict(model.named_modules())
+        for name in sorted(known):
+            if present.get(name) is None:
+                raise InputError(
+                    f"model type '{kind}': this variant has no '{name}', which the family's declaration names. "
+                    "Its layer order differs (post-norm?); use a pre-norm variant, or declare it in families.py."
+                )
+        for name, _ in model.named_parameters():
+            if name.rpartition(".")[0] not in known:
+                raise InputError(
+                    f"model type '{kind}': this variant has a weight '{name}' that the family's declaration does not "
+                    "speak of, so no change of basis could be trusted. Use a plain variant, or declare it in families.py."
+                )
+
+    def restructure(self, model: PreTrainedModel) -> None:
+        """Replace every decoder layer by a Block of the family's own linear layers, and every norm by a Norm.
+
+        In place; the function is the family's to the rounding of its norms. Raises InputError (see ``check``).
+        """
+        self.check(model)
+        blocks = model.get_submodule(self.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        for i, layer in enumerate(blocks):
+            blocks[i] = modules.Block([self._stage(layer, stage, model.config) for stage in self.stages])
+        model.set_submodule(self.final_norm, _norm(model.get_submodule(self.final_norm)))
+
+    def _stage(self, layer: nn.Module, stage: Stage, config: PretrainedConfig) -> modules.Stage:
+        attention = mlp = None
+        if stage.attention is not None:
+            found = {ours: layer.get_submodule(theirs) for ours, theirs in stage.attention.names().items()}
+            heads = config.num_attention_heads
+            kv = getattr(config, "num_key_value_heads", None) or heads
+            attention = modules.Attention(**found, origin=layer.get_submodule(stage.attention.module), heads=heads,
+                                          kv_heads=kv)  # type: ignore[arg-type]  # fmt: skip
+        if stage.mlp is not None:
+            found = {"gate": None} | {o: layer.get_submodule(t) for o, t in stage.mlp.names().items()}  # type: ignore[dict-item]
+            act = layer.get_submodule(_join(stage.mlp.module, stage.mlp.act))
+            mlp = modules.Mlp(**found, act=act)  # type: ignore[arg-type]
+        return modules.Stage(_norm(layer.get_submodule(stage.norm)), attention, mlp)
+
+
+def _norm(norm: nn.Module) -> modules.Norm:
+    """The Norm that does what a family's norm module does."""
+    gain: torch.Tensor | None = norm.weight  # type: ignore[assignment]
+    if isinstance(norm, nn.LayerNorm):
+        return modules.Norm(norm.normalized_shape[0], norm.eps, True, gain, norm.bias)
+    assert gain is not None
+    return modules.Norm(gain.shape[0], float(norm.variance_epsilon), False, gain, None)  # type: ignore[arg-type]
+
+
+def _join(*parts: str) -> str:
+    return ".".join(p for p in parts if p)

@@ -1,0 +1,104 @@
+"""The canonical form: blocks rewritten, gains and biases of norms folded into their readers, writers centred. Exact."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .errors import InputError
+from .families import architecture
+from .layout import Layout, Role, label
+from .modules import Block, Norm, Stage
+
+
+def canonicalize(model: PreTrainedModel, *, fold: bool, tie: str = "untie") -> Layout:
+    """Rewrite a family's model in place, without changing its function, and return its layout.
+
+    ``fold=False`` rewrites the blocks alone: enough for changes inside MLPs and heads, and the model keeps its norms,
+    its tied head and its stock form. ``fold=True`` also makes the residual stream's group orthogonal: norms lose
+    their gains and biases, LayerNorm loses its centring (its writers are centred instead). A tied head must then be
+    separated from the table (``tie="untie"``) or read it through a d×d matrix diag(γ) (``tie="keep"``).
+
+    Raises InputError for a family or variant that is not known, or a tie that cannot be kept.
+    """
+    arch = architecture(model.config)
+    blocks = model.get_submodule(arch.blocks)
+    if not any(isinstance(m, Block) for m in blocks.children()):
+        arch.restructure(model)
+    layout = label(model)
+    if not fold or layout.folded:
+        return layout
+    with torch.no_grad():
+        for edge in layout.edges:
+            stage = model.get_submodule(edge.stage)
+            assert isinstance(stage, Stage)
+            readers = [getattr(b, n) for b in stage.branches for n in ("q", "k", "v", "gate", "up") if hasattr(b, n)]
+            _fold(stage.norm, [r for r in readers if r is not None])
+        _fold_head(model, layout, tie)
+        if layout.centred:
+            _centre(model, label(model))
+    return label(model)
+
+
+def _fold(norm: Norm, readers: list[nn.Linear]) -> None:
+    """W(γ ⊙ n + β) + b = (W diag γ) n + (b + Wβ), in float64."""
+    for reader in readers:
+        W = reader.weight.double()
+        if norm.bias is not None:
+            bias = W @ norm.bias.double()
+            if reader.bias is not None:
+                bias = bias + reader.bias.double()
+            reader.bias = _like(bias, reader.weight)
+        if norm.gain is not None:
+            reader.weight = _like(W * norm.gain.double(), reader.weight)
+    norm.gain = norm.bias = None
+
+
+def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
+    arch = layout.architecture
+    head, norm = model.get_submodule(arch.head), model.get_submodule(arch.final_norm)
+    assert isinstance(head, nn.Linear) and isinstance(norm, Norm)
+    if layout.tied and tie == "keep":
+        if layout.centred:
+            raise InputError(
+                f"tie: keep cannot hold for model type '{model.config.model_type}': its LayerNorm needs a centred "
+                "embedding, and its head reads the table uncentred. Use `tie: untie`."
+            )
+        mix = nn.Linear(norm.d, norm.d, bias=False, device=head.weight.device, dtype=head.weight.dtype)
+        mix.weight = _like(torch.eye(norm.d, device=head.weight.device, dtype=torch.float64), head.weight)
+        _fold(norm, [mix])
+        model.set_submodule(arch.final_norm, nn.Sequential(norm, mix))
+        return
+    if layout.tied:
+        head.weight = _like(head.weight.double().clone(), head.weight)
+        model.config.tie_word_embeddings = False
+    _fold(norm, [head])
+
+
+def _centre(model: PreTrainedModel, layout: Layout) -> None:
+    """Take the mean out of all that writes the stream, so that LayerNorm finds nothing to subtract."""
+    for name, axes in layout.axes.items():
+        for i, axis in enumerate(axes):
+            if axis is not None and axis.role is Role.WRITE and layout.spaces[axis.space].kind == "residual":
+                W = model.get_parameter(name).double()
+                assign(model, name, W - W.mean(i, keepdim=True))
+    for module in model.modules():
+        if isinstance(module, Norm):
+            module.centred = False
+
+
+def assign(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in a parameter's place, whatever its shape, in the parameter's dtype."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = _like(value, module.get_parameter(leaf))
+    setattr(module, leaf, parameter)
+    if isinstance(module, nn.Linear) and leaf == "weight":
+        module.out_features, module.in_features = parameter.shape
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = parameter.shape
+
+
+def _like(value: Tensor, parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(value.to(parameter.dtype).contiguous(), requires_grad=parameter.requires_grad)

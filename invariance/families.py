@@ -1,0 +1,59 @@
+"""The families that are known, each a declaration of where its parts lie. The only file that names models."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from .architecture import Architecture, Attention, Mlp, Stage
+from .errors import InputError
+
+LLAMA = Architecture(
+    embed=("model.embed_tokens",),
+    blocks="model.layers",
+    final_norm="model.norm",
+    rotary="model.rotary_emb",
+    stages=(
+        Stage("input_layernorm", attention=Attention("self_attn")),
+        Stage("post_attention_layernorm", mlp=Mlp("mlp", gate="gate_proj", up="up_proj", down="down_proj")),
+    ),
+    alternatives=("mistral",),
+)
+
+OPT = Architecture(
+    embed=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
+    blocks="model.decoder.layers",
+    final_norm="model.decoder.final_layer_norm",
+    stages=(
+        Stage("self_attn_layer_norm", attention=Attention("self_attn", out="out_proj")),
+        Stage("final_layer_norm", mlp=Mlp("", up="fc1", down="fc2", act="activation_fn")),
+    ),
+    widths=(("residual", "hidden_size"), ("mlp", "ffn_dim")),
+)
+
+PHI = Architecture(
+    embed=("model.embed_tokens",),
+    blocks="model.layers",
+    final_norm="model.final_layernorm",
+    rotary="model.rotary_emb",
+    stages=(
+        Stage(
+            "input_layernorm",
+            attention=Attention("self_attn", out="dense"),
+            mlp=Mlp("mlp", up="fc1", down="fc2", act="activation_fn"),
+        ),
+    ),
+)
+
+FAMILIES: dict[str, Architecture] = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "opt": OPT, "phi": PHI}
+"""Model type, as a checkpoint's config.json has it → its declaration."""
+
+
+def architecture(config: PretrainedConfig) -> Architecture:
+    """The declaration of a config's family. Raises InputError for a family that is not known."""
+    kind = config.model_type
+    if kind not in FAMILIES:
+        raise InputError(
+            f"model type '{kind}' is not a known family, so its symmetries cannot be trusted; known: "
+            f"{', '.join(sorted(FAMILIES))}. Declare it in families.py (docs/add-a-family.md)."
+        )
+    return FAMILIES[kind]

@@ -1,0 +1,239 @@
+"""Layout: which axis of which weight lies in which space, read off a restructured model; and what widths cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from fnmatch import fnmatchcase
+from math import prod
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from . import modules
+from .architecture import Architecture
+from .families import architecture
+from .space import Group, Space
+
+KINDS = ("residual", "mlp", "vo", "qk")
+
+
+class Role(Enum):
+    """How a weight's axis meets its space, and so what a Change does to it."""
+
+    WRITE = "writes"  # contracted with encode
+    READ = "reads"  # contracted with decode
+    GATE = "gates"  # contracted with the pattern of encode: a scale on the linear branch passes it by
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a weight: ``heads`` runs of the space's dim; with more heads than copies, neighbours share one."""
+
+    space: str
+    role: Role
+    heads: int = 1
+
+
+@dataclass(frozen=True)
+class Edge:
+    """The residual edge across one stage, from one point of the stream to the next."""
+
+    stage: str
+    source: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Stored parameters; a tied tensor counts once, where it lies first."""
+
+    embedding: int = 0
+    blocks: int = 0
+    shortcuts: int = 0
+    head: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.blocks + self.shortcuts + self.head
+
+    def to_dict(self) -> dict[str, int]:
+        return {"total": self.total, **self.__dict__}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Spaces, labelled weight axes and residual edges of one model, all by name."""
+
+    architecture: Architecture
+    spaces: Mapping[str, Space]
+    axes: Mapping[str, tuple[Axis | None, ...]]
+    shapes: Mapping[str, tuple[int, ...]]
+    edges: tuple[Edge, ...]
+    shortcuts: frozenset[str]  # stages that carry one already
+    tied: bool
+    centred: bool
+    folded: bool
+
+    @property
+    def points(self) -> list[str]:
+        """The points of the residual stream, in order; the last one is before the final norm."""
+        return [e.source for e in self.edges] + [self.edges[-1].target]
+
+    @property
+    def depth(self) -> int:
+        """How many stages a token passes."""
+        return len(self.edges)
+
+    def select(self, patterns: Iterable[str]) -> list[str]:
+        """The names of the spaces that any of the patterns means: a kind, a name, or a glob on names."""
+        patterns = list(patterns)
+        return [n for n, s in self.spaces.items() if any(p == s.kind or fnmatchcase(n, p) for p in patterns)]
+
+    def readers(self, space: str) -> list[tuple[str, int]]:
+        """The weights (name, axis) that read a space."""
+        return [
+            (name, i)
+            for name, axes in self.axes.items()
+            for i, a in enumerate(axes)
+            if a is not None and a.space == space and a.role is Role.READ and len(axes) > 1
+        ]
+
+    def _size(self, name: str, widths: Mapping[str, int]) -> int:
+        return prod(
+            n if a is None else a.heads * widths.get(a.space, self.spaces[a.space].dim)
+            for n, a in zip(self.shapes[name], self.axes[name], strict=True)
+        )
+
+    def part(self, name: str) -> str:
+        """Which of Parameters' fields a weight counts towards."""
+        if name.startswith(tuple(f"{e}." for e in self.architecture.embed)):
+            return "embedding"
+        if name.startswith(self.architecture.blocks + "."):
+            return "shortcuts" if name.endswith(".shortcut") else "blocks"
+        return "head"
+
+    def parameters(self, widths: Mapping[str, int], segments: Mapping[str, object] | None = None) -> Parameters:
+        """What a choice of widths stores. ``segments``: which points of the stream share a basis, by equal values."""
+        segments = segments or {}
+        count = dict.fromkeys(("embedding", "blocks", "shortcuts", "head"), 0)
+        for name in self.axes:
+            if not name.endswith(".shortcut"):
+                count[self.part(name)] += self._size(name, widths)
+        for e in self.edges:
+            if e.stage in self.shortcuts or segments.get(e.source) != segments.get(e.target):
+                count["shortcuts"] += prod(widths.get(p, self.spaces[p].dim) for p in (e.source, e.target))
+        return Parameters(**count)
+
+    def flops(self, widths: Mapping[str, int], segments: Mapping[str, object] | None = None) -> int:
+        """Per token: two for every entry of a matrix that multiplies it; attention scores and norms are left out."""
+        matrices = sum(
+            self._size(name, widths)
+            for name, axes in self.axes.items()
+            if len(axes) == 2 and self.part(name) in ("blocks", "head")
+        )
+        if self.tied:
+            matrices += self._size(f"{self.architecture.embed[0]}.weight", widths)
+        return 2 * (matrices + self.parameters(widths, segments).shortcuts)
+
+    def kv_entries(self, widths: Mapping[str, int]) -> int:
+        """How many numbers a cache holds per token: keys and values of every layer."""
+        return sum(s.copies * widths.get(n, s.dim) for n, s in self.spaces.items() if s.kind in ("vo", "qk"))
+
+
+def label(model: PreTrainedModel) -> Layout:
+    """The layout of a restructured model (also one already rotated, sliced, or on the meta device)."""
+    arch = architecture(model.config)
+    blocks = model.get_submodule(arch.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    spaces: dict[str, Space] = {}
+    axes: dict[str, tuple[Axis | None, ...]] = {}
+    edges: list[Edge] = []
+    rotary = 0 if arch.rotary is None else 2 * model.get_submodule(arch.rotary).inv_freq.numel()  # type: ignore
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}  # each tied tensor once
+
+    def put(weight: str, *where: Axis | None) -> None:
+        """Label a linear layer's weight (out, in) and bias (out), where it has them."""
+        for name, labels in ((f"{weight}.weight", where), (f"{weight}.bias", where[:1])):
+            if name in shapes:
+                axes[name] = labels
+
+    def stream(point: str, width: int) -> None:
+        spaces[point] = Space(point, "residual", width, Group.ORTHOGONAL)
+
+    points = [(i, s) for i, b in enumerate(blocks) for s in range(len(b.stages))]  # type: ignore[arg-type]
+    for n, (i, s) in enumerate(points):
+        path, point = f"{arch.blocks}.{i}.stages.{s}", f"x.{i}.{s}"
+        after = "x.{}.{}".format(*points[n + 1]) if n + 1 < len(points) else f"x.{len(blocks)}.0"
+        edges.append(Edge(path, point, after))
+        stage = model.get_submodule(path)
+        assert isinstance(stage, modules.Stage)
+        read, write = Axis(point, Role.READ), Axis(after, Role.WRITE)
+        for name in ("norm.gain", "norm.bias"):
+            if f"{path}.{name}" in shapes:
+                axes[f"{path}.{name}"] = (None,)
+        if f"{path}.shortcut" in shapes:
+            axes[f"{path}.shortcut"] = (read, write)
+        if (a := stage.attention) is not None:
+            stream(point, a.q.in_features)
+            qk, vo = a.k.out_features // a.kv_heads, a.v.out_features // a.kv_heads
+            group = Group.ROTARY if rotary else Group.INVERTIBLE
+            spaces[f"qk.{i}"] = Space(f"qk.{i}", "qk", qk, group, a.kv_heads, rotary)
+            spaces[f"vo.{i}"] = Space(f"vo.{i}", "vo", vo, Group.INVERTIBLE, a.kv_heads)
+            put(f"{path}.attention.q", Axis(f"qk.{i}", Role.READ, a.heads), read)
+            put(f"{path}.attention.k", Axis(f"qk.{i}", Role.WRITE, a.kv_heads), read)
+            put(f"{path}.attention.v", Axis(f"vo.{i}", Role.WRITE, a.kv_heads), read)
+            put(f"{path}.attention.out", write, Axis(f"vo.{i}", Role.READ, a.heads))
+        if (m := stage.mlp) is not None:
+            stream(point, m.up.in_features)
+            spaces[f"mlp.{i}"] = Space(f"mlp.{i}", "mlp", m.up.out_features, _mlp_group(m))
+            put(f"{path}.mlp.gate", Axis(f"mlp.{i}", Role.GATE), read)
+            put(f"{path}.mlp.up", Axis(f"mlp.{i}", Role.WRITE), read)
+            put(f"{path}.mlp.down", write, Axis(f"mlp.{i}", Role.READ))
+    first, last = edges[0].source, edges[-1].target
+    head = model.get_submodule(arch.head)
+    assert isinstance(head, nn.Linear)
+    for embedding in arch.embed:
+        axes[f"{embedding}.weight"] = (None, Axis(first, Role.WRITE))
+    final = model.get_submodule(arch.final_norm)
+    mixed = isinstance(final, nn.Sequential)  # a tied head behind a k×k matrix: the table's own basis is x.0.0's
+    norm = final[0] if isinstance(final, nn.Sequential) else final
+    assert isinstance(norm, modules.Norm)
+    tied = f"{arch.head}.weight" not in shapes
+    if isinstance(final, nn.Sequential):
+        stream(last, final[1].in_features)  # type: ignore[arg-type]
+        put(f"{arch.final_norm}.1", Axis(first, Role.READ), Axis(last, Role.READ))
+    else:
+        stream(last, head.in_features)
+        for name in ("gain", "bias"):
+            if f"{arch.final_norm}.{name}" in shapes:
+                axes[f"{arch.final_norm}.{name}"] = (None,)
+    put(arch.head, None, None if mixed else Axis(last, Role.READ))
+    missing = shapes.keys() - axes.keys()
+    assert not missing, f"weights without a label: {sorted(missing)}"
+    return Layout(
+        architecture=arch,
+        spaces=spaces,
+        axes=axes,
+        shapes=shapes,
+        edges=tuple(edges),
+        shortcuts=frozenset(e.stage for e in edges if f"{e.stage}.shortcut" in shapes),
+        tied=tied,
+        centred=norm.centred,
+        folded=norm.gain is None and norm.bias is None,
+    )
+
+
+def layout_of(config: PretrainedConfig, *, fold: bool = False, tie: str = "untie") -> Layout:
+    """The layout of a config's canonical model, without reading or making a weight. Raises InputError."""
+    from .canonical import canonicalize  # needs labels itself
+
+    model = architecture(config).skeleton(config)
+    return canonicalize(model, fold=fold, tie=tie)
+
+
+def _mlp_group(mlp: modules.Mlp) -> Group:
+    if mlp.gate is not None:
+        return Group.MONOMIAL
+    return Group.POSITIVE_MONOMIAL if isinstance(mlp.act, nn.ReLU) else Group.PERMUTATION

@@ -1,0 +1,148 @@
+"""The few modules that every supported model is made of once its blocks are rewritten: Norm, branches, Stage, Block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+
+class Norm(nn.Module):
+    """RMSNorm and LayerNorm in one: x / √(Σx²/d + eps), with d the ORIGINAL width, whatever width x has now.
+
+    ``centred`` subtracts the mean first (LayerNorm). ``gain`` and ``bias`` are None once folded into the readers.
+    Computes in float32 at least, in float64 if x is.
+    """
+
+    def __init__(self, d: int, eps: float, centred: bool, gain: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__()
+        self.d, self.eps, self.centred = d, eps, centred
+        self.gain = None if gain is None else nn.Parameter(gain.detach(), requires_grad=gain.requires_grad)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if x.dtype == torch.float64 else x.float()
+        if self.centred:
+            h = h - h.mean(-1, keepdim=True)
+        h = (h * torch.rsqrt(h.square().sum(-1, keepdim=True) / self.d + self.eps)).to(x.dtype)
+        if self.gain is not None:
+            h = h * self.gain
+        return h if self.bias is None else h + self.bias
+
+    def extra_repr(self) -> str:
+        return f"d={self.d}, eps={self.eps}, centred={self.centred}, folded={self.gain is None}"
+
+
+class Attention(nn.Module):
+    """Softmax attention whose query/key width and value width are read off its weights, and so may differ.
+
+    Rotary positions turn the leading dims for which the model supplies angles.
+    """
+
+    def __init__(self, q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear, origin: nn.Module, heads: int,
+                 kv_heads: int) -> None:  # fmt: skip
+        super().__init__()
+        self.q, self.k, self.v, self.out = q, k, v, out
+        self.heads, self.kv_heads = heads, kv_heads
+        self.num_key_value_groups = heads // kv_heads  # read by the attention functions of transformers
+        self.config: Any = origin.config
+        self.layer_idx: Any = origin.layer_idx
+        self.scaling: float = float(origin.scaling)  # type: ignore[arg-type]
+        self.sliding_window: int | None = getattr(origin, "sliding_window", None)
+        self.dropout: float = float(getattr(origin, "attention_dropout", 0.0))
+        self.is_causal = True
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None, position_embeddings: Any = None,
+                past_key_values: Any = None, **kwargs: Any) -> Tensor:  # fmt: skip
+        q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.heads)
+        k = rearrange(self.k(x), "b t (h d) -> b h t d", h=self.kv_heads)
+        v = rearrange(self.v(x), "b t (h d) -> b h t d", h=self.kv_heads)
+        if position_embeddings is not None:
+            cos, sin = (p.unsqueeze(1) for p in position_embeddings)
+            q, k = turn(q, cos, sin), turn(k, cos, sin)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, sdpa_attention_forward
+        )
+        kwargs.pop("use_cache", None)
+        kwargs.pop("position_ids", None)
+        z = attend(
+            self,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=self.dropout if self.training else 0.0,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )[0]
+        return self.out(rearrange(z, "b t h d -> b t (h d)"))
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary positions on the leading cos.shape[-1] dims of x, as pairs (j, j + half)."""
+    r = cos.shape[-1]
+    rot, rest = x[..., :r], x[..., r:]
+    half = torch.cat((-rot[..., r // 2 :], rot[..., : r // 2]), dim=-1)
+    return torch.cat((rot * cos + half * sin, rest), dim=-1)
+
+
+class Mlp(nn.Module):
+    """down(act(up x)), or down(act(gate x) · up x) where there is a gate."""
+
+    def __init__(self, gate: nn.Linear | None, up: nn.Linear, down: nn.Linear, act: nn.Module) -> None:
+        super().__init__()
+        self.gate, self.up, self.down, self.act = gate, up, down, act
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        h = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
+        return self.down(h)
+
+
+class Stage(nn.Module):
+    """x ↦ shortcut(x) + Σ branch(norm(x)): one step of the residual stream. A parallel block has one, of two branches.
+
+    ``shortcut`` (source width, target width) carries x from this stage's basis to the next one's; None where the
+    two are the same.
+    """
+
+    def __init__(self, norm: Norm, attention: Attention | None, mlp: Mlp | None) -> None:
+        super().__init__()
+        self.norm, self.attention, self.mlp = norm, attention, mlp
+        self.shortcut: nn.Parameter | None = None
+
+    @property
+    def branches(self) -> list[nn.Module]:
+        return [b for b in (self.attention, self.mlp) if b is not None]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the branches compute in; the stream itself may be kept in a finer one."""
+        return next(self.branches[0].parameters()).dtype
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        h = self.norm(x).to(self.dtype)
+        y = x if self.shortcut is None else x @ self.shortcut.to(x.dtype)
+        for branch in self.branches:
+            y = y + branch(h, **kwargs)
+        return y
+
+
+class Block(nn.Module):
+    """The stages of one decoder layer, behind the signature that transformers calls a layer with."""
+
+    def __init__(self, stages: list[Stage]) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(stages)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        for stage in self.stages:
+            hidden_states = stage(hidden_states, **kwargs)
+        return hidden_states

@@ -1,0 +1,80 @@
+"""Apply changes to a model's weights: the one operator behind rotation, slicing, and pruning of heads and channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Float64
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .canonical import assign
+from .layout import Axis, Edge, Layout, Role
+from .modules import Stage
+from .space import Change
+
+
+def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
+    """Change the basis of the named spaces, in place, in float64 with one cast back.
+
+    Each labelled axis is contracted with the change of its space: writers with ``encode``, readers with ``decode``.
+    A residual edge whose ends change differently carries D_sᵀ E_t. Applying one change after another is applying
+    their product, so spaces can be changed one at a time.
+    """
+    with torch.no_grad():
+        for name, axes in layout.axes.items():
+            if name.endswith(".shortcut") or not any(a is not None and a.space in changes for a in axes):
+                continue
+            W = model.get_parameter(name).double()
+            for i, axis in enumerate(axes):
+                if axis is not None and axis.space in changes:
+                    W = contract(W, i, axis, changes[axis.space])
+            assign(model, name, W)
+        if layout.tied:
+            table = model.get_parameter(f"{layout.architecture.embed[0]}.weight")
+            head = model.get_submodule(layout.architecture.head)
+            assert isinstance(head, nn.Linear) and isinstance(table, nn.Parameter)
+            head.weight, head.in_features = table, table.shape[1]
+        for edge in layout.edges:
+            _change_edge(model, layout, edge, changes)
+
+
+def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor, "..."]:
+    """One axis of a weight, in ``heads`` runs of d, against the change's d × k of the copy that each head uses."""
+    X = (change.decode if axis.role is Role.READ else change.encode).to(W.device)
+    if axis.role is Role.GATE:
+        X = (X != 0).to(X.dtype)
+    if axis.heads == 1:
+        return torch.tensordot(W, X[0], ([dim], [0])).movedim(-1, dim)
+    X = repeat(X, "c d k -> (c r) d k", r=axis.heads // X.shape[0])
+    W = rearrange(W.movedim(dim, -1), "... (h d) -> ... h d", h=axis.heads)
+    return rearrange(einsum(W, X, "... h d, h d k -> ... h k"), "... h k -> ... (h k)").movedim(-1, dim)
+
+
+def _change_edge(model: PreTrainedModel, layout: Layout, edge: Edge, changes: Mapping[str, Change]) -> None:
+    source, target = changes.get(edge.source), changes.get(edge.target)
+    stage = model.get_submodule(edge.stage)
+    assert isinstance(stage, Stage)
+    if source is target and stage.shortcut is None:
+        return  # one basis on both sides
+    like = next(stage.parameters())
+    if stage.shortcut is None:
+        d = layout.spaces[edge.source].dim
+        M = torch.eye(d, dtype=torch.float64, device=like.device)
+    else:
+        M = stage.shortcut.double()
+    if source is not None:
+        M = source.decode[0].to(M.device).mT @ M
+    if target is not None:
+        M = M @ target.encode[0].to(M.device)
+    stage.shortcut = None if is_identity(M) else nn.Parameter(M.to(like.dtype), requires_grad=like.requires_grad)
+
+
+def is_identity(M: Float64[Tensor, "s t"]) -> bool:
+    """Whether a shortcut would change nothing, to the rounding of a product of d terms in float64."""
+    if M.shape[0] != M.shape[1] or M.is_meta:
+        return False
+    eye = torch.eye(M.shape[0], dtype=M.dtype, device=M.device)
+    return bool((M - eye).abs().amax() <= 8 * M.shape[0] * torch.finfo(M.dtype).eps)

@@ -1,0 +1,110 @@
+"""The certificate of exactness: logits before and after, in float64, a derived tolerance, a control that must fail."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .canonical import canonicalize
+from .families import architecture
+from .layout import Layout
+from .reparametrize import reparametrize
+from .space import Change
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Relative logit error of the changed model in float64, and of a control to which half of a change was applied."""
+
+    relative_error: float
+    tolerance: float
+    negative_control: float
+    spaces: int
+
+    @property
+    def passed(self) -> bool:
+        """The error is within the tolerance, and the control is far (1000 ×) outside of it."""
+        return self.relative_error <= self.tolerance and self.negative_control > 1000 * self.tolerance
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
+
+def tolerance(dtype: torch.dtype, depth: int) -> float:
+    """The relative error that rounding alone can cause in a network of ``depth`` stages.
+
+    A sum of n products errs by at most λ√n·u with probability 1 - 2·exp(-λ²/2) (Higham & Mary 2019, Theorem 2.4), u
+    the unit roundoff. With λ = 8 and n = 2¹⁴, the longest sum in the models at hand, that is 2¹⁰·u; errors of
+    successive stages add, and the embedding and the head count as one stage each.
+    """
+    return 2**10 * torch.finfo(dtype).eps / 2 * (depth + 2)
+
+
+def relative_error(reference: Tensor, other: Tensor) -> float:
+    """‖other - reference‖ / ‖reference‖ over all logits, in float64."""
+    reference, other = reference.double(), other.double()
+    return ((other - reference).norm() / reference.norm()).item()
+
+
+def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A float64 copy whose norms and softmax compute in float64 too; blocks restructured, no weight changed."""
+    twin = copy.deepcopy(model).double().eval()
+    twin.config._attn_implementation = "sdpa"
+    canonicalize(twin, fold=False)
+    return twin
+
+
+@torch.no_grad()
+def certify(model: PreTrainedModel, bases: Mapping[str, Tensor], ids: Int[Tensor, "B T"], *, fold: bool,
+            tie: str = "untie", seed: int = 0) -> Certificate:  # fmt: skip
+    """Rotate a copy of a family's model by ``bases`` (space name → A) and compare its logits with the original's.
+
+    Points of the stream that share one basis share one tensor. The control applies random elements of the same
+    spaces' groups to the writers only.
+    """
+    reference = logits(exact_copy(model), ids)
+    made: dict[int, Change] = {}
+    changes = {name: made.setdefault(id(A), Change.rotation(A)) for name, A in bases.items()}
+    changed, layout = canonical_copy(model, fold, tie)
+    reparametrize(changed, layout, changes)
+    error = relative_error(reference, logits(changed, ids))
+    del changed
+    control, layout = canonical_copy(model, fold, tie)
+    reparametrize(control, layout, half(layout, bases, seed))
+    return Certificate(error, tolerance(torch.float64, layout.depth), relative_error(reference, logits(control, ids)),
+                       len(bases))  # fmt: skip
+
+
+def canonical_copy(model: PreTrainedModel, fold: bool, tie: str) -> tuple[PreTrainedModel, Layout]:
+    twin = exact_copy(model)
+    return twin, canonicalize(twin, fold=fold, tie=tie)
+
+
+def half(layout: Layout, names: Mapping[str, Any], seed: int) -> dict[str, Change]:
+    """Random elements of the named spaces' groups, on the writers alone: no rotation of anything."""
+    changes = {}
+    for name in names:
+        space = layout.spaces[name]
+        eye = torch.eye(space.dim, dtype=torch.float64).expand(space.copies, -1, -1)
+        changes[name] = Change(space.element(seed), eye)
+    return changes
+
+
+def random_bases(layout: Layout, seed: int = 0) -> dict[str, Tensor]:
+    """A random group element for every space of a model, each point of the stream its own."""
+    return {name: space.element(seed) for name, space in layout.spaces.items()}
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, ids: Int[Tensor, "B T"]) -> Tensor:
+    return model(input_ids=ids.to(model.device), use_cache=False).logits
+
+
+__all__ = ["Certificate", "architecture", "certify", "exact_copy", "random_bases", "relative_error", "tolerance"]
