@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -74,9 +75,11 @@ class Architecture:
 
     def skeleton(self, config: PretrainedConfig) -> PreTrainedModel:
         """The family's own model on the meta device: shapes and no weights."""
+        config = copy.deepcopy(config)  # an untied head is noted there
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        model.tie_weights()
+        if config.tie_word_embeddings:  # on the meta device transformers leaves the two apart
+            model.get_submodule(self.head).weight = model.get_parameter(f"{self.embed[0]}.weight")
         return model
 
     def origin(self, i: int, s: int) -> dict[str, str]:

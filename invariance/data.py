@@ -106,15 +106,12 @@ def _array(path: Path, sequences: int | None, tokens: int | None, where: str) ->
     try:
         ids = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, OSError, EOFError) as e:
-        raise InputError(
-            f"{where}: no array that numpy can read ({e}). Write it with numpy.save, as integers."
-        ) from e
+        raise InputError(f"{where}: numpy.load fails ({e}). Write it with numpy.save, as integers.") from e
     array = isinstance(ids, np.ndarray)
     if not array or ids.dtype.kind not in "iu" or ids.ndim != 2 or ids.size == 0:
-        there = f"{ids.dtype} of shape {ids.shape}" if array else "an archive"
-        raise InputError(
-            f"{where}: holds {there}; token ids are integers of shape (sequences, tokens), not empty."
-        )
+        nan = " with NaN" if array and ids.dtype.kind == "f" and np.isnan(ids).any() else ""
+        there = f"{ids.dtype}{nan} of shape {ids.shape}" if array else "an archive"
+        raise InputError(f"{where}: holds {there}. Write integers of shape (sequences, tokens), not empty.")
     for name, asked, there in zip(("sequences", "tokens"), (sequences, tokens), ids.shape, strict=True):
         if asked is not None and asked > there:
             raise InputError(f"{where}: {asked} {name} asked for, {there} there. Ask for {there} at most.")

@@ -28,7 +28,19 @@ class Statistic(Enum):
 
     RAW = "raw"  # E[x xᵀ] of the signal as it is
     NORMED = "normed"  # E[x xᵀ] of the signal at unit RMS, as the readers of the residual stream see it
+    SEEN = "seen"  # as the readers see it: NORMED on the residual stream, RAW elsewhere
     READERS = "readers"  # Σ WᵀW over the weights that read the space; no calibration needed
+
+    def on(self, space: Space) -> Statistic:
+        """Which statistic is measured where this one is asked of a space."""
+        if self is not Statistic.SEEN:
+            return self
+        return Statistic.NORMED if space.kind == "residual" else Statistic.RAW
+
+
+def any_width(width: int) -> str | None:
+    """No objection to any width."""
+    return None
 
 
 class Method:
@@ -36,17 +48,14 @@ class Method:
 
     kind: ClassVar[str]
     name: ClassVar[str]
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
+    needs: frozenset[Statistic] = frozenset()  # what is measured for it; a property where an option decides
+    alternatives: ClassVar[tuple[frozenset[str], ...]] = ()  # options of which a recipe gives at most one
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if name is not None:
             cls.name = name
             _register(cls)
-
-    def requires(self) -> frozenset[Statistic]:
-        """The statistics that this instance reads, given its options; by default the class's ``needs``."""
-        return self.needs
 
     def spec(self) -> str | dict[str, dict[str, Any]]:
         """How a recipe writes this method: its name, or ``{name: {option: value}}``."""
@@ -63,14 +72,12 @@ class Rotator(Method, ABC):
 
     kind = "rotate"
     produces: ClassVar[Group]  # must be included in the space's group, or the plan is refused
+    kinds: ClassVar[frozenset[str]] = frozenset({"residual", "mlp", "vo", "qk"})  # the spaces it makes sense on
+    width_limit: ClassVar[Callable[[int], str | None]] = staticmethod(any_width)  # why a width cannot be served
 
     @abstractmethod
     def fit(self, space: Space, moments: Moments) -> Basis:
         """The basis of one space, A of shape (copies, dim, dim) in ``produces``, directions by falling energy."""
-
-    def check(self, space: Space) -> str | None:
-        """Why this rotator cannot serve the space although the groups agree (a width it lacks); None if it can."""
-        return None
 
 
 class Selector(Method, ABC):
@@ -78,7 +85,7 @@ class Selector(Method, ABC):
 
     kind = "select"
     needs_spectra: ClassVar[bool] = False
-    needs_budget: ClassVar[bool] = False
+    needs_budget: bool = False  # a property where an option decides
 
     @abstractmethod
     def allocate(

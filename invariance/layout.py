@@ -221,7 +221,7 @@ def label(model: PreTrainedModel) -> Layout:
         shortcuts=frozenset(e.stage for e in edges if f"{e.stage}.shortcut" in shapes),
         tied=tied,
         centred=norm.centred,
-        folded=norm.gain is None and norm.bias is None,
+        folded=norm.gain is None and norm.bias is None and not norm.centred,
     )
 
 

@@ -1,0 +1,132 @@
+"""The checkpoint of a sliced model that no stock config can describe: a config of its own, loaded by AutoModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+
+from .canonical import canonicalize
+from .families import architecture
+from .layout import Layout, label
+from .modules import Stage
+from .reparametrize import reparametrize
+from .space import Change
+
+
+class InvarianceConfig(PretrainedConfig):
+    """The original model's config, and what was done to it: canonical form, widths, and where shortcuts lie."""
+
+    model_type = "invariance"
+
+    def __init__(self, original: dict[str, Any] | None = None, folded: bool = False, tie: str = "untie",
+                 widths: dict[str, int] | None = None, shortcuts: list[str] | None = None, **kwargs: Any) -> None:  # fmt: skip
+        self.original = dict(original or {})
+        self.folded, self.tie = folded, tie
+        self.widths, self.shortcuts = dict(widths or {}), list(shortcuts or [])
+        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            kwargs.setdefault(key, self.original.get(key))
+        super().__init__(**kwargs)
+
+    def dense(self) -> PretrainedConfig:
+        """The config of the original model."""
+        values = dict(self.original)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """What caches are made after: layers, heads, sliding windows."""
+        return self.dense() if self.original else self
+
+
+class InvarianceForCausalLM(PreTrainedModel, GenerationMixin):
+    """A family's model with restructured blocks and widths of its own. Generates as the family's own does."""
+
+    config_class = InvarianceConfig
+    base_model_prefix = "inner"
+    _supports_sdpa = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: InvarianceConfig, inner: PreTrainedModel | None = None) -> None:
+        super().__init__(config)
+        self.inner = _shaped(config) if inner is None else inner
+        arch = architecture(self.inner.config)
+        head = self.inner.get_submodule(arch.head)
+        if head.weight is self.inner.get_parameter(f"{arch.embed[0]}.weight"):
+            self._tied_weights_keys = {f"inner.{arch.head}.weight": f"inner.{arch.embed[0]}.weight"}
+            config.tie_word_embeddings = True
+        else:
+            self._tied_weights_keys = {}
+            self.inner._tied_weights_keys = {}
+            config.tie_word_embeddings = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> Any:
+        """As the family's own: logits (B, T, V), and the loss where labels are given."""
+        return self.inner(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.inner.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.inner.get_output_embeddings()
+
+
+AutoConfig.register("invariance", InvarianceConfig)
+AutoModelForCausalLM.register(InvarianceConfig, InvarianceForCausalLM)
+
+
+def wrap(inner: PreTrainedModel, layout: Layout, original: PretrainedConfig, tie: str) -> InvarianceForCausalLM:
+    """A restructured, changed model as one that saves and loads; ``original`` is the config it came with."""
+    now = label(inner)
+    config = InvarianceConfig(
+        original=original.to_dict(),
+        folded=layout.folded,
+        tie=tie,
+        widths={name: s.dim for name, s in now.spaces.items() if s.dim != layout.spaces[name].dim},
+        shortcuts=sorted(now.shortcuts),
+        dtype=str(inner.dtype).removeprefix("torch."),
+    )
+    config.architectures = [InvarianceForCausalLM.__name__]
+    model = InvarianceForCausalLM(config, inner)
+    model.generation_config = inner.generation_config
+    return model.eval()
+
+
+def _shaped(config: InvarianceConfig) -> PreTrainedModel:
+    """The family's model with the config's shapes; what its weights hold is for loading to say."""
+    inner = AutoModelForCausalLM.from_config(config.dense())
+    layout = canonicalize(inner, fold=config.folded, tie=config.tie)
+    changes = {name: Change.empty(layout.spaces[name], k) for name, k in config.widths.items()}
+    reparametrize(inner, layout, changes)
+    now = label(inner)
+    for edge in now.edges:
+        stage = inner.get_submodule(edge.stage)
+        assert isinstance(stage, Stage)
+        shape = (now.spaces[edge.source].dim, now.spaces[edge.target].dim)
+        like = next(stage.parameters())
+        empty = torch.empty(shape, dtype=like.dtype, device=like.device)
+        stage.shortcut = nn.Parameter(empty) if edge.stage in config.shortcuts else None
+    return inner

@@ -1,0 +1,160 @@
+"""Moments: streaming second moments of the signal on each space, float64, mergeable, masked; and their store on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Float64
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .errors import InvarianceError
+from .files import write_tensors
+from .interfaces import Statistic
+from .layout import Layout
+from .space import Space
+
+Key = tuple[str, Statistic]
+
+
+@dataclass
+class Moment:
+    """Σ x xᵀ over the tokens seen (float64, one matrix a copy) and how many they were."""
+
+    total: Float64[Tensor, "c d d"]
+    count: int
+
+    @property
+    def mean(self) -> Float64[Tensor, "c d d"]:
+        return self.total / max(self.count, 1)
+
+    def __add__(self, other: Moment) -> Moment:
+        return Moment(self.total + other.total, self.count + other.count)
+
+
+@dataclass
+class Moments:
+    """What is known of every space: the sufficient statistics from which rotators and slicers work."""
+
+    known: dict[Key, Moment] = field(default_factory=dict)
+
+    def second(self, space: Space, of: str | Statistic = Statistic.RAW) -> Float64[Tensor, "c d d"]:
+        """E[x xᵀ] of a space: ``raw``, ``normed`` or ``seen``; or Σ WᵀW of its ``readers``.
+
+        Raises KeyError when the method did not ask for that statistic in ``needs``.
+        """
+        return self.known[space.name, Statistic(of).on(space)].mean
+
+    def add(self, key: Key, x: Float[Tensor, "n cd"], copies: int = 1, heads: int = 1) -> None:
+        """Take in n tokens of a signal whose last axis holds ``heads`` runs of d, neighbours sharing a copy."""
+        moment = Moment(outer(rearrange(x, "n (c r d) -> c (n r) d", c=copies, r=heads // copies)), x.shape[0])
+        self.known[key] = self.known[key] + moment if key in self.known else moment
+
+    def merge(self, other: Moments) -> Moments:
+        """The moments of both sets of tokens together; nothing is lost by splitting them."""
+        merged = dict(self.known)
+        for key, moment in other.known.items():
+            merged[key] = merged[key] + moment if key in merged else moment
+        return Moments(merged)
+
+    def pooled(self, members: Iterable[str], into: str) -> Moments:
+        """The moments of several spaces that share one basis, as those of the space ``into``."""
+        pooled: dict[Key, Moment] = {}
+        for (name, statistic), moment in self.known.items():
+            if name in set(members):
+                key = (into, statistic)
+                pooled[key] = pooled[key] + moment if key in pooled else moment
+        return Moments(pooled)
+
+
+def outer(x: Float[Tensor, "c n d"]) -> Float64[Tensor, "c d d"]:
+    """Σ x xᵀ per copy. bfloat16 signals are multiplied by the fast bfloat16 units, exactly: their products are
+    exact in float32, in which the sums are taken, a batch at a time; batches are added in float64."""
+    with _exact_fast_products(x.dtype is torch.bfloat16):
+        f = x if x.dtype is torch.float64 else x.float()
+        return (f.mT @ f).double()
+
+
+@contextmanager
+def _exact_fast_products(allowed: bool) -> Iterator[None]:
+    """Let float32 products round their FACTORS to bfloat16 or TF32: no loss when the factors are bfloat16 already."""
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    before = cpu.fp32_precision, cuda.fp32_precision
+    try:
+        cpu.fp32_precision, cuda.fp32_precision = ("bf16", "tf32") if allowed else ("ieee", "ieee")
+        yield
+    finally:
+        cpu.fp32_precision, cuda.fp32_precision = before
+
+
+def real_tokens(x: Float[Tensor, "B T d"], mask: Bool[Tensor, "B T"] | None) -> Float[Tensor, "n d"]:
+    """The rows of a batch that are no padding."""
+    return x.flatten(0, 1) if mask is None or bool(mask.all()) else x[mask.to(x.device)]
+
+
+def at_unit_rms(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).to(x.dtype)
+
+
+def reader_moment(model: PreTrainedModel, layout: Layout, space: Space) -> Moment:
+    """Σ WᵀW over the weights that read a space, per copy: how much each direction weighs with its readers."""
+    total = torch.zeros(space.copies, space.dim, space.dim, dtype=torch.float64)
+    for name, i in layout.readers(space.name):
+        axis = layout.axes[name][i]
+        assert axis is not None
+        W = model.get_parameter(name).double().movedim(i, -1).flatten(0, -2).cpu()
+        total += outer(rearrange(W, "n (c r d) -> c (n r) d", c=space.copies, r=axis.heads // space.copies))
+    return Moment(total, 1)
+
+
+@dataclass(frozen=True)
+class Store:
+    """Moments on disk, one file a space and statistic, under a folder named by what they were measured on."""
+
+    folder: Path
+
+    @classmethod
+    def keyed(cls, root: Path, identity: Mapping[str, str]) -> Store:
+        """``identity`` says what determines the moments: weights, tokens, canonical form, dtype."""
+        digest = hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()
+        return cls(root / digest[:32])
+
+    def _path(self, key: Key) -> Path:
+        return self.folder / f"{key[0]}.{key[1].value}.safetensors"
+
+    def load(self, keys: Iterable[Key]) -> Moments:
+        """Those of the moments that are stored; a file that cannot be read counts as missing."""
+        found = {}
+        for key in keys:
+            try:
+                tensors = load_file(self._path(key))
+                found[key] = Moment(tensors["total"], int(tensors["count"]))
+            except (OSError, KeyError, Exception) as e:  # safetensors raises its own, unrelated class
+                if isinstance(e, (KeyboardInterrupt, MemoryError)):
+                    raise
+        return Moments(found)
+
+    def save(self, moments: Moments) -> None:
+        """Each file to a temporary name and then into place."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for key, moment in moments.known.items():
+            if key[1] is not Statistic.READERS:
+                write_tensors(self._path(key), {"total": moment.total, "count": torch.tensor(moment.count)})
+
+
+def check_finite(moments: Moments) -> None:
+    """Raises InvarianceError when a signal overflowed or was not a number."""
+    for (name, _), moment in moments.known.items():
+        if not torch.isfinite(moment.total).all():
+            raise InvarianceError(
+                f"the signal on space '{name}' is not finite: the model overflows on these tokens. "
+                "Calibrate in float32 (calibrate.dtype: float32), or look at the tokens."
+            )

@@ -1,0 +1,255 @@
+"""The data flow of a run: plan, canonicalize, calibrate, fit, verify, select, slice."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from . import walk
+from .canonical import canonicalize
+from .data import Tokens
+from .errors import CertificateError, InputError, InvarianceError
+from .interfaces import Statistic
+from .layout import Layout
+from .models import weights_digest
+from .moments import Key, Moments, Store, check_finite, reader_moment
+from .plan import MEASURED, Plan, Unit, Widths
+from .reparametrize import reparametrize
+from .space import Basis, Change
+from .verify import Certificate, certify
+
+PROBE_TOKENS = 64
+
+
+@dataclass
+class Sliced:
+    """What slicing gives: the changed model (float64, blocks restructured), its layout, and how it came about."""
+
+    model: PreTrainedModel
+    layout: Layout
+    widths: Widths
+    spectra: dict[str, Float64[Tensor, "c d"]]
+    certificate: Certificate
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Add what a step takes to its entry."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def calibration_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """``auto`` is the fastest that the machine multiplies in: bfloat16 where it has units for it, else float32."""
+    if asked != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def slice_model(model: PreTrainedModel, plan: Plan, tokens: Tokens | None, *, store: Path | None = None,
+                progress: walk.Progress = walk.quiet) -> Sliced:  # fmt: skip
+    """Carry out a plan on a family's model, which is left as it is.
+
+    ``store`` is a folder where moments of the dense model are kept and looked up. Raises CertificateError before
+    anything is cut when a rotation moves the logits, InputError when the tokens are too few.
+    """
+    return _Run(model, plan, tokens, store, progress).run()
+
+
+class _Run:
+    """One run's state: the working model and what is known so far."""
+
+    def __init__(self, model: PreTrainedModel, plan: Plan, tokens: Tokens | None, store: Path | None,
+                 progress: walk.Progress) -> None:  # fmt: skip
+        self.original, self.plan, self.tokens, self.progress = model, plan, tokens, progress
+        self.store = store
+        self.seconds: dict[str, float] = {}
+        self.unit_of = {m: u for u in plan.units for m in u.members}
+        self.bases: dict[str, Basis] = {}  # by a unit's first member
+        self.changes: dict[str, Change] = {}
+        self._check_tokens()
+        with timed(self.seconds, "canonicalize"):
+            self.model = copy.deepcopy(model).double().eval()
+            self.model.config._attn_implementation = "sdpa"
+            self.layout = canonicalize(self.model, fold=plan.fold, tie=plan.recipe.tie)
+
+    def run(self) -> Sliced:
+        plan = self.plan
+        if plan.recipe.order == "oneshot":
+            moments = self._calibrate(plan.wanted())
+            self._fit(plan.units, moments)
+            widths = self._allocate()
+            certificate = self._certify()
+            with timed(self.seconds, "slice"):
+                for unit in plan.units:
+                    change = self._cut(unit, moments, widths)
+                    self.changes |= dict.fromkeys(unit.members, change)
+                reparametrize(self.model, self.layout, self.changes)
+        else:
+            widths = plan.allocate(None)
+            ahead = [u for u in plan.units if widths is None or len(u.members) > 1]
+            moments = self._calibrate({m: n for m, n in plan.wanted().items() if self.unit_of[m] in ahead})
+            self._fit(ahead, moments)
+            widths = self._allocate() if widths is None else widths
+            if widths is not None:
+                self._forget_all_but_shared()
+            self._walk_sequentially(moments, widths)
+            certificate = self._certify()
+        spectra = {name: basis.energy for name, basis in self.bases.items()}
+        return Sliced(self.model, self.layout, widths, spectra, certificate, self.seconds)
+
+    def _forget_all_but_shared(self) -> None:
+        """Bases of one space alone are fitted again, behind the cuts before it; shared ones must stand beforehand."""
+        self.bases = {n: b for n, b in self.bases.items() if len(self.unit_of[n].members) > 1}
+
+    def _check_tokens(self) -> None:
+        wanted = self.plan.wanted()
+        if not wanted:
+            return
+        assert self.plan.recipe.calibrate is not None and self.tokens is not None
+        count = int(self.tokens.mask.sum())
+        widest = max((self.unit_of[n].space for n in wanted), key=lambda s: s.dim)
+        if count < widest.dim:
+            raise InputError(
+                f"{self.plan.recipe.where('calibrate')}: {count} tokens cannot tell the {widest.dim} directions of space "
+                f"'{widest.name}' apart. Calibrate on at least {widest.dim} tokens; {8 * widest.dim} and more are better."
+            )
+
+    def _batches(self) -> tuple[list[walk.Batch], torch.dtype]:
+        calibrate = self.plan.recipe.calibrate
+        assert calibrate is not None and self.tokens is not None
+        dtype = calibration_dtype(calibrate.dtype, self.model.device)
+        return walk.enter(self.model, self.layout, self.tokens.batches(calibrate.batch), dtype), dtype
+
+    def _calibrate(self, wanted: walk.Wanted) -> Moments:
+        """The moments of the dense model: from the store where it has them, else from one walk."""
+        if not wanted:
+            return Moments()
+        keys: list[Key] = [(name, s) for name, statistics in wanted.items() for s in statistics]
+        with timed(self.seconds, "calibrate"):
+            store = self._keyed_store()
+            moments = store.load(keys) if store else Moments()
+            missing: dict[str, frozenset[Statistic]] = {}
+            for name, statistic in keys:
+                if (name, statistic) not in moments.known:
+                    missing[name] = missing.get(name, frozenset()) | {statistic}
+            if missing:
+                batches, dtype = self._batches()
+                found = walk.oneshot(self.model, self.layout, batches, missing, dtype, self.progress)
+                check_finite(found)
+                if store:
+                    store.save(found)
+                moments = moments.merge(found)
+        return moments
+
+    def _keyed_store(self) -> Store | None:
+        if self.store is None:
+            return None
+        assert self.tokens is not None and self.plan.recipe.calibrate is not None
+        dtype = calibration_dtype(self.plan.recipe.calibrate.dtype, self.model.device)
+        return Store.keyed(
+            self.store,
+            {
+                "weights": weights_digest(self.original),
+                "tokens": self.tokens.digest(),
+                "folded": str(self.layout.folded),
+                "dtype": str(dtype),
+                "device": self.model.device.type,
+            },
+        )
+
+    def _moments_of(self, unit: Unit, moments: Moments) -> Moments:
+        """What a unit's methods read, under the name of its first member."""
+        known = moments.pooled(unit.members, unit.space.name)
+        if Statistic.READERS in unit.needs:
+            for member in unit.members:
+                space = self.layout.spaces[member]
+                found = reader_moment(self.model, self.layout, space)
+                known = known.merge(Moments({(unit.space.name, Statistic.READERS): found}))
+        return known
+
+    def _fit(self, units: tuple[Unit, ...] | list[Unit], moments: Moments) -> None:
+        with timed(self.seconds, "fit"):
+            for unit in self.progress(units, "fit bases", len(units)):
+                self.bases[unit.space.name] = self._basis(unit, moments)
+
+    def _basis(self, unit: Unit, moments: Moments) -> Basis:
+        basis = unit.rotate.fit(unit.space, self._moments_of(unit, moments))
+        if not unit.space.contains(basis.A):
+            raise InvarianceError(
+                f"rotator '{unit.rotate.name}' gave space '{unit.space.name}' a basis outside the group "
+                f"'{unit.space.group.value}', so it would not be exact. This is a fault of the method, not of the recipe."
+            )
+        return basis
+
+    def _allocate(self) -> Widths:
+        with timed(self.seconds, "select"):
+            widths = self.plan.allocate({name: basis.energy for name, basis in self.bases.items()})
+        assert widths is not None
+        return widths
+
+    def _cut(self, unit: Unit, moments: Moments, widths: Widths) -> Change:
+        basis = self.bases[unit.space.name]
+        if unit.slice is None:
+            return Change.rotation(basis.A)
+        k = widths[unit.space.name]
+        return unit.slice.cut(unit.space, basis, k, self._moments_of(unit, moments))
+
+    def _walk_sequentially(self, ahead: Moments, widths: Widths) -> None:
+        decided: dict[str, Change] = {}
+
+        def decide(name: str, moments: Moments) -> Change:
+            unit = self.unit_of[name]
+            first = unit.space.name
+            shared = len(unit.members) > 1
+            if first not in decided:
+                with timed(self.seconds, "fit"):
+                    if first not in self.bases:
+                        check_finite(moments)
+                        self.bases[first] = self._basis(unit, moments)
+                    decided[first] = self._cut(unit, ahead if shared else moments, widths)
+            return decided[first]
+
+        wanted = {m: frozenset() if len(u.members) > 1 else u.needs & MEASURED for m, u in self.unit_of.items()}
+        batches: list[walk.Batch] = []
+        start = time.perf_counter()
+        before = self.seconds.get("fit", 0.0)
+        dtype = torch.float32
+        if self.plan.wanted():
+            batches, dtype = self._batches()
+        walk.sequential(self.model, self.layout, batches, wanted, dtype, decide, self.progress)
+        spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
+        self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
+
+    def _certify(self) -> Certificate:
+        """The certificate of all bases at once, on probe tokens that need no text."""
+        bases: Mapping[str, Tensor] = {m: self.bases[u.space.name].A for m, u in self.unit_of.items()}
+        g = torch.Generator().manual_seed(self.plan.recipe.seed)
+        ids = torch.randint(0, self.original.config.vocab_size, (2, PROBE_TOKENS // 2), generator=g)
+        if self.tokens is not None:
+            ids = self.tokens.ids[:1, :PROBE_TOKENS]
+        with timed(self.seconds, "verify"):
+            certificate = certify(self.original, bases, ids, fold=self.plan.fold, tie=self.plan.recipe.tie,
+                                  seed=self.plan.recipe.seed)  # fmt: skip
+        if not certificate.passed:
+            raise CertificateError(
+                f"the rotated model's logits differ by {certificate.relative_error:.1e}, where rounding alone explains "
+                f"{certificate.tolerance:.1e} (control: {certificate.negative_control:.1e}). Nothing was cut or written."
+            )
+        return certificate

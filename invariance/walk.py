@@ -1,0 +1,195 @@
+"""The block walk: tokens pass the model one stage at a time, in the dense model (oneshot) or behind earlier cuts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .interfaces import Statistic
+from .layout import Edge, Layout
+from .modules import Stage
+from .moments import Moments, at_unit_rms, real_tokens
+from .reparametrize import reparametrize
+from .space import Change
+
+Wanted = Mapping[str, frozenset[Statistic]]
+"""Which statistics to measure of which spaces, by name."""
+
+Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
+
+
+def quiet(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
+    """The progress of somebody who does not want to see any."""
+    return items
+
+
+class _Entered(Exception):
+    """Raised where the first block begins, to keep what it was called with."""
+
+
+@dataclass
+class Batch:
+    """One batch on its way: the stream (B, T, width) and what every block is called with beside it."""
+
+    x: Tensor
+    context: dict[str, Any]
+    mask: Tensor | None
+
+
+@torch.no_grad()
+def enter(model: PreTrainedModel, layout: Layout, batches: Iterable[tuple[Tensor, Tensor]],
+          dtype: torch.dtype) -> list[Batch]:  # fmt: skip
+    """Carry token batches (ids, mask) through the embedding, up to the first block; the model's own code does it."""
+    entered: list[Batch] = []
+
+    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.pop("hidden_states")
+        context = {k: _cast(v, dtype) for k, v in kwargs.items() if k != "past_key_values"}
+        entered.append(Batch(x.to(dtype), context, mask))
+        raise _Entered
+
+    first = model.get_submodule(f"{layout.architecture.blocks}.0")
+    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        for ids, found in batches:
+            mask = None if bool(found.all()) else found
+            try:
+                model(
+                    input_ids=ids.to(model.device),
+                    attention_mask=None if mask is None else mask.long().to(model.device),
+                    use_cache=False,
+                )
+            except _Entered:
+                pass
+    finally:
+        handle.remove()
+    return entered
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    return type(value)(_cast(v, dtype) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def fast_copy(model: PreTrainedModel, edge: Edge, dtype: torch.dtype) -> Stage:
+    """A stage as it stands now, in the dtype to compute in."""
+    stage = copy.deepcopy(model.get_submodule(edge.stage)).to(dtype)
+    assert isinstance(stage, Stage)
+    return stage
+
+
+@torch.no_grad()
+def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted: Wanted, dtype: torch.dtype,
+            progress: Progress = quiet) -> Moments:  # fmt: skip
+    """All moments from the model as it is, in one pass. The batches end before the final norm."""
+    moments = Moments()
+    for edge in progress(layout.edges, "calibrate", layout.depth):
+        _measure_stream(moments, edge.source, batches, wanted)
+        stage = fast_copy(model, edge, dtype)
+        with _probes(moments, layout, edge, stage, wanted) as probe:
+            for batch in batches:
+                probe.mask = batch.mask
+                batch.x = stage(batch.x, **batch.context)
+    _measure_stream(moments, layout.points[-1], batches, wanted)
+    return moments
+
+
+@torch.no_grad()
+def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted: Wanted, dtype: torch.dtype,
+               decide: Callable[[str, Moments], Change | None], progress: Progress = quiet) -> None:  # fmt: skip
+    """Measure, decide and cut one space after the other, so that later bases see earlier cuts. Changes the model.
+
+    ``decide(space, moments)`` gives the change of a space from its own moments. A point of the stream is measured
+    on what arrives there, its writers not yet cut; spaces inside a stage on the stage's cut input. A stage whose
+    inner spaces change runs twice.
+    """
+    for edge in progress(layout.edges, "calibrate and cut", layout.depth):
+        _cut_stream(model, layout, edge.source, batches, wanted, decide)
+        inner = [n for n in _inner(layout, edge) if n in wanted]
+        if inner:
+            moments = Moments()
+            if any(wanted[n] for n in inner):
+                stage = fast_copy(model, edge, dtype)
+                with _probes(moments, layout, edge, stage, wanted) as probe:
+                    for batch in batches:
+                        probe.mask = batch.mask
+                        stage(batch.x, **batch.context)
+            changes = {n: c for n in inner if (c := decide(n, moments)) is not None}
+            reparametrize(model, layout, changes)
+        stage = fast_copy(model, edge, dtype)
+        for batch in batches:
+            batch.x = stage(batch.x, **batch.context)
+    _cut_stream(model, layout, layout.points[-1], batches, wanted, decide)
+
+
+def _cut_stream(model: PreTrainedModel, layout: Layout, point: str, batches: list[Batch], wanted: Wanted,
+                decide: Callable[[str, Moments], Change | None]) -> None:  # fmt: skip
+    if point not in wanted:
+        return
+    moments = Moments()
+    _measure_stream(moments, point, batches, wanted)
+    change = decide(point, moments)
+    if change is not None:
+        reparametrize(model, layout, {point: change})
+        for batch in batches:
+            E = change.encode[0].to(batch.x.device)
+            batch.x = (batch.x.float() @ E.float()).to(batch.x.dtype)
+
+
+def _measure_stream(moments: Moments, point: str, batches: list[Batch], wanted: Wanted) -> None:
+    statistics = wanted.get(point, frozenset())
+    for batch in batches if statistics else ():
+        x = real_tokens(batch.x, batch.mask)
+        if Statistic.RAW in statistics:
+            moments.add((point, Statistic.RAW), x)
+        if Statistic.NORMED in statistics:
+            moments.add((point, Statistic.NORMED), at_unit_rms(x))
+
+
+def _inner(layout: Layout, edge: Edge) -> list[str]:
+    """The spaces that lie inside a stage."""
+    found = {a.space for n, axes in layout.axes.items() if n.startswith(edge.stage + ".") for a in axes if a}
+    return [n for n in layout.spaces if n in found and layout.spaces[n].kind != "residual"]
+
+
+@dataclass
+class _Probe:
+    mask: Tensor | None = None
+
+
+@contextmanager
+def _probes(moments: Moments, layout: Layout, edge: Edge, stage: Stage, wanted: Wanted) -> Iterator[_Probe]:
+    """Measure the signals inside a stage while it runs: what its heads' and MLP's readers read, and its keys."""
+    probe = _Probe()
+    handles = []
+    for name in _inner(layout, edge):
+        statistics = wanted.get(name, frozenset()) & {Statistic.RAW, Statistic.NORMED}
+        if not statistics:
+            continue
+        space = layout.spaces[name]
+        kind, heads = space.kind, space.copies
+
+        def add(signal: Tensor, space: Any = space, heads: int = heads) -> None:
+            moments.add((space.name, Statistic.RAW), real_tokens(signal, probe.mask), space.copies, heads)
+
+        if kind == "qk" and stage.attention is not None:
+            handles.append(stage.attention.k.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
+        elif kind == "vo" and stage.attention is not None:
+            heads = stage.attention.heads
+            hook = lambda _m, a, add=add, heads=heads: add(a[0], heads=heads)  # noqa: E731
+            handles.append(stage.attention.out.register_forward_pre_hook(hook))
+        elif stage.mlp is not None:
+            handles.append(stage.mlp.down.register_forward_pre_hook(lambda _m, a, add=add: add(a[0])))
+    try:
+        yield probe
+    finally:
+        for handle in handles:
+            handle.remove()

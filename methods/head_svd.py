@@ -1,0 +1,47 @@
+"""Rotator `head_svd`: the whitened singular directions of a head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from invariance.interfaces import Rotator, Statistic
+from invariance.moments import Moments
+from invariance.space import Basis, Group, Space
+
+
+@dataclass(frozen=True)
+class HeadSVD(Rotator, name="head_svd"):
+    """Directions of each KV head by the energy they send through the output projection.
+
+    With C = E[z zᵀ] of the mixed values z that the output projection reads (the query heads of a group stacked) and
+    G = Σ WᵀW over those heads, keeping k columns of A = C^-½ V, where G^½ C^½ = U Σ Vᵀ, minimises
+    tr (I − P) C (I − P)ᵀ G over all projections P of rank k. Energies are Σ². Exact while k = d.
+
+    Source: Lin et al. 2024 (MoDeGPT), arXiv:2408.09632, algorithm 3, with the output's moment in place of the
+    input's, so that attention's mixing counts.
+    """
+
+    floor: float = 1e-9  # eigenvalues of C below this fraction of the largest are raised to it
+    produces = Group.INVERTIBLE
+    kinds = frozenset({"vo"})
+    needs = frozenset({Statistic.RAW, Statistic.READERS})
+
+    def __post_init__(self) -> None:
+        if not 0 < self.floor < 1:
+            raise ValueError("floor must be between 0 and 1")
+
+    def fit(self, space: Space, moments: Moments) -> Basis:
+        half, inverse = _root(moments.second(space), self.floor)
+        G_half, _ = _root(moments.second(space, Statistic.READERS), 1e-15)
+        _, sigma, Vt = torch.linalg.svd(G_half @ half)
+        return Basis(inverse @ Vt.mT, sigma.square())
+
+
+def _root(C: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """C^½ and C^-½ of a positive semi-definite matrix, its eigenvalues floored."""
+    values, Q = torch.linalg.eigh(C)
+    values = values.clamp_min(floor * values.amax(-1, keepdim=True)).clamp_min(torch.finfo(C.dtype).tiny)
+    root = values.sqrt().unsqueeze(-2)
+    return (Q * root) @ Q.mT, (Q / root) @ Q.mT

@@ -1,0 +1,25 @@
+"""Rotator `identity`: the basis that is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from invariance.interfaces import Rotator
+from invariance.moments import Moments
+from invariance.space import Basis, Group, Space
+
+
+@dataclass(frozen=True)
+class Identity(Rotator, name="identity"):
+    """The basis that is there: the baseline against which every other is judged.
+
+    All directions count alike, so slicing keeps the first k. No calibration.
+    """
+
+    produces = Group.IDENTITY
+
+    def fit(self, space: Space, moments: Moments) -> Basis:
+        eye = torch.eye(space.dim, dtype=torch.float64).repeat(space.copies, 1, 1)
+        return Basis(eye, torch.ones(space.copies, space.dim, dtype=torch.float64))

@@ -1,0 +1,41 @@
+"""Slicer `least_squares`: keep the first k directions and refit the readers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from invariance.interfaces import Slicer, Statistic
+from invariance.moments import Moments
+from invariance.space import Basis, Change, Space
+
+
+@dataclass(frozen=True)
+class LeastSquares(Slicer, name="least_squares"):
+    """Keep the first k directions, and let the readers make up for what is gone.
+
+    With E the kept columns of A and C the second moment that the readers see, D = C E (EᵀC E + λI)⁻¹ minimises
+    E‖x − D Eᵀx‖² + λ‖D‖², with λ = ridge × the mean diagonal entry of EᵀC E. On an MLP, where E picks channels, this
+    is Nyström's and OBS's compensation; with principal axes it is `truncate`.
+
+    Source: Lin et al. 2024 (MoDeGPT), arXiv:2408.09632, theorem 1; Hassibi and Stork 1992 for one channel at a time.
+    """
+
+    ridge: float = 1e-6
+    needs = frozenset({Statistic.SEEN})
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ridge < 1:
+            raise ValueError("ridge must be at least 0 and below 1")
+
+    def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:
+        if k == space.dim:
+            return Change.rotation(basis.A)
+        C = moments.second(space, Statistic.SEEN)
+        E = basis.A[..., :k].contiguous()
+        CE = C @ E
+        S = E.mT @ CE
+        scale = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(torch.finfo(S.dtype).tiny)
+        S = S + max(self.ridge, 1e-14) * scale * torch.eye(k, dtype=S.dtype)
+        return Change(E, torch.linalg.solve(S, CE.mT).mT.contiguous())

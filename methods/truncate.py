@@ -1,0 +1,25 @@
+"""Slicer `truncate`: keep the first k directions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from invariance.interfaces import Slicer
+from invariance.moments import Moments
+from invariance.space import Basis, Change, Space
+
+
+@dataclass(frozen=True)
+class Truncate(Slicer, name="truncate"):
+    """Keep the first k directions of the basis; nobody makes up for the rest.
+
+    E and D are the first k columns of A and A⁻ᵀ, so E Dᵀ is a projector.
+
+    Source: Ashkboos et al. 2024, arXiv:2401.15024, section 3.4.
+    """
+
+    def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:
+        whole = Change.rotation(basis.A)
+        return Change(whole.encode[..., :k].contiguous(), whole.decode[..., :k].contiguous())

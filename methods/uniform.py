@@ -1,0 +1,71 @@
+"""Selector `uniform`: the same share of every space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from invariance.errors import InputError
+from invariance.interfaces import Selector
+from invariance.space import Space
+
+from ._widths import rounded
+
+
+@dataclass(frozen=True)
+class Uniform(Selector, name="uniform"):
+    """Every space keeps the same fraction of its directions (``keep``), or the same number (``width``).
+
+    The number is rounded down to ``multiple_of``. With neither, the recipe's budget decides the fraction: the largest
+    that stays within it.
+    """
+
+    keep: float | None = None
+    width: int | None = None
+    multiple_of: int = 1
+    alternatives: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"keep", "width"}),)
+
+    def __post_init__(self) -> None:
+        if self.keep is not None and self.width is not None:
+            raise ValueError("give `keep` (a fraction) or `width` (a number), not both")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise ValueError("keep must be above 0 and at most 1")
+        if self.width is not None and self.width < 1:
+            raise ValueError("width must be at least 1")
+        if self.multiple_of < 1:
+            raise ValueError("multiple_of must be at least 1")
+
+    @property
+    def needs_budget(self) -> bool:  # type: ignore[override]
+        return self.keep is None and self.width is None
+
+    def allocate(
+        self,
+        spectra: Mapping[Space, Float64[Tensor, "c d"] | None],
+        cost: Callable[[Mapping[Space, int]], int],
+        budget: int | None,
+    ) -> Mapping[Space, int]:
+        if self.width is not None:
+            for space in spectra:
+                if self.width > space.dim:
+                    raise InputError(
+                        f"width {self.width} is more than the {space.dim} directions of space '{space.name}'. "
+                        "Give a smaller width, or a fraction (`keep`)."
+                    )
+            return {space: rounded(self.width, space, self.multiple_of) for space in spectra}
+        if self.keep is not None:
+            return {space: rounded(self.keep * space.dim, space, self.multiple_of) for space in spectra}
+        assert budget is not None
+        steps = max(space.dim for space in spectra)
+        for step in range(steps, 0, -1):
+            widths = {space: rounded(step / steps * space.dim, space, self.multiple_of) for space in spectra}
+            if cost(widths) <= budget:
+                return widths
+        raise InputError(
+            f"the budget of {budget:,} parameters cannot be met: these spaces at their narrowest leave "
+            f"{cost(widths):,}. Raise the budget, or cut more spaces."
+        )
