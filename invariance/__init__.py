@@ -1,0 +1,26 @@
+"""Exact changes of basis of transformer language models, and compression by slicing them."""
+
+from . import checkpoint as _checkpoint  # registers the model type with transformers
+from .errors import CertificateError, InputError, InvarianceError
+from .interfaces import Rotator, Selector, Slicer, Statistic
+from .recipe import Recipe, load_recipe
+from .run import compress, load
+from .space import Basis, Change, Group, Space
+
+__all__ = [
+    "Basis",
+    "CertificateError",
+    "Change",
+    "Group",
+    "InputError",
+    "InvarianceError",
+    "Recipe",
+    "Rotator",
+    "Selector",
+    "Slicer",
+    "Space",
+    "Statistic",
+    "compress",
+    "load",
+    "load_recipe",
+]

@@ -33,7 +33,9 @@ def canonicalize(model: PreTrainedModel, *, fold: bool, tie: str = "untie") -> L
         for edge in layout.edges:
             stage = model.get_submodule(edge.stage)
             assert isinstance(stage, Stage)
-            readers = [getattr(b, n) for b in stage.branches for n in ("q", "k", "v", "gate", "up") if hasattr(b, n)]
+            readers = [
+                getattr(b, n) for b in stage.branches for n in ("q", "k", "v", "gate", "up") if hasattr(b, n)
+            ]
             _fold(stage.norm, [r for r in readers if r is not None])
         _fold_head(model, layout, tie)
         if layout.centred:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 
 from .canonical import canonicalize
 from .families import architecture
-from .layout import Layout, label
+from .layout import Layout, label, layout_of
 from .modules import Stage
 from .reparametrize import reparametrize
 from .space import Change
@@ -98,7 +98,9 @@ AutoConfig.register("invariance", InvarianceConfig)
 AutoModelForCausalLM.register(InvarianceConfig, InvarianceForCausalLM)
 
 
-def wrap(inner: PreTrainedModel, layout: Layout, original: PretrainedConfig, tie: str) -> InvarianceForCausalLM:
+def wrap(
+    inner: PreTrainedModel, layout: Layout, original: PretrainedConfig, tie: str
+) -> InvarianceForCausalLM:
     """A restructured, changed model as one that saves and loads; ``original`` is the config it came with."""
     now = label(inner)
     config = InvarianceConfig(
@@ -130,3 +132,11 @@ def _shaped(config: InvarianceConfig) -> PreTrainedModel:
         empty = torch.empty(shape, dtype=like.dtype, device=like.device)
         stage.shortcut = nn.Parameter(empty) if edge.stage in config.shortcuts else None
     return inner
+
+
+def layout_of_config(config: PretrainedConfig) -> Layout:
+    """The layout of a checkpoint, dense or sliced, from its config alone. Raises InputError."""
+    if not isinstance(config, InvarianceConfig):
+        return layout_of(config)
+    with torch.device("meta"):
+        return label(InvarianceForCausalLM(config).inner)

@@ -31,12 +31,16 @@ def perplexity(model: PreTrainedModel, tokens: Tokens, batch: int = 8, progress:
 
 
 @torch.no_grad()
-def tokens_per_second(models: dict[str, PreTrainedModel], length: int = 256, repeats: int = 5) -> dict[str, float]:
+def tokens_per_second(
+    models: dict[str, PreTrainedModel], length: int = 256, repeats: int = 5
+) -> dict[str, float]:
     """Prefill throughput of one sequence of ``length`` tokens, the models in turn, medians over ``repeats`` rounds."""
     times: dict[str, list[float]] = {name: [] for name in models}
     for n in range(repeats + 1):
         for name, model in models.items():
-            ids = torch.arange(length, device=model.device).remainder(model.get_input_embeddings().weight.shape[0])[None]
+            ids = torch.arange(length, device=model.device).remainder(
+                model.get_input_embeddings().weight.shape[0]
+            )[None]
             start = time.perf_counter()
             model(input_ids=ids, use_cache=False)
             if model.device.type == "cuda":

@@ -14,7 +14,9 @@ from .modules import Norm
 from .verify import logits, relative_error, tolerance
 
 
-def stock(model: PreTrainedModel, layout: Layout, dense: Layout, original: PretrainedConfig) -> tuple[PreTrainedModel | None, str]:
+def stock(
+    model: PreTrainedModel, layout: Layout, dense: Layout, original: PretrainedConfig
+) -> tuple[PreTrainedModel | None, str]:
     """The model under a config of plain transformers, or None and the reason why there is none.
 
     ``layout`` is that of the canonical form before it was changed, ``dense`` that of the model as it came. With one residual basis of width k, RMS over k
@@ -29,7 +31,10 @@ def stock(model: PreTrainedModel, layout: Layout, dense: Layout, original: Pretr
     found = {n: tuple(t.shape) for n, t in weights.items()}
     if found != expected:
         odd = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
-        return None, f"a stock '{config.model_type}' has another '{odd[0]}' ({expected.get(odd[0])}, not {found.get(odd[0])})"
+        return (
+            None,
+            f"a stock '{config.model_type}' has another '{odd[0]}' ({expected.get(odd[0])}, not {found.get(odd[0])})",
+        )
     made = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device).eval()
     made.load_state_dict(weights, strict=False)
     made.generation_config = copy.deepcopy(model.generation_config)
@@ -40,7 +45,9 @@ def stock(model: PreTrainedModel, layout: Layout, dense: Layout, original: Pretr
     return made, ""
 
 
-def _config(layout: Layout, now: Layout, centred: bool, original: PretrainedConfig) -> tuple[PretrainedConfig | None, str]:
+def _config(
+    layout: Layout, now: Layout, centred: bool, original: PretrainedConfig
+) -> tuple[PretrainedConfig | None, str]:
     """A config of the family, or of one that holds the same function, with the widths that the model has now."""
     widths: dict[str, int] = {}
     for kind in KINDS:
@@ -53,9 +60,15 @@ def _config(layout: Layout, now: Layout, centred: bool, original: PretrainedConf
     if layout.folded and centred:
         return None, "a rotated stream under LayerNorm needs norms that subtract no mean"
     if layout.folded and now.tied:
-        return None, "the tied head reads the table through a k×k matrix; `tie: untie` makes a stock checkpoint"
+        return (
+            None,
+            "the tied head reads the table through a k×k matrix; `tie: untie` makes a stock checkpoint",
+        )
     if widths["vo"] != widths["qk"]:
-        return None, f"value heads have {widths['vo']} dims and query/key heads {widths['qk']}; a stock config has one head_dim"
+        return (
+            None,
+            f"value heads have {widths['vo']} dims and query/key heads {widths['qk']}; a stock config has one head_dim",
+        )
     d, k = layout.spaces[layout.points[0]].dim, widths["residual"]
     values = original.to_dict()
     for key in ("architectures", "quantization_config", "model_type"):
@@ -87,14 +100,20 @@ def _weights(model: PreTrainedModel, layout: Layout, now: Layout) -> dict[str, T
         path, _, leaf = name.rpartition(".")
         if leaf in ("weight", "bias"):
             weights[f"{names.get(path, path)}.{leaf}"] = parameter.detach()
-    norms = {f"{e.stage}.norm": names[f"{e.stage}.norm"] for e in layout.edges} | {arch.final_norm: arch.final_norm}
+    norms = {f"{e.stage}.norm": names[f"{e.stage}.norm"] for e in layout.edges} | {
+        arch.final_norm: arch.final_norm
+    }
     for path, theirs in norms.items():
         norm = model.get_submodule(path)
         assert isinstance(norm, Norm)
         weights.pop(f"{theirs}.bias", None)
         k = now.spaces[layout.points[-1]].dim
         like = next(model.get_submodule(layout.edges[0].stage).parameters())
-        gain = norm.gain if norm.gain is not None else torch.full((k,), (norm.d / k) ** 0.5, dtype=like.dtype, device=like.device)
+        gain = (
+            norm.gain
+            if norm.gain is not None
+            else torch.full((k,), (norm.d / k) ** 0.5, dtype=like.dtype, device=like.device)
+        )
         weights[f"{theirs}.weight"] = gain.detach()
         if norm.bias is not None:
             weights[f"{theirs}.bias"] = norm.bias.detach()

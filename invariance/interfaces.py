@@ -72,8 +72,12 @@ class Rotator(Method, ABC):
 
     kind = "rotate"
     produces: ClassVar[Group]  # must be included in the space's group, or the plan is refused
-    kinds: ClassVar[frozenset[str]] = frozenset({"residual", "mlp", "vo", "qk"})  # the spaces it makes sense on
-    width_limit: ClassVar[Callable[[int], str | None]] = staticmethod(any_width)  # why a width cannot be served
+    kinds: ClassVar[frozenset[str]] = frozenset(
+        {"residual", "mlp", "vo", "qk"}
+    )  # the spaces it makes sense on
+    width_limit: ClassVar[Callable[[int], str | None]] = staticmethod(
+        any_width
+    )  # why a width cannot be served
 
     @abstractmethod
     def fit(self, space: Space, moments: Moments) -> Basis:
@@ -154,4 +158,6 @@ def load_plugin(module: str) -> None:
         else:
             importlib.import_module(module)
     except (ImportError, FileNotFoundError) as e:
-        raise InputError(f"--plugin {module}: cannot be imported ({e}). Give a module on the path, or a .py file.") from e
+        raise InputError(
+            f"--plugin {module}: cannot be imported ({e}). Give a module on the path, or a .py file."
+        ) from e

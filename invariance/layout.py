@@ -114,7 +114,9 @@ class Layout:
             return "shortcuts" if name.endswith(".shortcut") else "blocks"
         return "head"
 
-    def parameters(self, widths: Mapping[str, int], segments: Mapping[str, object] | None = None) -> Parameters:
+    def parameters(
+        self, widths: Mapping[str, int], segments: Mapping[str, object] | None = None
+    ) -> Parameters:
         """What a choice of widths stores. ``segments``: which points of the stream share a basis, by equal values."""
         segments = segments or {}
         count = dict.fromkeys(("embedding", "blocks", "shortcuts", "head"), 0)
@@ -197,7 +199,9 @@ def label(model: PreTrainedModel) -> Layout:
     for embedding in arch.embed:
         axes[f"{embedding}.weight"] = (None, Axis(first, Role.WRITE))
     final = model.get_submodule(arch.final_norm)
-    mixed = isinstance(final, nn.Sequential)  # a tied head behind a k×k matrix: the table's own basis is x.0.0's
+    mixed = isinstance(
+        final, nn.Sequential
+    )  # a tied head behind a k×k matrix: the table's own basis is x.0.0's
     norm = final[0] if isinstance(final, nn.Sequential) else final
     assert isinstance(norm, modules.Norm)
     tied = f"{arch.head}.weight" not in shapes

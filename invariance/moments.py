@@ -55,7 +55,9 @@ class Moments:
 
     def add(self, key: Key, x: Float[Tensor, "n cd"], copies: int = 1, heads: int = 1) -> None:
         """Take in n tokens of a signal whose last axis holds ``heads`` runs of d, neighbours sharing a copy."""
-        moment = Moment(outer(rearrange(x, "n (c r d) -> c (n r) d", c=copies, r=heads // copies)), x.shape[0])
+        moment = Moment(
+            outer(rearrange(x, "n (c r d) -> c (n r) d", c=copies, r=heads // copies)), x.shape[0]
+        )
         self.known[key] = self.known[key] + moment if key in self.known else moment
 
     def merge(self, other: Moments) -> Moments:
@@ -86,7 +88,7 @@ def outer(x: Float[Tensor, "c n d"]) -> Float64[Tensor, "c d d"]:
 @contextmanager
 def _exact_fast_products(allowed: bool) -> Iterator[None]:
     """Let float32 products round their FACTORS to bfloat16 or TF32: no loss when the factors are bfloat16 already."""
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
     before = cpu.fp32_precision, cuda.fp32_precision
     try:
         cpu.fp32_precision, cuda.fp32_precision = ("bf16", "tf32") if allowed else ("ieee", "ieee")

@@ -94,25 +94,24 @@ class _Run:
         if plan.recipe.order == "oneshot":
             moments = self._calibrate(plan.wanted())
             self._fit(plan.units, moments)
-            widths = self._allocate()
+            chosen = self._allocate()
             certificate = self._certify()
             with timed(self.seconds, "slice"):
                 for unit in plan.units:
-                    change = self._cut(unit, moments, widths)
+                    change = self._cut(unit, moments, chosen)
                     self.changes |= dict.fromkeys(unit.members, change)
                 reparametrize(self.model, self.layout, self.changes)
         else:
-            widths = plan.allocate(None)
+            widths: Widths | None = plan.allocate(None)
             ahead = [u for u in plan.units if widths is None or len(u.members) > 1]
             moments = self._calibrate({m: n for m, n in plan.wanted().items() if self.unit_of[m] in ahead})
             self._fit(ahead, moments)
-            widths = self._allocate() if widths is None else widths
-            if widths is not None:
-                self._forget_all_but_shared()
-            self._walk_sequentially(moments, widths)
+            chosen = self._allocate() if widths is None else widths
+            self._forget_all_but_shared()
+            self._walk_sequentially(moments, chosen)
             certificate = self._certify()
         spectra = {name: basis.energy for name, basis in self.bases.items()}
-        return Sliced(self.model, self.layout, widths, spectra, certificate, self.seconds)
+        return Sliced(self.model, self.layout, chosen, spectra, certificate, self.seconds)
 
     def _forget_all_but_shared(self) -> None:
         """Bases of one space alone are fitted again, behind the cuts before it; shared ones must stand beforehand."""
@@ -135,7 +134,9 @@ class _Run:
         calibrate = self.plan.recipe.calibrate
         assert calibrate is not None and self.tokens is not None
         dtype = calibration_dtype(calibrate.dtype, self.model.device)
-        return walk.enter(self.model, self.layout, self.tokens.batches(calibrate.batch), dtype), dtype
+        # Following the dense stream needs the small difference of two large streams.
+        stream = torch.float32 if self.plan.recipe.order == "dense_target" else dtype
+        return walk.enter(self.model, self.layout, self.tokens.batches(calibrate.batch), dtype, stream), dtype
 
     def _calibrate(self, wanted: walk.Wanted) -> Moments:
         """The moments of the dense model: from the store where it has them, else from one walk."""
@@ -167,6 +168,7 @@ class _Run:
             self.store,
             {
                 "weights": weights_digest(self.original),
+                "config": self.original.config.to_json_string(use_diff=False),
                 "tokens": self.tokens.digest(),
                 "folded": str(self.layout.folded),
                 "dtype": str(dtype),
@@ -226,14 +228,17 @@ class _Run:
                     decided[first] = self._cut(unit, ahead if shared else moments, widths)
             return decided[first]
 
-        wanted = {m: frozenset() if len(u.members) > 1 else u.needs & MEASURED for m, u in self.unit_of.items()}
+        wanted = {
+            m: frozenset() if len(u.members) > 1 else u.needs & MEASURED for m, u in self.unit_of.items()
+        }
         batches: list[walk.Batch] = []
         start = time.perf_counter()
         before = self.seconds.get("fit", 0.0)
         dtype = torch.float32
         if self.plan.wanted():
             batches, dtype = self._batches()
-        walk.sequential(self.model, self.layout, batches, wanted, dtype, decide, self.progress)
+        walk.sequential(self.model, self.layout, batches, wanted, dtype, decide,
+                        follow=self.plan.recipe.order == "dense_target", progress=self.progress)  # fmt: skip
         spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
 

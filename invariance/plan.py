@@ -195,7 +195,9 @@ def _check_unit(recipe: Recipe, unit: Unit) -> None:
             f"'{space.name}' is none. Use another rotator for this step, or limit it to those spaces."
         )
     if (why := rotator.width_limit(space.dim)) is not None:
-        raise InputError(f"{where}: space '{space.name}': {why}. Use another rotator, such as random_orthogonal.")
+        raise InputError(
+            f"{where}: space '{space.name}': {why}. Use another rotator, such as random_orthogonal."
+        )
     if Statistic.NORMED in unit.needs and space.kind != "residual":
         raise InputError(
             f"{where}: '{rotator.name}' asks for the normed signal, and no norm stands on space '{space.name}'. "

@@ -21,6 +21,7 @@ from pydantic import (
     Discriminator,
     Field,
     PlainSerializer,
+    PrivateAttr,
     PydanticUserError,
     Tag,
     TypeAdapter,
@@ -220,6 +221,7 @@ class Evaluate(_Part):
 
 Steps = Annotated[tuple[Step, ...], Field(min_length=1), BeforeValidator(_tuple)]
 Evaluations = Annotated[tuple[Evaluate, ...], BeforeValidator(_tuple)]
+Order = Literal["oneshot", "sequential", "dense_target"]
 
 
 class Recipe(_Part):
@@ -227,12 +229,28 @@ class Recipe(_Part):
 
     model: Word  # a hub id, a folder, a GGUF file or packaged:NAME
     calibrate: Calibrate | None = None  # the data on which moments are measured, as in {data: wikitext2}
-    order: Literal["oneshot", "sequential"] = "oneshot"  # whether later bases see earlier cuts (sequential)
+    order: Order = (
+        "oneshot"  # moments of the dense model; or behind earlier cuts; or also refit to the dense stream
+    )
     budget: Budget | None = None  # what `select` may spend over all steps, as in {parameters: 0.8}
     tie: Literal["keep", "untie"] = "untie"  # whether tied embeddings stay tied
     seed: Seed = 0  # the seed of all that is random, a whole number from 0
     steps: Steps  # what is done to which spaces, as in [{spaces: residual, rotate: pca}]
     evaluate: Evaluations = ()  # what is measured, as in [{perplexity: {data: wikitext2}}]
+
+    _root: Any = PrivateAttr(default=None)  # the text it was read from
+
+    def __eq__(self, other: object) -> bool:  # wherever they were read from
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
+
+    def where(self, *path: str | int) -> str:
+        """The file and line (or the flag) at which a part of the recipe stands, or the nearest part above it."""
+        node: _Located | None = self._root
+        where = node.where if node else "<recipe>"
+        for key in path:
+            node = node.child(key) if node else None
+            where = node.where if node else where
+        return where
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -443,10 +461,13 @@ def _rivals(path: Sequence[str]) -> set[str]:
 
 def _validate(root: _Located) -> Recipe:
     try:
-        return Recipe.model_validate(root.plain())
+        recipe = Recipe.model_validate(root.plain())
     except ValidationError as e:
-        told = [(error["type"] == "missing", *_explain(error, root)) for error in e.errors()]
+        later = {"missing": 1, "too_short": 2}  # they follow from a misspelt key, from an item that is wrong
+        told = [(later.get(error["type"], 0), *_explain(error, root)) for error in e.errors()]
         raise InputError(min(told)[-1]) from None
+    recipe._root = root
+    return recipe
 
 
 def _explain(error: Any, root: _Located) -> tuple[int, str]:

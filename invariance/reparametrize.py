@@ -41,12 +41,17 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
             _change_edge(model, layout, edge, changes)
 
 
-def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor, "..."]:
+def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor, ...]:
     """One axis of a weight, in ``heads`` runs of d, against the change's d × k of the copy that each head uses."""
     X = (change.decode if axis.role is Role.READ else change.encode).to(W.device)
     if axis.role is Role.GATE:
         X = (X != 0).to(X.dtype)
     if axis.heads == 1:
+        chosen = X[0] != 0
+        if not X.is_meta and bool((chosen.sum(0) == 1).all()):  # columns that pick and scale: no product
+            index = chosen.int().argmax(0)
+            shape = [-1 if i == dim else 1 for i in range(W.ndim)]
+            return W.index_select(dim, index) * X[0][index, torch.arange(len(index))].view(shape)
         return torch.tensordot(W, X[0], ([dim], [0])).movedim(-1, dim)
     X = repeat(X, "c d k -> (c r) d k", r=axis.heads // X.shape[0])
     W = rearrange(W.movedim(dim, -1), "... (h d) -> ... h d", h=axis.heads)
@@ -69,7 +74,9 @@ def _change_edge(model: PreTrainedModel, layout: Layout, edge: Edge, changes: Ma
         M = source.decode[0].to(M.device).mT @ M
     if target is not None:
         M = M @ target.encode[0].to(M.device)
-    stage.shortcut = None if is_identity(M) else nn.Parameter(M.to(like.dtype), requires_grad=like.requires_grad)
+    stage.shortcut = (
+        None if is_identity(M) else nn.Parameter(M.to(like.dtype), requires_grad=like.requires_grad)
+    )
 
 
 def is_identity(M: Float64[Tensor, "s t"]) -> bool:

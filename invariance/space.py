@@ -24,7 +24,9 @@ class Group(Enum):
     POSITIVE_MONOMIAL = "permutation and positive scale"  # under ReLU
     MONOMIAL = "permutation and scale"  # the linear branch of a gated MLP
     ORTHOGONAL = "orthogonal"
-    ROTARY = "one complex scale per frequency pair"  # under rotary positions; invertible on the dims they spare
+    ROTARY = (
+        "one complex scale per frequency pair"  # under rotary positions; invertible on the dims they spare
+    )
     INVERTIBLE = "invertible"
 
     def __le__(self, other: Group) -> bool:

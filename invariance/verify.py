@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .canonical import canonicalize
-from .families import architecture
 from .layout import Layout
 from .reparametrize import reparametrize
 from .space import Change
@@ -87,6 +86,11 @@ def canonical_copy(model: PreTrainedModel, fold: bool, tie: str) -> tuple[PreTra
     return twin, canonicalize(twin, fold=fold, tie=tie)
 
 
+def canonical_layout(model: PreTrainedModel) -> Layout:
+    """The layout of a model's folded form; of a model as it is, if it was folded or restructured before."""
+    return canonicalize(copy.deepcopy(model).to(device="meta"), fold=True)
+
+
 def half(layout: Layout, names: Mapping[str, Any], seed: int) -> dict[str, Change]:
     """Random elements of the named spaces' groups, on the writers alone: no rotation of anything."""
     changes = {}
@@ -105,6 +109,3 @@ def random_bases(layout: Layout, seed: int = 0) -> dict[str, Tensor]:
 @torch.no_grad()
 def logits(model: PreTrainedModel, ids: Int[Tensor, "B T"]) -> Tensor:
     return model(input_ids=ids.to(model.device), use_cache=False).logits
-
-
-__all__ = ["Certificate", "architecture", "certify", "exact_copy", "random_bases", "relative_error", "tolerance"]

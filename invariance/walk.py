@@ -16,6 +16,7 @@ from .interfaces import Statistic
 from .layout import Edge, Layout
 from .modules import Stage
 from .moments import Moments, at_unit_rms, real_tokens
+from .refit import Follower
 from .reparametrize import reparametrize
 from .space import Change
 
@@ -45,14 +46,17 @@ class Batch:
 
 @torch.no_grad()
 def enter(model: PreTrainedModel, layout: Layout, batches: Iterable[tuple[Tensor, Tensor]],
-          dtype: torch.dtype) -> list[Batch]:  # fmt: skip
-    """Carry token batches (ids, mask) through the embedding, up to the first block; the model's own code does it."""
+          dtype: torch.dtype, stream: torch.dtype | None = None) -> list[Batch]:  # fmt: skip
+    """Carry token batches (ids, mask) through the embedding, up to the first block; the model's own code does it.
+
+    Branches compute in ``dtype``; the residual stream is kept in ``stream``, by default the same.
+    """
     entered: list[Batch] = []
 
     def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.pop("hidden_states")
         context = {k: _cast(v, dtype) for k, v in kwargs.items() if k != "past_key_values"}
-        entered.append(Batch(x.to(dtype), context, mask))
+        entered.append(Batch(x.to(stream or dtype), context, mask))
         raise _Entered
 
     first = model.get_submodule(f"{layout.architecture.blocks}.0")
@@ -104,14 +108,18 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
 
 @torch.no_grad()
 def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted: Wanted, dtype: torch.dtype,
-               decide: Callable[[str, Moments], Change | None], progress: Progress = quiet) -> None:  # fmt: skip
+               decide: Callable[[str, Moments], Change | None], *, follow: bool = False,
+               progress: Progress = quiet) -> None:  # fmt: skip
     """Measure, decide and cut one space after the other, so that later bases see earlier cuts. Changes the model.
 
     ``decide(space, moments)`` gives the change of a space from its own moments. A point of the stream is measured
     on what arrives there, its writers not yet cut; spaces inside a stage on the stage's cut input. A stage whose
-    inner spaces change runs twice.
+    inner spaces change runs twice. With ``follow``, the dense model walks beside, and after each stage is cut, what
+    writes the stream is refit to bring it back to the dense one (refit.py).
     """
+    dense = [batch.x for batch in batches] if follow else []
     for edge in progress(layout.edges, "calibrate and cut", layout.depth):
+        uncut = fast_copy(model, edge, dtype) if follow else None
         _cut_stream(model, layout, edge.source, batches, wanted, decide)
         inner = [n for n in _inner(layout, edge) if n in wanted]
         if inner:
@@ -125,6 +133,13 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
             changes = {n: c for n in inner if (c := decide(n, moments)) is not None}
             reparametrize(model, layout, changes)
         stage = fast_copy(model, edge, dtype)
+        if uncut is not None:
+            follower = Follower(edge, stage)
+            for n, batch in enumerate(batches):
+                dense[n] = uncut(dense[n], **batch.context)
+                follower.add(n, stage(batch.x, **batch.context), dense[n], batch.mask)
+            follower.refit(model)
+            stage = fast_copy(model, edge, dtype)
         for batch in batches:
             batch.x = stage(batch.x, **batch.context)
     _cut_stream(model, layout, layout.points[-1], batches, wanted, decide)

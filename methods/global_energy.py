@@ -46,7 +46,9 @@ class GlobalEnergy(Selector, name="global_energy"):
         budget: int | None,
     ) -> Mapping[Space, int]:
         assert budget is not None
-        shares = {s: (e.sum(0) / e.sum().clamp_min(1e-300)).tolist() for s, e in spectra.items() if e is not None}
+        shares = {
+            s: (e.sum(0) / e.sum().clamp_min(1e-300)).tolist() for s, e in spectra.items() if e is not None
+        }
         widths = {s: s.dim for s in shares}
         spent = cost(widths)
         queue: list[tuple[float, int, Space, int, int]] = []

@@ -111,7 +111,14 @@ def _conference(q: int, skew: bool) -> Float64[Tensor, "q1 q1"]:
 
 def _williamson92() -> Float64[Tensor, "92 92"]:
     """Four symmetric circulants of order 23 with A² + B² + C² + D² = 92 I, in Williamson's array."""
-    rows = ("++---+---+-++-+---+---+", "+-++-++--++++++--++-++-", "+++---++-+-++-+-++---++", "+++-+++-+------+-+++-++")
-    A, B, C, D = (torch.from_numpy(circulant([1.0 if x == "+" else -1.0 for x in row])).double() for row in rows)
+    rows = (
+        "++---+---+-++-+---+---+",
+        "+-++-++--++++++--++-++-",
+        "+++---++-+-++-+-++---++",
+        "+++-+++-+------+-+++-++",
+    )
+    A, B, C, D = (
+        torch.from_numpy(circulant([1.0 if x == "+" else -1.0 for x in row])).double() for row in rows
+    )
     array = ((A, B, C, D), (-B, A, -D, C), (-C, D, A, -B), (-D, -C, B, A))
     return torch.cat([torch.cat(row, 1) for row in array])

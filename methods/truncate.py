@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from invariance.interfaces import Slicer
 from invariance.moments import Moments
 from invariance.space import Basis, Change, Space

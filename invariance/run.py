@@ -1,0 +1,264 @@
+"""A whole run: a model and a recipe in, a smaller model and a report out, and the folder that both are written to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .checkpoint import InvarianceForCausalLM, wrap
+from .data import Tokens, load_tokens
+from .errors import InputError
+from .evaluate import perplexity, sample, tokens_per_second
+from .export import stock
+from .files import replacing, write_json, write_text
+from .layout import Parameters
+from .models import cache_dir, load_config, load_model, load_tokenizer
+from .pipeline import Sliced, slice_model, timed
+from .plan import Plan, plan
+from .recipe import Recipe, load_recipe
+from .walk import Progress, quiet
+
+PROMPT = "The people of the United States"
+PACKAGES = ("invariance", "torch", "transformers", "safetensors", "numpy", "scipy")
+
+
+@dataclass
+class Outcome:
+    """The sliced model, ready to generate and save, and all that is known of how it came about."""
+
+    model: PreTrainedModel
+    report: dict[str, Any]
+    spectra: dict[str, list[float]]
+
+
+@dataclass
+class Data:
+    """The tokens that a recipe speaks of, read before anything is computed."""
+
+    calibration: Tokens | None
+    evaluations: dict[str, tuple[Tokens, int]]  # by name, with the batch size
+
+
+def compress(model: PreTrainedModel, recipe: Recipe | str | Path | Mapping[str, Any], *, tokenizer: Any = None,
+             progress: Progress = quiet) -> PreTrainedModel:  # fmt: skip
+    """A smaller model, by a recipe (an object, a file, or a mapping); the model given is left as it is.
+
+    It generates, saves with ``save_pretrained`` and loads again: under a stock config where one basis and uniform
+    widths allow it, else through ``AutoModelForCausalLM`` once ``invariance`` is imported. ``tokenizer`` is needed
+    where the recipe's data is text; by default the one of ``recipe.model``. The recipe's ``evaluate`` is not run.
+
+    Raises InputError for a recipe, model or data that cannot be, CertificateError for a rotation that is not exact.
+    """
+    return outcome(model, as_recipe(recipe), tokenizer=tokenizer, evaluate=False, progress=progress).model
+
+
+def load(path: str, **options: Any) -> PreTrainedModel:
+    """A model from disk, the hub, a GGUF file or ``packaged:``; sliced or dense. Options as ``models.load_model``."""
+    return load_model(path, **options)
+
+
+def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
+
+
+def read_data(recipe: Recipe, config: PretrainedConfig, tokenizer: Any, evaluate: bool = True) -> Data:
+    """All the tokens that a recipe names. Raises InputError, with the recipe's line."""
+    vocabulary = config.vocab_size
+
+    def read(spec: Any, *where: str | int) -> Tokens:
+        return load_tokens(spec.data, tokenizer, vocab_size=vocabulary, split=spec.split, sequences=spec.sequences,
+                           tokens=spec.tokens, where=recipe.where(*where))  # fmt: skip
+
+    calibration = read(recipe.calibrate, "calibrate", "data") if recipe.calibrate else None
+    evaluations = {
+        e.perplexity.label: (read(e.perplexity, "evaluate", n, "perplexity", "data"), e.perplexity.batch)
+        for n, e in enumerate(recipe.evaluate if evaluate else ())
+    }
+    return Data(calibration, evaluations)
+
+
+def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, evaluate: bool = True,
+            data: Data | None = None, progress: Progress = quiet) -> Outcome:  # fmt: skip
+    """Slice, export and, if asked, measure a model by a recipe."""
+    chart = plan(recipe, model.config)
+    if tokenizer is None and recipe.calibrate and not recipe.calibrate.data.endswith(".npy"):
+        tokenizer = load_tokenizer(recipe.model)
+    data = data or read_data(recipe, model.config, tokenizer, evaluate)
+    sliced = slice_model(model, chart, data.calibration if chart.wanted() else None, store=cache_dir("moments"),
+                         progress=progress)  # fmt: skip
+    original = model.config
+    with timed(sliced.seconds, "export"):
+        sliced.model.to(model.dtype)
+        made, why = stock(sliced.model, sliced.layout, chart.dense, original)
+        small = made if made is not None else wrap(sliced.model, sliced.layout, original, recipe.tie)
+    report = _report(recipe, chart, sliced, small, why, original)
+    if evaluate:
+        _measure(report, sliced.seconds, model, small, data, tokenizer, progress)
+    report["seconds"] = {step: round(s, 3) for step, s in sliced.seconds.items()}
+    report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    spectra = {name: energy.sum(0).tolist() for name, energy in sliced.spectra.items()}
+    return Outcome(small, report, spectra)
+
+
+def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel, why: str,
+            original: PretrainedConfig) -> dict[str, Any]:  # fmt: skip
+    bytes_each = torch.finfo(small.dtype).bits // 8
+    layout, widths = chart.layout, sliced.widths
+    dense, after = chart.dense.parameters({}), counted(small, chart, widths)
+    return {
+        "version": version("invariance"),
+        "model": {
+            "name": recipe.model,
+            "family": original.model_type,
+            "exported_as": small.config.model_type,
+            "stock": not isinstance(small, InvarianceForCausalLM),
+            "why_not_stock": why or None,
+        },
+        "output": None,
+        "recipe": recipe.to_dict(),
+        "parameters": {"dense": dense.to_dict(), "sliced": after.to_dict()},
+        "flops_per_token": {"dense": chart.dense.flops({}), "sliced": layout.flops(widths, chart.segments)},
+        "kv_bytes_per_token": {
+            "dense": bytes_each * chart.dense.kv_entries({}),
+            "sliced": bytes_each * layout.kv_entries(widths),
+        },
+        "perplexity": {},
+        "exactness": sliced.certificate.to_dict(),
+        "widths": {name: widths.get(name, s.dim) for name, s in layout.spaces.items()},
+        "dims": {name: s.dim for name, s in layout.spaces.items()},
+        "kinds": {name: s.kind for name, s in layout.spaces.items()},
+        "tokens_per_second": {"dense": None, "sliced": None},
+        "samples": [],
+        "seconds": {},
+        "peak_memory_bytes": 0,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+
+
+def counted(small: PreTrainedModel, chart: Plan, widths: Mapping[str, int]) -> Parameters:
+    """The parameters that the model holds, by part. A stock model's gains of one are counted, as they are stored."""
+    count = chart.parameters(widths)
+    total = sum(p.numel() for p in small.parameters())
+    gains = total - count.total  # norms that the stock form stores and the canonical form does not
+    head = chart.layout.spaces[chart.layout.points[-1]].dim if gains else 0
+    head = min(widths.get(chart.layout.points[-1], head), gains)
+    return Parameters(count.embedding, count.blocks + gains - head, count.shortcuts, count.head + head)
+
+
+def _measure(report: dict[str, Any], seconds: dict[str, float], dense: PreTrainedModel, small: PreTrainedModel,
+             data: Data, tokenizer: Any, progress: Progress) -> None:  # fmt: skip
+    models = {"dense": dense, "sliced": small}
+    with timed(seconds, "evaluate"):
+        for name, (tokens, batch) in data.evaluations.items():
+            found = {
+                side: perplexity(m, tokens, batch, progress, f"perplexity of {name}, {side}")
+                for side, m in models.items()
+            }
+            report["perplexity"][name] = {**found, "recovered": None, "tokens": int(tokens.mask[:, 1:].sum())}
+    with timed(seconds, "speed"):
+        report["tokens_per_second"] = tokens_per_second(models)
+    if tokenizer is not None:
+        with timed(seconds, "sample"):
+            text = {side: sample(m, tokenizer, PROMPT) for side, m in models.items()}
+            report["samples"] = [{"prompt": PROMPT, **text}]
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse an output folder that holds something, before any work is done."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: a file is there. Name a folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise InputError(f"--output {output}: the folder is not empty. Name another, or say --overwrite.")
+    if output.is_dir() and any(output.iterdir()) and not (output / "report.json").is_file():
+        raise InputError(
+            f"--output {output}: the folder holds something that is no run's output. Name another."
+        )
+    parent = next(p for p in (output, *output.parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        raise InputError(f"--output {output}: '{parent}' cannot be written to. Name a folder that can.")
+
+
+def write(output: Path, result: Outcome, recipe: Recipe, tokenizer: Any) -> None:
+    """The whole folder, under a temporary name and then in one step into place."""
+    from .report import page
+
+    result.report["output"] = str(output)
+    with replacing(output) as folder:
+        folder.mkdir()
+        result.model.save_pretrained(folder / "model")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / "model")
+        write_json(folder / "report.json", result.report)
+        write_json(folder / "spectra.json", result.spectra)
+        write_text(folder / "report.html", page(result.report, result.spectra))
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        write_text(folder / "README.md", _readme(result.report))
+
+
+def _readme(report: dict[str, Any]) -> str:
+    stock_model = report["model"]["stock"]
+    first = "" if stock_model else "import invariance  # registers the model type\n"
+    how = "loads in plain transformers" if stock_model else "loads once `invariance` is imported"
+    sizes = report["parameters"]
+    return f"""# {report["model"]["name"]}, sliced
+
+`model/` {how}:
+
+```python
+{first}from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("model")
+```
+
+It stores {sizes["sliced"]["total"]:,} parameters where the original stores {sizes["dense"]["total"]:,}.
+
+| file | what it holds |
+|---|---|
+| `model/` | the checkpoint (safetensors), its config and tokenizer |
+| `report.html` | everything measured, to read in a browser |
+| `report.json` | the same, to read by a program |
+| `spectra.json` | the energy of every direction of every basis |
+| `recipe.yaml` | the recipe in full: `invariance run recipe.yaml` makes this folder again |
+"""
+
+
+def run(path: Path, output: Path, overrides: list[str], *, device: str = "cpu", overwrite: bool = False,
+        trust_remote_code: bool = False, progress: Progress = quiet) -> dict[str, Any]:  # fmt: skip
+    """What ``invariance run`` does. Returns the report."""
+    recipe = load_recipe(path, overrides)
+    check_output(output, overwrite)
+    try:
+        config = load_config(recipe.model, trust_remote_code=trust_remote_code)
+        plan(recipe, config)
+        tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
+    except InputError as e:
+        raise InputError(_located(recipe, str(e))) from None
+    data = read_data(recipe, config, tokenizer)
+    try:
+        model = load_model(recipe.model, device=device, trust_remote_code=trust_remote_code)
+    except InputError as e:
+        raise InputError(_located(recipe, str(e))) from None
+    result = outcome(model, recipe, tokenizer=tokenizer, data=data, progress=progress)
+    write(output, result, recipe, tokenizer)
+    return result.report
+
+
+def _located(recipe: Recipe, message: str) -> str:
+    """A message about the model with the recipe's line before it, unless it has one."""
+    where = recipe.where("model")
+    return (
+        message
+        if message.startswith(where.rsplit(":", 1)[0]) or message.startswith("--set")
+        else f"{where}: {message}"
+    )

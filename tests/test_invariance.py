@@ -1,0 +1,357 @@
+"""The theorem: group elements leave the function alone, slices are projectors. With controls that fail."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from einops import einsum, rearrange, repeat
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import (
+    cut,
+    elements,
+    fewer,
+    rotations,
+    seeds,
+    segments,
+    share,
+    stored,
+    subset,
+    tiny,
+    tiny_models,
+    tokens,
+    weights,
+    widths,
+)
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from invariance import verify
+from invariance.canonical import canonicalize
+from invariance.layout import KINDS, Layout, label
+from invariance.reparametrize import reparametrize
+from invariance.space import Change
+from invariance.verify import logits, relative_error, tolerance
+
+MOVED = 1e-3  # what a control must move the logits by at least: nine orders above the tolerance
+bys = st.sampled_from(["stage", "block", "global"])
+
+
+def forms(model: PreTrainedModel) -> st.SearchStrategy[dict[str, Any]]:
+    """The canonical forms a model admits, as options: folded or not, its tie kept where it can be."""
+    ties = ["untie", "keep"] if hasattr(model.config, "rms_norm_eps") else ["untie"]
+    return st.builds(dict, fold=st.booleans(), tie=st.sampled_from(ties))
+
+
+def draw_bases(data: st.DataObject, layout: Layout, least: int = 0) -> dict[str, Tensor]:
+    """Any elements of any spaces that the form lets change; points of the stream share one by segments."""
+    names = [n for n, s in layout.spaces.items() if layout.folded or s.kind != "residual"]
+    bases = elements(layout, subset(data, names, least), data.draw(seeds, label="seed"))
+    return share(bases, segments(layout, data.draw(bys, label="segments")))
+
+
+def draw_slices(data: st.DataObject, layout: Layout) -> tuple[dict[str, Change], dict[str, Any]]:
+    """Slices of any spaces along any elements, each its own width; and which points share a basis."""
+    names = subset(data, list(layout.spaces), 1)
+    heads = segments(layout, data.draw(bys, label="segments"))
+    changes = rotations(elements(layout, names, data.draw(seeds, label="seed")))
+    kept = widths(layout, names, data)
+    sliced = share({n: cut(c, kept.get(n, c.width)) for n, c in changes.items()}, heads)
+    return sliced, {n: id(c) for n, c in sliced.items()}
+
+
+def project(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
+    """Make a dense model compute what slices mean: x ↦ x E Dᵀ at each space, no weight touched."""
+
+    def signal(x: Tensor, space: str) -> Tensor:
+        if space not in changes:
+            return x
+        P = einsum(changes[space].encode, changes[space].decode, "c d k, c e k -> c d e")
+        heads = x.shape[-1] // P.shape[-1]
+        P = repeat(P, "c d e -> (c r) d e", r=heads // P.shape[0])
+        x = rearrange(x, "... (h d) -> ... h d", h=heads)
+        return rearrange(einsum(x, P, "... h d, h d e -> ... h e"), "... h e -> ... (h e)")
+
+    def before(module: nn.Module, space: str) -> None:
+        module.register_forward_pre_hook(lambda _, args: (signal(args[0], space), *args[1:]))
+
+    for edge in layout.edges:
+        stage, i = model.get_submodule(edge.stage), edge.source.split(".")[1]
+        before(stage, edge.source)
+        if stage.attention is not None:
+            before(stage.attention.out, f"vo.{i}")
+            stage.attention.k.register_forward_hook(lambda _, args, k, space=f"qk.{i}": signal(k, space))
+        if stage.mlp is not None:
+            before(stage.mlp.down, f"mlp.{i}")
+    before(model.get_submodule(layout.architecture.final_norm), layout.points[-1])
+
+
+# The family's own function, and ours
+
+
+@given(model=tiny_models(), attention=st.sampled_from(["sdpa", "eager"]), seed=seeds)
+def test_restructuring_alone_is_the_familys_function_on_padded_batches(model, attention, seed):
+    model.config._attn_implementation = attention
+    ids = tokens(seed, batch=3)
+    mask = torch.ones_like(ids)
+    mask[1, :2], mask[2, -3:] = 0, 0
+    with torch.no_grad():
+        before = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        depth = canonicalize(model, fold=False).depth
+        after = model(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        unmasked = model(input_ids=ids).logits[mask.bool()]
+    assert relative_error(before, after) <= tolerance(torch.float32, depth)
+    assert relative_error(before, unmasked) > MOVED  # so the mask is heeded
+
+
+@given(model=tiny_models(), seed=seeds)
+def test_in_float64_the_restructured_model_is_the_family_with_torchs_own_norms(model, seed):
+    family = copy.deepcopy(model).double()
+    for name, module in family.named_modules():
+        if hasattr(module, "variance_epsilon"):  # these compute in float32 whatever they are given
+            norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
+            norm.weight = module.weight
+            family.set_submodule(name, norm)
+    twin = verify.exact_copy(model)
+    reference, bound = logits(family, tokens(seed)), tolerance(torch.float64, label(twin).depth)
+    assert relative_error(reference, logits(twin, tokens(seed))) <= bound
+    twin.get_submodule(label(twin).edges[0].stage).norm.eps += 1e-6
+    assert relative_error(reference, logits(twin, tokens(seed))) > 100 * bound
+
+
+# Rotation
+
+
+@given(model=tiny_models(), data=st.data())
+def test_any_group_elements_of_any_spaces_leave_logits_unchanged(model, data):
+    ids = tokens(data.draw(seeds, label="tokens"))
+    before = logits(verify.exact_copy(model), ids)
+    changed, layout = verify.canonical_copy(model, **data.draw(forms(model), label="form"))
+    reparametrize(changed, layout, rotations(draw_bases(data, layout)))
+    assert relative_error(before, logits(changed, ids)) <= tolerance(torch.float64, layout.depth)
+
+
+@fewer
+@given(model=tiny_models(), data=st.data())
+def test_a_float32_model_keeps_its_logits_to_float32_rounding(model, data):
+    ids = tokens(data.draw(seeds, label="tokens"))
+    before = logits(verify.exact_copy(model), ids)
+    layout = canonicalize(model, **data.draw(forms(model), label="form"))
+    bases = draw_bases(data, layout, least=1)
+    half = copy.deepcopy(model)
+    reparametrize(model, layout, rotations(bases))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert relative_error(before, logits(model, ids)) <= tolerance(torch.float32, layout.depth)
+    reparametrize(half, layout, verify.half(layout, bases, seed=1))
+    assert relative_error(before, logits(half, ids)) > MOVED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@fewer
+@given(model=tiny_models(), seed=seeds)
+def test_half_a_change_moves_the_logits(kind, model, seed):
+    before = logits(verify.exact_copy(model), tokens(seed))
+    changed, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    reparametrize(changed, layout, verify.half(layout, dict.fromkeys(layout.select([kind])), seed))
+    assert relative_error(before, logits(changed, tokens(seed))) >= MOVED
+
+
+# Composition
+
+
+@fewer
+@given(model=tiny_models(), data=st.data())
+def test_one_space_at_a_time_equals_all_at_once(model, data):
+    together, layout = verify.canonical_copy(model, **data.draw(forms(model), label="form"))
+    apart = copy.deepcopy(together)
+    changes = rotations(draw_bases(data, layout, least=2))
+    reparametrize(together, layout, changes)
+    *others, last = data.draw(st.permutations(list(changes)), label="order")
+    for name in others:
+        reparametrize(apart, label(apart), {name: changes[name]})
+    assert difference(together, apart) > MOVED
+    reparametrize(apart, label(apart), {last: changes[last]})
+    assert difference(together, apart) <= tolerance(torch.float64, layout.depth)
+
+
+@fewer
+@given(model=tiny_models(), data=st.data())
+def test_an_element_then_its_inverse_gives_the_weights_back(model, data):
+    changed, layout = verify.canonical_copy(model, **data.draw(forms(model), label="form"))
+    before = copy.deepcopy(changed)
+    bases = draw_bases(data, layout, least=1)
+    reparametrize(changed, layout, rotations(bases))
+    assert difference(before, changed) > MOVED
+    inverses = {id(A): torch.linalg.inv(A) for A in bases.values()}
+    reparametrize(changed, label(changed), rotations({n: inverses[id(A)] for n, A in bases.items()}))
+    assert difference(before, changed) <= tolerance(torch.float64, layout.depth)
+
+
+def difference(one: nn.Module, other: nn.Module) -> float:
+    """The largest relative distance between two models' weights; infinite where their names differ."""
+    a, b = weights(one), weights(other)
+    if a.keys() != b.keys():
+        return float("inf")
+    return max(relative_error(a[name], b[name]) for name in a)
+
+
+@fewer
+@given(model=tiny_models(), data=st.data())
+def test_shortcuts_lie_exactly_where_two_bases_meet(model, data):
+    changed, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    bases = draw_bases(data, layout)
+    reparametrize(changed, layout, rotations(bases))
+    meet = {e.stage for e in layout.edges if bases.get(e.source) is not bases.get(e.target)}
+    assert label(changed).shortcuts == meet
+    present = [m for m in changed.modules() if getattr(m, "shortcut", None) is not None]
+    assert len(present) == len(meet)
+
+
+@pytest.mark.parametrize(("by", "count"), [("global", 0), ("block", 3), ("stage", 6)])
+def test_one_basis_needs_no_shortcut_and_one_per_block_needs_one_each(by, count):
+    changed, layout = verify.canonical_copy(tiny("llama", num_hidden_layers=3), fold=True, tie="untie")
+    reparametrize(changed, layout, rotations(share(elements(layout, layout.points, 0), segments(layout, by))))
+    assert len(label(changed).shortcuts) == count
+
+
+# Slicing
+
+
+@given(model=tiny_models(), data=st.data())
+def test_a_sliced_model_is_the_dense_one_with_projectors_at_its_spaces(model, data):
+    ids = tokens(data.draw(seeds, label="tokens"))
+    options = data.draw(forms(model), label="form") | {"fold": True}
+    sliced, layout = verify.canonical_copy(model, **options)
+    dense = copy.deepcopy(sliced)
+    before = logits(dense, ids)
+    changes, _ = draw_slices(data, layout)
+    reparametrize(sliced, layout, changes)
+    after = logits(sliced, ids)
+    project(dense, layout, changes)
+    assert relative_error(logits(dense, ids), after) <= tolerance(torch.float64, layout.depth)
+    if any(c.width < c.encode.shape[1] for c in changes.values()):
+        assert relative_error(before, after) > MOVED
+
+
+@given(model=tiny_models(), data=st.data())
+def test_counted_parameters_are_the_stored_ones(model, data):
+    form = data.draw(forms(model), label="form")
+    form["fold"] |= form["tie"] == "keep"
+    dense = stored(model)
+    layout = canonicalize(model, **form)
+    assert layout.parameters({}).total == stored(model)
+    assert (stored(model) == dense) or form["fold"]
+    if not layout.folded:
+        return
+    changes, shared = draw_slices(data, layout)
+    reparametrize(model, layout, changes)
+    kept = {n: c.width for n, c in changes.items()}
+    counted = layout.parameters(kept, shared)
+    assert counted.total == stored(model)
+    assert counted == label(model).parameters({})  # in every part
+    assert counted.shortcuts == sum(p.numel() for n, p in model.named_parameters() if n.endswith("shortcut"))
+    assert layout.kv_entries(kept) == label(model).kv_entries({})
+    assert layout.flops(kept, shared) == label(model).flops({})
+    narrowed = any(c.width < c.encode.shape[1] for c in changes.values())
+    assert (layout.parameters({}, shared).total != stored(model)) == narrowed
+
+
+# Generation
+
+
+@torch.no_grad()
+def generate(model: PreTrainedModel, ids: Tensor, cache: bool) -> tuple[Tensor, Tensor]:
+    """Greedy tokens and the logits that chose them, for a batch whose second row is padded on the left."""
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    options = dict(max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    out = model.generate(input_ids=ids, attention_mask=mask, use_cache=cache, **options)
+    return out.sequences, torch.stack(out.logits)
+
+
+@fewer
+@given(model=tiny_models(), data=st.data())
+def test_generation_with_and_without_a_cache_agrees_rotated_and_sliced(model, data):
+    ids = tokens(data.draw(seeds, label="tokens"))
+    dense = verify.exact_copy(model)
+    sequence, scores = generate(dense, ids, cache=True)
+    rotated, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    reparametrize(rotated, layout, rotations(draw_bases(data, layout)))
+    sliced, _ = verify.canonical_copy(model, fold=True, tie="untie")
+    changes, _ = draw_slices(data, layout)
+    reparametrize(sliced, layout, changes)
+    bound = tolerance(torch.float64, layout.depth)
+    for cache in (True, False):
+        same, close = generate(rotated, ids, cache)
+        assert torch.equal(sequence, same) and relative_error(scores, close) <= bound
+    one, its = generate(sliced, ids, cache=True)
+    other, others = generate(sliced, ids, cache=False)
+    assert torch.equal(one, other) and relative_error(its, others) <= bound
+    if any(c.width < c.encode.shape[1] for c in changes.values()):
+        assert relative_error(scores[0], its[0]) > MOVED
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+def test_generation_works_at_different_widths_in_every_space(family):
+    model = tiny(family, num_hidden_layers=2)
+    sliced, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    changes = rotations(elements(layout, layout.spaces, 0))
+    kept = {n: s.dim if n.startswith("qk") and s.rotary else s.dim - 1 - i % 3 for i, (n, s) in
+            enumerate(layout.spaces.items())}  # fmt: skip
+    if family == "phi":
+        kept |= {"qk.0": 3, "qk.1": 2}  # two rotary dims stay, one or none of the others
+    reparametrize(sliced, layout, {n: cut(c, kept[n]) for n, c in changes.items()})
+    assert {n: s.dim for n, s in label(sliced).spaces.items()} == kept
+    one, scores = generate(sliced, tokens(), cache=True)
+    other, others = generate(sliced, tokens(), cache=False)
+    assert torch.equal(one, other)
+    assert relative_error(scores, others) <= tolerance(torch.float64, layout.depth)
+
+
+def test_a_fault_in_the_cached_keys_is_noticed():
+    model = verify.exact_copy(tiny("llama"))
+    bound = tolerance(torch.float64, label(model).depth)
+    _, scores = generate(model, tokens(), cache=False)
+    assert relative_error(scores, generate(model, tokens(), cache=True)[1]) <= bound
+    keys = model.get_submodule(label(model).edges[0].stage).attention.k
+    keys.register_forward_hook(lambda _, args, k: k.roll(1, 0) if args[0].shape[1] == 1 else k)
+    assert relative_error(scores, generate(model, tokens(), cache=True)[1]) > MOVED
+
+
+# The certificate
+
+
+@fewer
+@given(model=tiny_models(), data=st.data())
+def test_certify_passes_with_random_bases_and_its_control_fails(model, data):
+    form = data.draw(forms(model), label="form")
+    _, layout = verify.canonical_copy(model, **form)
+    bases = draw_bases(data, layout, least=1)
+    untouched = weights(model)
+    certificate = verify.certify(model, bases, tokens(data.draw(seeds, label="tokens")), **form)
+    assert certificate.passed
+    assert certificate.tolerance == tolerance(torch.float64, layout.depth)
+    assert certificate.negative_control > MOVED and certificate.spaces == len(bases)
+    assert all(torch.equal(p, untouched[n]) for n, p in model.named_parameters())
+
+
+@fewer
+@given(model=tiny_models(), data=st.data())
+def test_certify_fails_on_a_basis_outside_its_group(model, data):
+    _, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    bases = elements(layout, layout.spaces, data.draw(seeds, label="seed"))
+    kinds = [k for k in KINDS if k != "vo" and not (k == "qk" and rotary(layout) == 0)]
+    name = data.draw(st.sampled_from(layout.select([data.draw(st.sampled_from(kinds))])), label="space")
+    noise = torch.randn(bases[name].shape, generator=layout.spaces[name].generator(0), dtype=torch.float64)
+    bases[name] = bases[name] + 0.1 * noise
+    assert not layout.spaces[name].contains(bases[name])
+    certificate = verify.certify(model, bases, tokens(), fold=True)
+    assert not certificate.passed and certificate.relative_error > 1000 * certificate.tolerance
+
+
+def rotary(layout: Layout) -> int:
+    return next(s.rotary for s in layout.spaces.values() if s.kind == "qk")

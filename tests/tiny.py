@@ -1,0 +1,186 @@
+"""Tiny models of every family, with weights that hide nothing, and changes of basis to try on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from invariance.families import FAMILIES
+from invariance.layout import Layout
+from invariance.space import Change
+
+VOCABULARY = 31
+LENGTH = 32  # the most positions that a tiny model takes
+fewer = settings(max_examples=settings.default.max_examples // 3)  # for tests that run many models
+
+
+def tiny(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """A model of a family in float32, two layers and 16 wide unless the config's options say otherwise."""
+    heads = options.get("num_attention_heads", 4)
+    common = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": heads,
+        "max_position_embeddings": LENGTH,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "tie_word_embeddings": False,
+    }
+    if family == "opt":
+        own: dict[str, Any] = {"ffn_dim": 24, "dropout": 0.0}
+    else:
+        own = {"intermediate_size": 24, "num_key_value_heads": heads // 2}
+        if family in ("mistral", "qwen2"):
+            own["sliding_window"] = None
+    config = AutoConfig.for_model(family, **(common | own | options))
+    return redraw(AutoModelForCausalLM.from_config(config).eval(), seed)
+
+
+@torch.no_grad()
+def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Random weights of a size that keeps stream, scores and logits near one; no gain or bias is trivial.
+
+    All that writes the stream has a mean, so that centring it is no small thing.
+    """
+    g = torch.Generator().manual_seed(seed)
+    for name, module in model.named_modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(module, nn.Linear):
+            mean = 0.3 * torch.randn(1, module.in_features, generator=g)
+            drawn = torch.randn(weight.shape, generator=g) + (0 if name == "lm_head" else mean)
+            weight.copy_(drawn / module.in_features**0.5)
+        elif isinstance(module, nn.Embedding):
+            tied = model.config.tie_word_embeddings and "position" not in name
+            weight.copy_(
+                (torch.randn(weight.shape, generator=g) + 0.3) * (weight.shape[1] ** -0.5 if tied else 0.7)
+            )
+        elif weight is not None:
+            weight.copy_(1 + 0.3 * torch.randn(weight.shape, generator=g))
+        if bias is not None:
+            bias.copy_(0.3 * torch.randn(bias.shape, generator=g) + 0.2)
+    return model
+
+
+@st.composite
+def tiny_models(
+    draw: st.DrawFn, families: Sequence[str] = tuple(FAMILIES), layers: Sequence[int] = (1, 2, 3)
+) -> Any:
+    """A tiny model of any family: widths, biases, activations, norms, rotary positions and ties all drawn."""
+    family = draw(st.sampled_from(list(families)))
+    heads = draw(st.sampled_from([1, 2, 4]))
+    head_dim = draw(st.sampled_from([4, 6, 8]))
+    eps = draw(st.sampled_from([1e-6, 1e-5, 1e-3]))
+    options: dict[str, Any] = {
+        "num_attention_heads": heads,
+        "hidden_size": heads * head_dim if family == "opt" else heads * draw(st.sampled_from([4, 6, 8])),
+        "num_hidden_layers": draw(st.sampled_from(list(layers))),
+        "tie_word_embeddings": draw(st.booleans()),
+    }
+    width = draw(st.sampled_from([8, 12, 20]))
+    act = draw(st.sampled_from(["silu", "gelu", "relu"]))
+    if family == "opt":
+        options |= {"ffn_dim": width, "activation_function": act, "enable_bias": draw(st.booleans())}
+        options["layer_norm_elementwise_affine"] = draw(st.booleans())
+        return tiny(family, draw(seeds), **options)
+    options |= {"intermediate_size": width, "hidden_act": act}
+    options["num_key_value_heads"] = draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0]))
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": draw(st.sampled_from([100.0, 10000.0]))}
+    if family == "phi":
+        options["layer_norm_eps"] = eps
+        options["hidden_size"], head_dim = heads * head_dim, head_dim  # no explicit head_dim in this family
+        rope["partial_rotary_factor"] = {4: 0.5, 6: draw(st.sampled_from([1 / 3, 1.0])), 8: 0.25}[head_dim]
+    else:
+        options["rms_norm_eps"] = eps
+        if family == "qwen2" or draw(st.booleans()):
+            options["head_dim"] = head_dim
+        else:  # derived from the width then
+            options["hidden_size"] = heads * head_dim
+    if family == "llama":
+        options |= {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
+    if family == "mistral":
+        options["sliding_window"] = draw(st.sampled_from([None, 3]))
+    if family == "qwen2":
+        options |= draw(
+            st.sampled_from([{}, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}])
+        )
+    return tiny(family, draw(seeds), rope_parameters=rope, **options)
+
+
+seeds = st.integers(0, 2**16)
+
+
+def tokens(seed: int = 0, batch: int = 2, length: int = 7) -> Tensor:
+    """Token ids, none of them padding."""
+    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def elements(layout: Layout, names: Iterable[str], seed: int) -> dict[str, Tensor]:
+    """A random element of the group of each named space."""
+    return {name: layout.spaces[name].element(seed) for name in names}
+
+
+def segments(layout: Layout, by: str) -> dict[str, str]:
+    """Point of the stream → the first of its segment; segments are the whole stream, blocks or stages."""
+    if by == "stage":
+        return {p: p for p in layout.points}
+    if by == "block":
+        return {p: f"x.{p.split('.')[1]}.0" for p in layout.points}
+    return {p: layout.points[0] for p in layout.points}
+
+
+def share(bases: Mapping[str, Any], heads: Mapping[str, str]) -> dict[str, Any]:
+    """The same values, but points of one segment have one object: the first of them has its own."""
+    made: dict[str, Any] = {}
+    return {name: made.setdefault(heads.get(name, name), value) for name, value in bases.items()}
+
+
+def rotations(bases: Mapping[str, Tensor]) -> dict[str, Change]:
+    """A rotation for each basis; one object where the basis is one object."""
+    made: dict[int, Change] = {}
+    return {name: made.setdefault(id(A), Change.rotation(A)) for name, A in bases.items()}
+
+
+def cut(change: Change, k: int) -> Change:
+    """The slice that keeps a rotation's leading k directions."""
+    return Change(change.encode[..., :k].contiguous(), change.decode[..., :k].contiguous())
+
+
+def cuttable(layout: Layout, name: str) -> bool:
+    """Whether a space can be made narrower: not where rotary positions turn all of its dims."""
+    space = layout.spaces[name]
+    return space.dim > max(1, space.rotary)
+
+
+def widths(layout: Layout, names: Iterable[str], data: st.DataObject) -> dict[str, int]:
+    """A narrower width for each named space that can be cut; rotary dims are left whole."""
+    return {
+        n: data.draw(
+            st.integers(max(1, layout.spaces[n].rotary), layout.spaces[n].dim - 1), label=f"width of {n}"
+        )
+        for n in names
+        if cuttable(layout, n)
+    }
+
+
+def subset(data: st.DataObject, names: Sequence[str], least: int = 0) -> list[str]:
+    """Any of the names; hypothesis alone would mostly draw few."""
+    kept = data.draw(st.lists(st.booleans(), min_size=len(names), max_size=len(names)), label="kept")
+    chosen = [n for n, k in zip(names, kept, strict=True) if k]
+    return chosen if len(chosen) >= least else list(names)
+
+
+def stored(model: nn.Module) -> int:
+    """How many numbers a model stores, each tied tensor counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
