@@ -1,6 +1,6 @@
 """Exact changes of basis of transformer language models, and compression by slicing them."""
 
-from . import checkpoint as _checkpoint  # registers the model type with transformers
+from . import checkpoint  # registers the model type with transformers
 from .errors import CertificateError, InputError, InvarianceError
 from .interfaces import Rotator, Selector, Slicer, Statistic
 from .recipe import Recipe, load_recipe
@@ -20,6 +20,7 @@ __all__ = [
     "Slicer",
     "Space",
     "Statistic",
+    "checkpoint",
     "compress",
     "load",
     "load_recipe",

@@ -107,7 +107,7 @@ class Architecture:
             if name.rpartition(".")[0] not in known:
                 raise InputError(
                     f"model type '{kind}': this variant has a weight '{name}' that the family's declaration does not "
-                    "speak of, so no change of basis could be trusted. Use a plain variant, or declare it in families.py."
+                    "speak of, so no change of basis could be trusted. Use a plain variant, or declare this one."
                 )
 
     def restructure(self, model: PreTrainedModel) -> None:
@@ -128,12 +128,12 @@ class Architecture:
             found = {ours: layer.get_submodule(theirs) for ours, theirs in stage.attention.names().items()}
             heads = config.num_attention_heads
             kv = getattr(config, "num_key_value_heads", None) or heads
-            attention = modules.Attention(**found, origin=layer.get_submodule(stage.attention.module), heads=heads,
-                                          kv_heads=kv)  # type: ignore[arg-type]  # fmt: skip
+            origin = layer.get_submodule(stage.attention.module)
+            attention = modules.Attention(**found, origin=origin, heads=heads, kv_heads=kv)  # type: ignore[arg-type]
         if stage.mlp is not None:
-            found = {"gate": None} | {o: layer.get_submodule(t) for o, t in stage.mlp.names().items()}  # type: ignore[dict-item]
+            parts = {ours: layer.get_submodule(theirs) for ours, theirs in stage.mlp.names().items()}
             act = layer.get_submodule(_join(stage.mlp.module, stage.mlp.act))
-            mlp = modules.Mlp(**found, act=act)  # type: ignore[arg-type]
+            mlp = modules.Mlp(parts.get("gate"), parts["up"], parts["down"], act)  # type: ignore[arg-type]
         return modules.Stage(_norm(layer.get_submodule(stage.norm)), attention, mlp)
 
 

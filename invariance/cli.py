@@ -225,7 +225,7 @@ def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Jso
     config = load_config(model, trust_remote_code=trust_remote_code)
     layout = layout_of_config(config)
     size = {"float64": 8, "float32": 4}.get(str(config.dtype).removeprefix("torch."), 2)
-    document = {
+    document: dict[str, Any] = {
         "model": model,
         "family": config.model_type,
         "spaces": {

@@ -54,5 +54,5 @@ def tokens_per_second(
 def sample(model: PreTrainedModel, tokenizer: object, prompt: str, tokens: int = 40) -> str:
     """The greedy continuation of a prompt."""
     encoded = tokenizer(prompt, return_tensors="pt").to(model.device)  # type: ignore[operator]
-    out = model.generate(**encoded, max_new_tokens=tokens, do_sample=False)
+    out = model.generate(**encoded, max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
     return tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)  # type: ignore[attr-defined]

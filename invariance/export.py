@@ -19,8 +19,9 @@ def stock(
 ) -> tuple[PreTrainedModel | None, str]:
     """The model under a config of plain transformers, or None and the reason why there is none.
 
-    ``layout`` is that of the canonical form before it was changed, ``dense`` that of the model as it came. With one residual basis of width k, RMS over k
-    becomes RMS over d by gains √(d/k) and eps·d/k. Raises InvarianceError when the result computes anything else.
+    ``layout`` is that of the canonical form before it was changed, ``dense`` that of the model as it came. With one
+    residual basis of width k, RMS over k becomes RMS over d by gains √(d/k) and eps·d/k. Raises InvarianceError when
+    the result computes anything else.
     """
     now = label(model)
     config, why = _config(layout, now, dense.centred, original)

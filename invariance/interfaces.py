@@ -9,7 +9,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from jaxtyping import Float64
 from torch import Tensor
@@ -38,11 +38,6 @@ class Statistic(Enum):
         return Statistic.NORMED if space.kind == "residual" else Statistic.RAW
 
 
-def any_width(width: int) -> str | None:
-    """No objection to any width."""
-    return None
-
-
 class Method:
     """What all methods share: a name in the registry, options that are dataclass fields, a docstring as manual."""
 
@@ -67,17 +62,19 @@ class Method:
         return {self.name: options} if options else self.name
 
 
+class WidthLimit(Protocol):
+    """A function of a width that says what speaks against it, or None."""
+
+    def __call__(self, width: int, /) -> str | None: ...
+
+
 class Rotator(Method, ABC):
     """Which exact basis a space gets."""
 
     kind = "rotate"
     produces: ClassVar[Group]  # must be included in the space's group, or the plan is refused
-    kinds: ClassVar[frozenset[str]] = frozenset(
-        {"residual", "mlp", "vo", "qk"}
-    )  # the spaces it makes sense on
-    width_limit: ClassVar[Callable[[int], str | None]] = staticmethod(
-        any_width
-    )  # why a width cannot be served
+    kinds: ClassVar[frozenset[str]] = frozenset({"residual", "mlp", "vo", "qk"})  # where it makes sense
+    width_limit: ClassVar[WidthLimit | None] = None  # why a width cannot be served, or None where it can
 
     @abstractmethod
     def fit(self, space: Space, moments: Moments) -> Basis:

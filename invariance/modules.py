@@ -53,7 +53,8 @@ class Attention(nn.Module):
         self.config: Any = origin.config
         self.layer_idx: Any = origin.layer_idx
         self.scaling: float = float(origin.scaling)  # type: ignore[arg-type]
-        self.sliding_window: int | None = getattr(origin, "sliding_window", None)
+        window = getattr(origin.config, "sliding_window", None)  # some families keep it there alone
+        self.sliding_window: int | None = getattr(origin, "sliding_window", window)
         self.dropout: float = float(getattr(origin, "attention_dropout", 0.0))
         self.is_causal = True
 

@@ -1,4 +1,4 @@
-"""Moments: streaming second moments of the signal on each space, float64, mergeable, masked; and their store on disk."""
+"""Moments: streaming second moments of the signal on each space, float64, mergeable, masked; their store on disk."""
 
 from __future__ import annotations
 

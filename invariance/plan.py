@@ -84,9 +84,9 @@ class Plan:
                 return None
             members = {u.space: u.members for u in units}
 
-            def cost(widths: Mapping[Space, int], members: dict = members) -> int:
+            def cost(widths: Mapping[Space, int], members: dict = members, fixed: Widths = dict(kept)) -> int:
                 named = {m: k for s, k in widths.items() for m in members[s]}
-                return self.parameters({**kept, **named}).total
+                return self.parameters({**fixed, **named}).total
 
             energies = {u.space: spectra[u.space.name] if spectra is not None else None for u in units}
             try:
@@ -109,7 +109,7 @@ class Plan:
 
 
 def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
-    """Check a recipe against a model's config, and lay out what a run will do. Raises InputError, with file and line."""
+    """Check a recipe against a model's config, and lay out what a run will do. Raises InputError with its line."""
     dense = layout_of(config)
     touched = [name for step in recipe.steps for name in dense.select(step.spaces)]
     fold = any(dense.spaces[name].kind == "residual" for name in touched)
@@ -194,7 +194,7 @@ def _check_unit(recipe: Recipe, unit: Unit) -> None:
             f"{where}: rotator '{rotator.name}' is made for {' and '.join(sorted(rotator.kinds))} spaces, and "
             f"'{space.name}' is none. Use another rotator for this step, or limit it to those spaces."
         )
-    if (why := rotator.width_limit(space.dim)) is not None:
+    if rotator.width_limit is not None and (why := rotator.width_limit(space.dim)) is not None:
         raise InputError(
             f"{where}: space '{space.name}': {why}. Use another rotator, such as random_orthogonal."
         )

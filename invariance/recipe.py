@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -89,7 +90,7 @@ def _method(kind: str, value: Any) -> Any:
     except _Problem:
         raise
     except (InputError, TypeError, ValueError, NameError, PydanticUserError) as e:  # also a faulty plugin's
-        raise _Problem(str(e), name) from None
+        raise _Problem(_first_line(e), name) from None
 
 
 def _spaces(value: Any) -> tuple[str, ...]:
@@ -229,9 +230,7 @@ class Recipe(_Part):
 
     model: Word  # a hub id, a folder, a GGUF file or packaged:NAME
     calibrate: Calibrate | None = None  # the data on which moments are measured, as in {data: wikitext2}
-    order: Order = (
-        "oneshot"  # moments of the dense model; or behind earlier cuts; or also refit to the dense stream
-    )
+    order: Order = "oneshot"  # calibrate before cutting, behind earlier cuts, or towards the dense stream
     budget: Budget | None = None  # what `select` may spend over all steps, as in {parameters: 0.8}
     tie: Literal["keep", "untie"] = "untie"  # whether tied embeddings stay tied
     seed: Seed = 0  # the seed of all that is random, a whole number from 0
@@ -324,13 +323,15 @@ def _yaml() -> YAML:
 
 def _parse(text: str, where: Callable[[int], str]) -> _Located | None:
     """The only document in the text, or None if there is none. ``where`` names a line, counted from 1."""
-    yaml, depth = _yaml(), 0
+    yaml, depth, line = _yaml(), 0, 1
     try:
         for count, event in enumerate(yaml.parse(text)):  # a stream of events: nothing recurses yet
             depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            line = event.start_mark.line + 1
             if depth > MAX_DEPTH or count > 3 * MAX_VALUES:
-                at = where(event.start_mark.line + 1)
-                raise InputError(f"{at}: too deeply nested or too long for a recipe. Is it the right file?")
+                raise InputError(
+                    f"{where(line)}: too deeply nested or too long for a recipe. Is it the right file?"
+                )
         root = yaml.compose(text)
         return None if root is None else _Builder(where, yaml.constructor.construct_object).build(root)
     except MarkedYAMLError as e:
@@ -340,9 +341,9 @@ def _parse(text: str, where: Callable[[int], str]) -> _Located | None:
         raise InputError(f"{where(mark.line + 1 if mark else 1)}: not YAML: {problem}. {hint}.") from None
     except YAMLError as e:  # a character that YAML does not admit
         at = where(text.count("\n", 0, getattr(e, "position", 0)) + 1)
-        raise InputError(f"{at}: not YAML: {str(e).splitlines()[0]}. Recipes are plain text.") from None
+        raise InputError(f"{at}: not YAML: {_first_line(e)}. Recipes are plain text.") from None
     except (ValueError, OverflowError, AssertionError) as e:  # escapes beyond Unicode, odd directives
-        raise InputError(f"{where(yaml.reader.line + 1)}: not YAML: {e}. Check escapes.") from None
+        raise InputError(f"{where(line)}: not YAML: {e}. Check escapes.") from None
 
 
 @dataclasses.dataclass
@@ -499,6 +500,8 @@ def _should(error: Any) -> str:
     """One of pydantic's complaints: what was given, and what it should be."""
     if error["type"] in ("value_error", "assertion_error"):
         return str(error["ctx"]["error"])
+    if error["type"] == "missing":
+        return f"the option '{error['loc'][-1]}' is missing"
     ours = {"model_type": "be a mapping", "tuple_type": "be a list", "too_short": "have at least one item"}
     should = ours.get(error["type"]) or re.sub(r"^\w+ should ", "", error["msg"])
     return f"got {_show(error['input'])}, but it should {should}"
@@ -511,6 +514,10 @@ def _show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+def _first_line(e: Exception) -> str:
+    return str(e).partition("\n")[0] or type(e).__name__
+
+
 def _model_in(annotation: Any) -> Any:
     if isinstance(annotation, type) and issubclass(annotation, _Part):
         return annotation
@@ -521,7 +528,8 @@ def _model_in(annotation: Any) -> Any:
 def _comments(cls: type) -> dict[str, str]:
     """What the source says of each field: the comment that ends its line."""
     try:
-        return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(cls), re.MULTILINE))
+        source = textwrap.dedent(inspect.getsource(cls))
+        return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
     except (OSError, TypeError):  # a class whose source is not to be had
         return {}
 
@@ -571,21 +579,24 @@ def json_schema() -> dict[str, Any]:
         if model.__name__ in definitions:
             _described(model, definitions[model.__name__])
     for kind in METHODS:
-        choices: list[dict[str, Any]] = []
+        choices = definitions["Step"]["properties"][kind]["anyOf"] = []
         for name, cls in sorted(registry(kind).items()):
-            options = _described(cls, TypeAdapter(cls).json_schema(ref_template=f"#/$defs/{name}.{{model}}"))
+            try:
+                options = TypeAdapter(cls).json_schema(ref_template=f"#/$defs/{name}.{{model}}")
+            except (PydanticUserError, NameError) as e:
+                raise InputError(
+                    f"{kind} method '{name}': options without a schema: {_first_line(e)}"
+                ) from None
             definitions |= {f"{name}.{key}": value for key, value in options.pop("$defs", {}).items()}
-            options |= {"description": inspect.getdoc(cls), "additionalProperties": False}
-            choices.append({"const": name, "description": inspect.getdoc(cls)})
-            choices.append(
-                {
-                    "type": "object",
-                    "properties": {name: options},
-                    "required": [name],
-                    "additionalProperties": False,
-                }
-            )
-        definitions["Step"]["properties"][kind]["anyOf"] = choices
+            options = _described(cls, options) | {
+                "additionalProperties": False,
+                "description": inspect.getdoc(cls),
+            }
+            closed = {"type": "object", "required": [name], "additionalProperties": False}
+            choices += [
+                {"const": name, "description": inspect.getdoc(cls)},
+                {**closed, "properties": {name: options}},
+            ]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

@@ -62,7 +62,9 @@ class Follower:
             self.writers.append(("attention.out", stage.attention.out))
         if stage.mlp is not None:
             self.writers.append(("mlp.down", stage.mlp.down))
-        self.handles = [w.register_forward_pre_hook(lambda _m, a: self.read.append(a[0])) for _, w in self.writers]
+        self.handles = [
+            w.register_forward_pre_hook(lambda _m, a: self.read.append(a[0])) for _, w in self.writers
+        ]
         width = sum(w.in_features for _, w in self.writers)
         target = self.writers[0][1].out_features
         device = self.writers[0][1].weight.device

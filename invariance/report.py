@@ -52,10 +52,12 @@ def _head(report: Report) -> list[Element]:
         *words.perplexities(report)[:1],
         words.speed(report),
     ]
-    tiles = [(_capital(row.name), row.cells[3], f"{row.cells[1]} → {row.cells[2]}") for row in rows]
+    tiles = [
+        (_capital(row.name.split(",")[0]), row.cells[3], f"{row.cells[1]} → {row.cells[2]}") for row in rows
+    ]
     found = report.get("exactness") or {}
     verdict = NONE if not found else "certified" if found["passed"] else "failed"
-    tiles.append(("Exactness", verdict, f"logits moved by {words.error(found.get('relative_error'))}"))
+    tiles.append(("Exactness", verdict, f"error {words.error(found.get('relative_error'))}"))
     return [
         el("p", f"Compression report · invariance {report['version']}", class_="soft"),
         el("h1", str(report["model"]["name"])),
@@ -81,11 +83,12 @@ def _perplexity(report: Report) -> list[Element]:
     if not found:
         return [heading, _missing("evaluation")]
     recovered = any(row.recovered is not None for row in found)
-    columns = ["Data", "Tokens", "Dense", "Sliced", "Ratio", *(["Recovered", "Ratio"] if recovered else [])]
+    columns = ["Data", "Dense", "Sliced", "Ratio", *(["Recovered", "Ratio"] if recovered else [])]
     rows = []
     for key, row in zip(report["perplexity"], found, strict=True):
         after = [words.plain(row.recovered), words.ratio(row.dense, row.recovered)] if recovered else []
-        rows.append([key, words.count(report["perplexity"][key].get("tokens")), *row.cells[1:], *after])
+        tokens = el("span", f"{words.whole(report['perplexity'][key].get('tokens'))} tokens", class_="part")
+        rows.append([el("span", key, tokens), *row.cells[1:], *after])
     return [
         heading,
         charts.table("exp of the mean next-token cross-entropy; lower is better.", columns, rows),

@@ -14,7 +14,7 @@ from .report_words import Width
 
 POINTS = 128  # the most that are drawn of one curve
 DECADES = 12  # the most that a spectrum falls before it leaves the chart
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 210, 44, 8, 12, 36  # a chart, in the units of its font size
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 210, 44, 16, 12, 36  # a chart, in the units of its font size
 
 
 def el(tag: str, *children: Element | str | None, **attributes: object) -> Element:
@@ -94,6 +94,11 @@ def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Element:
     return el("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_=class_)
 
 
+def _rect(x: float, y: float, width: float, height: float, class_: str) -> Element:
+    place = {"x": f"{x:.2f}", "y": f"{y:.1f}", "width": f"{width:.2f}", "height": f"{height:.1f}"}
+    return el("rect", **place, class_=class_)
+
+
 def _text(x: float, y: float, text: str, anchor: str = "middle", class_: str | None = None) -> Element:
     return el("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=class_)
 
@@ -126,17 +131,8 @@ def widths_chart(title: str, description: str, spaces: Sequence[Width]) -> Eleme
     bars = []
     for n, space in enumerate(spaces):
         left, wide = x(n + 0.09), 0.82 * (x(1) - x(0))
-        rects = [
-            el(
-                "rect",
-                x=f"{left:.2f}",
-                y=f"{y(v):.1f}",
-                width=f"{wide:.2f}",
-                height=f"{y(0) - y(v):.1f}",
-                class_=c,
-            )
-            for v, c in ((space.dim, "whole"), (space.kept, "kept"))
-        ]
+        heights = ((space.dim, "whole"), (space.kept, "kept"))
+        rects = [_rect(left, y(value), wide, y(0) - y(value), class_) for value, class_ in heights]
         bars.append(el("g", el("title", f"{space.name}: {space.kept} of {space.dim} kept"), *rects))
     return _svg(title, description, HEIGHT, *_axes(x, y, ticks, _quarters(top), "block"), *bars)
 
@@ -172,35 +168,46 @@ def spectra_chart(title: str, description: str, curves: Sequence[Curve]) -> Elem
     decades: dict[float, str] = {n: _power(n) for n in range(high, low - 1, -step)}
     xs = {float(max(n, 1)): str(int(max(n, 1))) for n in _quarters(longest)}
     marks = list(_axes(x, y, xs, decades, "direction, by falling energy"))
-    cuts = {c.kept for c, found in zip(curves, shares, strict=True) if c.kept < len(found)}
-    if len(cuts) == 1:
-        cut = cuts.copy().pop()
-        marks.append(_line(x(cut), TOP, x(cut), HEIGHT - BOTTOM, "cut"))
-        right = cut < 0.7 * longest
-        marks.append(
-            _text(
-                x(cut) + (5 if right else -5), TOP + 9, f"cut at {cut}", "start" if right else "end", "strong"
-            )
-        )
-    for curve, found in zip(curves, shares, strict=True):
-        marks.append(_curve(curve, found, x, y, dot=len(cuts) > 1))
+    places = [_Places(found, x, y) for found in shares]
+    marks += [_curve(curve, found) for curve, found in zip(curves, places, strict=True)]
+    cut = {c.kept for c in curves if c.kept < len(c.energies)}
+    if len(cut) == 1:
+        marks += _cut(cut.pop(), x)
+    else:
+        found = [p(c.kept) for c, p in zip(curves, places, strict=True) if c.kept < len(c.energies)]
+        marks += [el("circle", cx=f"{cx:.1f}", cy=f"{cy:.1f}", r="1.9", class_="dot") for cx, cy in found]
     return _svg(title, description, HEIGHT, *marks)
 
 
-def _curve(curve: Curve, shares: list[float], x: Scale, y: Scale, dot: bool) -> Element:
-    def place(n: int) -> tuple[float, float]:
-        return x(n + 1), y(max(math.log10(shares[n]) if shares[n] > 0 else y.low, y.low))
+@dataclass(frozen=True)
+class _Places:
+    """Where the directions of one curve lie in a chart, counted from 1."""
 
-    count = min(len(shares), POINTS)
-    chosen = sorted({round(n * (len(shares) - 1) / max(count - 1, 1)) for n in range(count)})
-    path = "M" + "L".join("{:.1f},{:.1f}".format(*place(n)) for n in chosen)
-    of = f"{curve.kept} of {len(shares)} directions"
-    said = f"{curve.name}: {of} kept, {100 * math.fsum(shares[: curve.kept]):.2f} % of the energy"
-    marks = [el("title", said), el("path", d=path, class_="curve")]
-    if dot and 0 < curve.kept < len(shares):
-        cx, cy = place(curve.kept - 1)
-        marks.append(el("circle", cx=f"{cx:.1f}", cy=f"{cy:.1f}", r="2.2", class_="dot"))
-    return el("g", *marks, style=f"--t:{curve.depth:.3f}")
+    shares: Sequence[float]
+    x: Scale
+    y: Scale
+
+    def __call__(self, n: int) -> tuple[float, float]:
+        share = self.shares[n - 1]
+        return self.x(n), self.y(max(math.log10(share), self.y.low) if share > 0 else self.y.low)
+
+
+def _curve(curve: Curve, places: _Places) -> Element:
+    d = len(places.shares)
+    steps = max(min(d, POINTS) - 1, 1)
+    chosen = sorted({1 + round(n * (d - 1) / steps) for n in range(steps + 1)})
+    path = "M" + "L".join("{:.1f},{:.1f}".format(*places(n)) for n in chosen)
+    energy = 100 * math.fsum(places.shares[: curve.kept])
+    said = f"{curve.name}: {curve.kept} of {d} directions kept, {energy:.2f} % of the energy"
+    drawn = el("path", d=path, class_="curve")
+    return el("g", el("title", said), drawn, style=f"--t:{curve.depth:.3f}")
+
+
+def _cut(cut: int, x: Scale) -> list[Element]:
+    """A line through all curves, its label on the side where there is room."""
+    side, anchor = (5, "start") if cut < 0.7 * x.high else (-5, "end")
+    line = _line(x(cut), TOP, x(cut), HEIGHT - BOTTOM, "cut")
+    return [line, _text(x(cut) + side, TOP + 9, f"cut at {cut}", anchor, "strong")]
 
 
 def _power(n: int) -> str:
@@ -210,22 +217,24 @@ def _power(n: int) -> str:
 def errors_chart(
     title: str, description: str, errors: Mapping[str, tuple[str, float]], limit: float
 ) -> Element:
-    """Named errors as bars on a logarithmic scale, and the limit as a line through them."""
-    known = [math.log10(v) for _, v in errors.values() if v > 0 and math.isfinite(v)]
+    """Named errors as bars on a logarithmic scale, with the limit marked on each."""
+    known = [math.log10(v) for v in (limit, *(v for _, v in errors.values())) if v > 0 and math.isfinite(v)]
     low, high = math.floor(min([*known, -16])) - 1, math.ceil(max([*known, 0]))
     x = Scale(low, high, 1, WIDTH - 1)
-    bottom = 34 * len(errors) + 4
-    marks = [_line(x(math.log10(limit)), 2, x(math.log10(limit)), bottom, "cut")] if limit > 0 else []
+    marks = []
     for n, (name, (said, value)) in enumerate(errors.items()):
-        place = low if value <= 0 else min(math.log10(value), high) if math.isfinite(value) else high
-        marks.append(el("rect", x=f"{x(low):.1f}", y=str(34 * n + 20), width=f"{max(x(place) - x(low), 1):.1f}",
-                        height="8", rx="2", class_="kept" if value <= limit else "control"))  # fmt: skip
-        marks.append(_text(x(low), 34 * n + 14, f"{name}: {said}", "start", "strong plate"))
+        top = 34 * n + 20
+        place = high if not math.isfinite(value) else math.log10(value) if value > 0 else low
+        marks.append(_text(x(low), top - 6, f"{name}: {said}", "start", "strong"))
+        marks.append(
+            _rect(x(low), top, max(x(place) - x(low), 1), 8, "kept" if value <= limit else "control")
+        )
+        if limit > 0:
+            marks.append(_line(x(math.log10(limit)), top - 3, x(math.log10(limit)), top + 11, "limit"))
+    bottom = 34 * len(errors) + 18
     step = -(-(high - low) // 8)
-    marks += [
-        _text(x(v), bottom + 14, _power(v)) for v in range(high, low, -step) if low + 1 <= v <= high - 1
-    ]
-    return _svg(title, description, bottom + 20, *marks)
+    ticks = [v for v in range(high, low, -step) if low < v < high]
+    return _svg(title, description, bottom + 6, *marks, *(_text(x(v), bottom, _power(v)) for v in ticks))
 
 
 def ramp(first: str, last: str) -> Element:

@@ -36,9 +36,10 @@ table { border-collapse: collapse; width: 100%; font-size: .9375rem; }
 caption { text-align: left; padding: 0 0 6px; }
 th, td { padding: 6px 0 6px 14px; border-bottom: 1px solid var(--line); }
 th, td { text-align: right; font-weight: 400; white-space: nowrap; }
-th:first-child { text-align: left; padding-left: 0; white-space: normal; }
+th:first-child { text-align: left; padding-left: 0; white-space: normal; min-width: 7rem; }
 thead th { color: var(--soft); font-size: .8125rem; }
 .part { display: block; padding-left: 16px; color: var(--soft); }
+span > .part { padding-left: 0; font-size: .8125rem; }
 td:has(.bar) { width: 55%; }
 .bar { display: block; height: 9px; border-radius: 2px; width: var(--w); min-width: 1px; background: var(--kept); }
 .badge { display: inline-block; padding: 1px 12px; border-radius: 99px; font-weight: 600; font-size: .8125rem; }
@@ -52,16 +53,16 @@ figcaption b { color: var(--ink); font-weight: 600; }
 svg { display: block; width: 100%; height: auto; margin-top: 8px; font-size: 11px; }
 svg text { fill: var(--soft); }
 svg .strong { fill: var(--ink); }
-svg .plate { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 .grid { stroke: var(--line); }
 .cut { stroke: var(--ink); stroke-dasharray: 3 3; }
+.limit { stroke: var(--ink); stroke-width: 1.5; }
 .whole { fill: var(--whole); }
 .kept { fill: var(--kept); }
 .control, g:hover > .kept { fill: var(--control); }
 [style*="--t"] { --shade: oklch(calc(var(--first) + var(--t) * var(--span)) .16 calc(285 + var(--t) * 150)); }
 .curve { fill: none; stroke: var(--shade); stroke-width: 1.1; }
 g:hover > .curve { stroke-width: 2.6; }
-.dot { fill: var(--shade); stroke: var(--card); stroke-width: .6; }
+.dot { fill: var(--ink); }
 .ramp { display: inline-flex; margin: 0 8px; vertical-align: -1px; }
 .ramp span { width: 9px; height: 11px; background: var(--shade); }
 .sample { display: grid; grid-template-columns: 1fr 1fr; gap: 0 24px; }

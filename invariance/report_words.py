@@ -18,7 +18,10 @@ Report = Mapping[str, Any]  # what report.json holds
 
 
 def ratio(dense: float | None, sliced: float | None) -> str:
-    return f"{sliced / dense:.3g} ×" if dense and sliced is not None else NONE
+    if not dense or sliced is None:
+        return NONE
+    times = sliced / dense
+    return f"{times:,.0f}×" if times >= 100 else f"{times:.2f}×" if times >= 0.01 else f"{times:.1e}×"
 
 
 def count(value: float | None, largest: float | None = None) -> str:
@@ -26,8 +29,8 @@ def count(value: float | None, largest: float | None = None) -> str:
     if value is None:
         return NONE
     top = abs(value if largest is None else largest)
-    for least, size, unit, digits in ((1e10, 1e9, " B", 2), (1e6, 1e6, " M", 1), (1e4, 1e3, " k", 1)):
-        if top >= least:
+    for least, size, unit, digits in ((1e10, 1e9, "B", 2), (1e6, 1e6, "M", 1), (1e4, 1e3, "k", 1)):
+        if top >= least and round(value / size, digits):
             return f"{value / size:,.{digits}f}{unit}"
     return f"{value:,.0f}"
 
@@ -36,7 +39,7 @@ def size(value: float | None, largest: float | None = None) -> str:
     if value is None:
         return NONE
     power = min(int(math.log2(max(value if largest is None else largest, 1)) // 10), 4)
-    return f"{value / 1024**power:,.{1 if power else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    return f"{value / 1024**power:,.{1 if power else 0}f}\xa0{('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def plain(value: float | None, largest: float | None = None) -> str:
@@ -137,7 +140,7 @@ def exactness(report: Report) -> str:
     if not found:
         return "The exactness of the changes of basis was not measured."
     moved, limit = error(found["relative_error"]), error(found["tolerance"])
-    done = f"With new bases in {found['spaces']} spaces and nothing cut yet, the logits moved by {moved}, relative, in float64"
+    done = f"With new bases in {found['spaces']} spaces and nothing cut, logits moved by {moved}, relative, in float64"
     if found["relative_error"] > found["tolerance"]:
         return f"{done}. Rounding alone explains only {limit}: the rotated model computes something else."
     control = f"half of a change moves them by {error(found['negative_control'])}"
@@ -209,4 +212,4 @@ def checkpoint(report: Report) -> str:
     if model["stock"]:
         return f"The result is an ordinary '{model['exported_as']}' checkpoint: plain transformers loads it."
     why = f" No stock config holds it: {model['why_not_stock']}." if model.get("why_not_stock") else ""
-    return f"AutoModelForCausalLM loads the result once `invariance` is imported.{why}"
+    return f"AutoModelForCausalLM loads the result once invariance is imported.{why}"

@@ -99,7 +99,7 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
                          progress=progress)  # fmt: skip
     original = model.config
     with timed(sliced.seconds, "export"):
-        sliced.model.to(model.dtype)
+        sliced.model.to(dtype=model.dtype)  # type: ignore[call-arg]
         made, why = stock(sliced.model, sliced.layout, chart.dense, original)
         small = made if made is not None else wrap(sliced.model, sliced.layout, original, recipe.tie)
     report = _report(recipe, chart, sliced, small, why, original)

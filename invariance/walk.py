@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,14 +64,9 @@ def enter(model: PreTrainedModel, layout: Layout, batches: Iterable[tuple[Tensor
     try:
         for ids, found in batches:
             mask = None if bool(found.all()) else found
-            try:
-                model(
-                    input_ids=ids.to(model.device),
-                    attention_mask=None if mask is None else mask.long().to(model.device),
-                    use_cache=False,
-                )
-            except _Entered:
-                pass
+            padded = None if mask is None else mask.long().to(model.device)
+            with suppress(_Entered):
+                model(input_ids=ids.to(model.device), attention_mask=padded, use_cache=False)
     finally:
         handle.remove()
     return entered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float64
@@ -11,7 +12,7 @@ from scipy.linalg import circulant
 from scipy.linalg import hadamard as sylvester
 from torch import Tensor
 
-from invariance.interfaces import Rotator
+from invariance.interfaces import Rotator, WidthLimit
 from invariance.moments import Moments
 from invariance.space import Basis, Group, Space
 
@@ -37,7 +38,7 @@ class Hadamard(Rotator, name="hadamard"):
 
     seed: int = 0
     produces = Group.ORTHOGONAL
-    width_limit = staticmethod(why_none)
+    width_limit: ClassVar[WidthLimit] = staticmethod(why_none)
 
     def fit(self, space: Space, moments: Moments) -> Basis:
         H = hadamard(space.dim) / space.dim**0.5
