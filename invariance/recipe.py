@@ -171,7 +171,7 @@ class Step(_Part):
     spaces: Spaces  # kinds (residual, mlp, vo, qk), names such as mlp.0, or patterns such as mlp.*
     segments: Segments = "global"  # where the stream changes basis: global, block, stage or {every: N}
     slice_head: bool = True  # whether the residual stream is also cut before the head, true or false
-    rotate: Rotate = Field("identity", validate_default=True)  # which exact basis
+    rotate: Rotate = Field(default="identity", validate_default=True)  # which exact basis
     select: Select = None  # how many directions stay
     slice: Slice = None  # how the rest goes; truncate where only `select` is given
 

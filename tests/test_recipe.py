@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +235,7 @@ MALFORMED: list[tuple[str, str, int, str]] = [
     ("a colon too many", edited("seed: 1", "seed: 1: 2"), 10, "not YAML: mapping values are not allowed here"),
     ("indentation", edited("  tokens", "   tokens"), 6, "not YAML"),
     ("an unknown alias", edited("some/model", "*model"), 2, "not YAML: found undefined alias 'model'"),
-    ("a python tag", edited("some/model", "!!python/object/apply:os.system [ls]"), 2, "the tag tag:yaml.org,2002:python"),
+    ("a python tag", edited("some/model", "!!python/object/apply:os.system [ls]"), 2, "the tag tag:yaml"),
     ("a tag of one's own", edited("some/model", "!include x"), 2, "the tag !include"),
     ("a tagged mapping", edited("pca: {", "pca: !!omap {"), 16, "Recipes are plain data"),
     ("a tag that does not fit", edited("seed: 1", "seed: !!int x"), 10, "'x' is no value of its type"),
@@ -243,7 +243,7 @@ MALFORMED: list[tuple[str, str, int, str]] = [
     ("a number of 5000 digits", edited("seed: 1", "seed: " + "9" * 5000), 10, "is no value of its type"),
     ("an escape beyond Unicode", edited("some/model", '"\\UFFFFFFFF"'), 2, "not YAML"),
     ("a version of the future", "%YAML 3.0\n---\n" + GOOD, 1, "not YAML: found incompatible"),
-    ("a minor version of the future", "%YAML 1.7\n---\n" + GOOD, 2, "not YAML"),
+    ("a minor version of the future", "%YAML 1.7\n---\n" + GOOD, 1, "not YAML"),
     ("a NUL", edited("seed: 1", "seed: \x00"), 10, "Recipes are plain text"),
     ("two documents", GOOD + "---\n" + GOOD, 30, "Put one recipe in a file"),
     ("an empty text", "", 1, "empty. Write at least `model` and `steps`"),
@@ -289,7 +289,7 @@ def test_an_anchor_may_be_set_twice_without_a_warning() -> None:
         assert parse_recipe("model: &a m\nseed: &a 3\nsteps: [{spaces: mlp}]").seed == 3
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_no_text_ends_in_a_traceback(data: st.DataObject) -> None:
     text = GOOD
@@ -360,6 +360,7 @@ def test_a_file_with_a_byte_order_mark_and_its_overrides_are_read(tmp_path: Path
 # --- overrides
 
 UNIFORM = find("select", "uniform")
+BASE = parse_recipe(GOOD)
 
 
 def at(recipe: Recipe, path: str) -> Any:
@@ -385,8 +386,8 @@ def at(recipe: Recipe, path: str) -> Any:
         (["evaluate=null", "evaluate.0.perplexity.data=t.npy"], "evaluate.0.perplexity.data", "t.npy"),
         (["evaluate.0.perplexity.data=tokens.npy"], "evaluate.0.perplexity.data", "tokens.npy"),
         (["evaluate.1.perplexity.data=more"], "evaluate.1.perplexity.data", "more"),
-        (["steps.1=null"], "steps", parse_recipe(GOOD).steps[:1]),
-        (["steps.2=null"], "steps", parse_recipe(GOOD).steps),
+        (["steps.1=null"], "steps", BASE.steps[:1]),
+        (["steps.2=null"], "steps", BASE.steps),
         (["steps.2={spaces: qk}"], "steps.2", Step(spaces=("qk",))),
         (["steps.0.spaces=x.3.1"], "steps.0.spaces", ("x.3.1",)),
         (["steps.1.spaces=[mlp]"], "steps.1.spaces", ("mlp",)),
@@ -410,10 +411,9 @@ def test_an_override_reaches_its_key_and_leaves_the_others(
 ) -> None:
     recipe = parse_recipe(GOOD, overrides=assignments)
     assert at(recipe, path) == value
-    assert parse_recipe(GOOD).model_dump().keys() == recipe.model_dump().keys()
     untouched = {"model", "calibrate", "order", "budget", "seed", "steps", "evaluate"} - {path.split(".")[0]}
     if len(assignments) == 1:
-        assert all(getattr(recipe, key) == getattr(parse_recipe(GOOD), key) for key in untouched)
+        assert all(getattr(recipe, key) == getattr(BASE, key) for key in untouched)
 
 
 def test_an_override_of_one_use_of_an_alias_leaves_the_other() -> None:
@@ -469,17 +469,18 @@ def test_a_mistake_in_the_file_keeps_its_line_beside_overrides() -> None:
 # --- methods of one's own
 
 
+class _Own(Selector):
+    def allocate(self, spectra: Any, cost: Any, budget: Any) -> Any:
+        return {}
+
+
 @pytest.fixture
 def own() -> Iterator[type[Method]]:
-    """Throw-away selectors with every sort of option, and faulty ones; gone from the registry afterwards."""
+    """A throw-away selector with options of every sort, and one that refuses; gone from the registry afterwards."""
     before = dict(registry("select"))
 
-    class _Own(Selector):
-        def allocate(self, spectra: Any, cost: Any, budget: Any) -> Any:
-            return {}
-
     @dataclass(frozen=True)
-    class Every_(_Own, name="own_good"):
+    class Good(_Own, name="own_good"):
         """All sorts."""
 
         required: bool
@@ -488,21 +489,36 @@ def own() -> Iterator[type[Method]]:
         hidden: int = field(default=3, init=False)
 
     @dataclass(frozen=True)
+    class Raises(_Own, name="own_raises"):
+        """Refuses its option in the ways that a plugin might."""
+
+        option: int = 0
+
+        def __post_init__(self) -> None:
+            if self.option:
+                raise (InputError if self.option == 1 else TypeError)("no such thing")
+
+    yield Good
+    _restore(before)
+
+
+@pytest.fixture
+def faulty() -> Iterator[None]:
+    """Selectors that their authors did not finish."""
+    before = dict(registry("select"))
+
+    @dataclass(frozen=True)
     class Unreadable(_Own, name="own_unreadable"):
         option: Nowhere = 0  # type: ignore[name-defined]
 
     class Plain(_Own, name="own_plain"):
         pass
 
-    @dataclass(frozen=True)
-    class Raises(_Own, name="own_raises"):
-        option: int = 0
+    yield
+    _restore(before)
 
-        def __post_init__(self) -> None:
-            if self.option:
-                raise (InputError if self.option == 1 else TypeError)("no such option")
 
-    yield Every_
+def _restore(before: dict[str, Any]) -> None:
     registry("select").clear()  # type: ignore[attr-defined]
     registry("select").update(before)  # type: ignore[attr-defined]
 
@@ -521,25 +537,31 @@ def test_options_of_every_sort_come_and_go(own: type[Method]) -> None:
 @pytest.mark.parametrize(
     ("select", "told"),
     [
-        ("own_good", "own_good: got a mapping, but it should"),
+        ("own_good", "the option 'required' is missing"),
         ("{own_good: {required: 1}}", "own_good.required: got 1, but it should be a valid boolean"),
         ("{own_good: {required: true, widths: [1, 2.5]}}", "own_good.widths.1: got 2.5"),
         ("{own_good: {required: true, widths: 3}}", "own_good.widths: got 3, but it should be a list"),
         ("{own_good: {required: true, hidden: 3}}", "'own_good' has no option 'hidden'"),
-        ("own_unreadable", "Nowhere"),
-        ("own_plain", "dataclass"),
-        ("{own_raises: {option: 1}}", "no such option"),
-        ("{own_raises: {option: 2}}", "no such option"),
+        ("{own_raises: {option: 1}}", "no such thing"),
+        ("{own_raises: {option: 2}}", "no such thing"),
     ],
 )
-def test_a_wrong_option_and_a_faulty_method_are_told_at_the_step(own: Any, select: str, told: str) -> None:
+def test_a_wrong_option_is_told_at_its_place(own: Any, select: str, told: str) -> None:
     message = refused(with_select(select))
     assert message.startswith("r.yaml:4: steps.0.select") and told in message
 
 
+@pytest.mark.parametrize(
+    ("select", "told"), [("own_unreadable", "not fully defined"), ("own_plain", "dataclass")]
+)
+def test_a_faulty_method_is_told_at_the_step_that_names_it(faulty: None, select: str, told: str) -> None:
+    message = refused(with_select(select))
+    assert message.startswith("r.yaml:4: steps.0.select") and told in message and "\n" not in message
+
+
 # --- writing
 
-WORDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=12) | st.sampled_from(
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12) | st.sampled_from(
     [
         "null",
         "yes",
@@ -673,7 +695,7 @@ def test_the_schema_names_every_method_and_option_with_its_manual() -> None:
             [options] = [
                 c["properties"][name] for c in step[kind]["anyOf"] if name in c.get("properties", {})
             ]
-            assert options["properties"].keys() == cls.__dataclass_fields__.keys()
+            assert options["properties"].keys() == {f.name for f in fields(cls)}
             assert options["additionalProperties"] is False
     [pca] = [c["properties"]["pca"] for c in step["rotate"]["anyOf"] if "pca" in c.get("properties", {})]
     assert pca["properties"]["of"]["enum"] == ["raw", "normed"]
@@ -694,3 +716,8 @@ def test_the_schema_describes_the_options_of_methods_of_ones_own(own: type[Metho
     [options] = [c["properties"]["own_good"] for c in choices if "own_good" in c.get("properties", {})]
     assert options["properties"]["widths"]["description"] == "one a block"
     assert options["required"] == ["required"]
+
+
+def test_the_schema_names_the_method_whose_options_it_cannot_describe(faulty: None) -> None:
+    with pytest.raises(InputError, match="select method 'own_plain': options without a schema"):
+        json_schema()
