@@ -84,7 +84,7 @@ def _perplexity(report: Report) -> list[Element]:
         return [heading, _missing("evaluation")]
     recovered = any(row.recovered is not None for row in found)
     columns = ["Data", "Dense", "Sliced", "Ratio", *(["Recovered", "Ratio"] if recovered else [])]
-    rows = []
+    rows: list[Sequence[Element | str]] = []
     for key, row in zip(report["perplexity"], found, strict=True):
         after = [words.plain(row.recovered), words.ratio(row.dense, row.recovered)] if recovered else []
         tokens = el("span", f"{words.whole(report['perplexity'][key].get('tokens'))} tokens", class_="part")
@@ -146,6 +146,8 @@ def _spectra(report: Report, spectra: Spectra) -> list[Element]:
     for kind, found in curves.items():
         if found:
             said = "one basis" if len(found) == 1 else f"{len(found)} bases"
+            if len({c.kept for c in found if c.kept < len(c.energies)}) > 1:
+                said += ", each cut at its dot"
             title = f"Spectra of the {words.kind_words(kind)}"
             cuts = "; ".join(f"{c.name} keeps {c.kept} of {len(c.energies)}" for c in found)
             figures.append(
@@ -162,7 +164,8 @@ def _samples(report: Report) -> list[Element]:
     found = []
     for sample in report.get("samples") or []:
         texts = [
-            el("div", el("h3", _capital(side)), el("p", sample[side] or NONE)) for side in ("dense", "sliced")
+            el("div", el("h3", _capital(side)), el("p", (sample[side] or NONE).strip()))
+            for side in ("dense", "sliced")
         ]
         found.append(el("div", el("p", el("b", sample["prompt"])), *texts, class_="sample"))
     return [el("h2", "Samples"), *(found or [_missing("sample continuations")])]
@@ -172,11 +175,10 @@ def _run(report: Report) -> list[Element]:
     seconds = report.get("seconds") or {}
     longest = max(seconds.values(), default=0) or 1
     rows: list[Sequence[Element | str]] = [
-        [_capital(step), f"{s:,.1f} s", charts.bar(s / longest)] for step, s in seconds.items()
+        [_capital(step), f"{s:,.1f}", charts.bar(s / longest)] for step, s in seconds.items()
     ]
-    table = (
-        charts.table("Seconds per step.", ["Step", "Time", "Share"], rows) if rows else _missing("timings")
-    )
+    columns = ["Step", "Seconds", "Of the longest"]
+    table = charts.table("Time per step.", columns, rows, "bars") if rows else _missing("timings")
     whole = f"{sum(seconds.values()):,.1f} s" if seconds else NONE
     facts = [("All steps", whole), ("Peak memory", words.size(report.get("peak_memory_bytes")))]
     facts += [(name, str(version)) for name, version in (report.get("versions") or {}).items()]

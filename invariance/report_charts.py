@@ -225,12 +225,12 @@ def errors_chart(
     for n, (name, (said, value)) in enumerate(errors.items()):
         top = 34 * n + 20
         place = high if not math.isfinite(value) else math.log10(value) if value > 0 else low
-        marks.append(_text(x(low), top - 6, f"{name}: {said}", "start", "strong"))
+        marks.append(_text(x(low), top - 7, f"{name}: {said}", "start", "strong"))
         marks.append(
             _rect(x(low), top, max(x(place) - x(low), 1), 8, "kept" if value <= limit else "control")
         )
         if limit > 0:
-            marks.append(_line(x(math.log10(limit)), top - 3, x(math.log10(limit)), top + 11, "limit"))
+            marks.append(_line(x(math.log10(limit)), top - 2, x(math.log10(limit)), top + 12, "limit"))
     bottom = 34 * len(errors) + 18
     step = -(-(high - low) // 8)
     ticks = [v for v in range(high, low, -step) if low < v < high]

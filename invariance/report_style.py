@@ -40,7 +40,8 @@ th:first-child { text-align: left; padding-left: 0; white-space: normal; min-wid
 thead th { color: var(--soft); font-size: .8125rem; }
 .part { display: block; padding-left: 16px; color: var(--soft); }
 span > .part { padding-left: 0; font-size: .8125rem; }
-td:has(.bar) { width: 55%; }
+.bars td:last-child { width: 55%; }
+.bars th:last-child { text-align: left; }
 .bar { display: block; height: 9px; border-radius: 2px; width: var(--w); min-width: 1px; background: var(--kept); }
 .badge { display: inline-block; padding: 1px 12px; border-radius: 99px; font-weight: 600; font-size: .8125rem; }
 .badge { margin-left: 6px; vertical-align: 2px; }
@@ -82,8 +83,9 @@ summary { cursor: pointer; }
   main { padding: 24px 16px 48px; }
   .sample { grid-template-columns: 1fr; }
   table { font-size: .875rem; }
+  svg { font-size: 12.5px; }
   th, td { padding-left: 10px; }
-  td:has(.bar) { width: 35%; }
+  .bars td:last-child { width: 40%; }
   .tiles { grid-template-columns: 1fr 1fr; }
 }
 """
