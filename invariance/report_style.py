@@ -47,7 +47,7 @@ span > .part { padding-left: 0; font-size: .8125rem; }
 .badge { margin-left: 6px; vertical-align: 2px; }
 .good { color: var(--good); background: var(--goodbg); }
 .bad { color: var(--bad); background: var(--badbg); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 16px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 16px; }
 figure { margin: 0; min-width: 0; }
 figure.narrow { max-width: 520px; margin-top: 14px; }
 figcaption b { color: var(--ink); font-weight: 600; }

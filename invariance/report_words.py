@@ -52,6 +52,10 @@ def whole(value: float | None, largest: float | None = None) -> str:
     return NONE if value is None else f"{value:,.0f}"
 
 
+def rate(value: float | None, largest: float | None = None) -> str:
+    return NONE if value is None else f"{value:,.{0 if value >= 100 else 1}f}"
+
+
 def error(value: float | None) -> str:
     return (
         NONE
@@ -123,7 +127,7 @@ def costs(report: Report) -> list[Row]:
 
 
 def speed(report: Report) -> Row:
-    return Row("tokens per second", *_both(report, "tokens_per_second"), whole)
+    return Row("tokens per second", *_both(report, "tokens_per_second"), rate)
 
 
 def perplexities(report: Report) -> list[Row]:
