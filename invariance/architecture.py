@@ -77,7 +77,11 @@ class Architecture:
         """The family's own model on the meta device: shapes and no weights."""
         config = copy.deepcopy(config)  # an untied head is noted there
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            return self.build(config)
+
+    def build(self, config: PretrainedConfig) -> PreTrainedModel:
+        """The family's own model, untrained, on the device that torch builds on now."""
+        model = AutoModelForCausalLM.from_config(config)
         if config.tie_word_embeddings:  # on the meta device transformers leaves the two apart
             model.get_submodule(self.head).weight = model.get_parameter(f"{self.embed[0]}.weight")
         return model

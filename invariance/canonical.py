@@ -75,6 +75,7 @@ def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
     if layout.tied:
         head.weight = _like(head.weight.double().clone(), head.weight)
         model.config.tie_word_embeddings = False
+        model._tied_weights_keys = model.all_tied_weights_keys = {}  # else transformers ties them again
     _fold(norm, [head])
 
 

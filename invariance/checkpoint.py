@@ -58,7 +58,6 @@ class InvarianceForCausalLM(PreTrainedModel, GenerationMixin):
             config.tie_word_embeddings = True
         else:
             self._tied_weights_keys = {}
-            self.inner._tied_weights_keys = {}
             config.tie_word_embeddings = False
         self.post_init()
 
@@ -119,7 +118,8 @@ def wrap(
 
 def _shaped(config: InvarianceConfig) -> PreTrainedModel:
     """The family's model with the config's shapes; what its weights hold is for loading to say."""
-    inner = AutoModelForCausalLM.from_config(config.dense())
+    dense = config.dense()
+    inner = architecture(dense).build(dense)
     layout = canonicalize(inner, fold=config.folded, tie=config.tie)
     changes = {name: Change.empty(layout.spaces[name], k) for name, k in config.widths.items()}
     reparametrize(inner, layout, changes)
