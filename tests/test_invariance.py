@@ -29,6 +29,7 @@ from tiny import (
 )
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from invariance import verify
 from invariance.canonical import canonicalize
@@ -87,7 +88,10 @@ def project(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change
             stage.attention.k.register_forward_hook(lambda _, args, k, space=f"qk.{i}": signal(k, space))
         if stage.mlp is not None:
             before(stage.mlp.down, f"mlp.{i}")
-    before(model.get_submodule(layout.architecture.final_norm), layout.points[-1])
+    final = model.get_submodule(layout.architecture.final_norm)
+    before(final, layout.points[-1])
+    if layout.tied:  # the head reads the table as the first point has it
+        final.register_forward_hook(lambda _, args, x: signal(x, layout.points[0]))
 
 
 # The family's own function, and ours
@@ -123,6 +127,32 @@ def test_in_float64_the_restructured_model_is_the_family_with_torchs_own_norms(m
     assert relative_error(reference, logits(twin, tokens(seed))) > 100 * bound
 
 
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 3}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+        ("phi", {}),
+    ],
+)
+def test_attention_functions_are_called_as_by_the_family(family, options, monkeypatch):
+    def record(module, *args, **kwargs):
+        about = (module.layer_idx, module.is_causal, module.num_key_value_groups)
+        calls.append((*about, *(kwargs.get(k) for k in ("scaling", "sliding_window", "dropout"))))
+        return sdpa(module, *args, **kwargs)
+
+    calls = []
+    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", record)
+    model = tiny(family, **options)
+    logits(model, tokens())
+    canonicalize(model, fold=False)
+    logits(model, tokens())
+    assert len(calls) == 4 and calls[:2] == calls[2:]
+    assert any(c[4] for c in calls) == bool(options)
+
+
 # Rotation
 
 
@@ -133,6 +163,26 @@ def test_any_group_elements_of_any_spaces_leave_logits_unchanged(model, data):
     changed, layout = verify.canonical_copy(model, **data.draw(forms(model), label="form"))
     reparametrize(changed, layout, rotations(draw_bases(data, layout)))
     assert relative_error(before, logits(changed, ids)) <= tolerance(torch.float64, layout.depth)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("mistral", {"sliding_window": 3}),
+        ("qwen2", {}),
+        ("opt", {}),
+        ("opt", {"layer_norm_elementwise_affine": False}),
+        ("opt", {"layer_norm_elementwise_affine": False, "enable_bias": False}),
+        ("phi", {}),
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_space_at_once_in_each_variant(family, options, tied):
+    model = tiny(family, tie_word_embeddings=tied, **options)
+    for tie in ["untie", "keep"] if hasattr(model.config, "rms_norm_eps") else ["untie"]:
+        _, layout = verify.canonical_copy(model, fold=True, tie=tie)
+        assert verify.certify(model, verify.random_bases(layout), tokens(), fold=True, tie=tie).passed
 
 
 @fewer
@@ -216,6 +266,35 @@ def test_one_basis_needs_no_shortcut_and_one_per_block_needs_one_each(by, count)
     changed, layout = verify.canonical_copy(tiny("llama", num_hidden_layers=3), fold=True, tie="untie")
     reparametrize(changed, layout, rotations(share(elements(layout, layout.points, 0), segments(layout, by))))
     assert len(label(changed).shortcuts) == count
+
+
+def test_a_shortcut_carries_one_change_out_and_the_next_one_in():
+    model, layout = verify.canonical_copy(tiny("llama"), fold=True, tie="untie")
+    g = torch.Generator().manual_seed(0)
+    oblique = {
+        p: Change(*(torch.randn(1, 16, 5 + i, generator=g, dtype=torch.float64) for _ in range(2)))
+        for i, p in enumerate(layout.points)
+    }
+    reparametrize(model, layout, oblique)
+    for edge in layout.edges:
+        expected = oblique[edge.source].decode[0].mT @ oblique[edge.target].encode[0]
+        torch.testing.assert_close(model.get_submodule(edge.stage).shortcut.data, expected)
+    again = {p: Change(*(torch.randn(1, 5 + i, 4, generator=g, dtype=torch.float64) for _ in range(2)))
+             for i, p in enumerate(layout.points)}  # fmt: skip
+    before = {e.stage: model.get_submodule(e.stage).shortcut.data for e in layout.edges}
+    reparametrize(model, label(model), again)
+    for edge in layout.edges:
+        expected = again[edge.source].decode[0].mT @ before[edge.stage] @ again[edge.target].encode[0]
+        torch.testing.assert_close(model.get_submodule(edge.stage).shortcut.data, expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_points_share_a_basis_by_identity_whatever_it_holds(shared):
+    model = tiny("llama")
+    layout = canonicalize(model, fold=True)
+    blank = {p: Change.empty(layout.spaces[p], 9) for p in layout.points}
+    reparametrize(model, layout, dict.fromkeys(blank, blank["x.0.0"]) if shared else blank)
+    assert len(label(model).shortcuts) == (0 if shared else layout.depth)
 
 
 # Slicing
