@@ -1,0 +1,68 @@
+"""Tiny models on disk with a tiny tokenizer and tokens, for the tests that start from files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+from tiny import tiny
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+VOCABULARY = 41
+WORDS = ["The", "people", "of", "the", "United", "States", "are", "many", "and", "free", "."]
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 64, "head_dim": 8, "tie_word_embeddings": True},
+    "opt": {"ffn_dim": 64},
+    "phi": {"intermediate_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                         "partial_rotary_factor": 0.5}},
+}  # fmt: skip
+
+
+def model_of(family: str, **options: Any) -> PreTrainedModel:
+    """A tiny model, 32 wide, two layers deep, with room for 320 positions."""
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 320}
+    return tiny(family, **(shape | SHAPES[family] | options))
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word."""
+    vocabulary = {w: n for n, w in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def save_model(folder: Path, family: str = "llama", **options: Any) -> Path:
+    model_of(family, **options).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_tokens(path: Path, sequences: int = 16, tokens: int = 16, seed: int = 0) -> Path:
+    """Token ids that are not all alike: each sequence prefers some of them."""
+    g = np.random.default_rng(seed)
+    liked = g.integers(1, VOCABULARY, (sequences, 1, 8))
+    ids = np.where(g.random((sequences, tokens)) < 0.5, g.integers(1, VOCABULARY, (sequences, tokens)),
+                   liked[:, 0, :][np.arange(sequences)[:, None], g.integers(0, 8, (sequences, tokens))])  # fmt: skip
+    np.save(path, ids)
+    return path
+
+
+def stored_numbers(folder: Path) -> int:
+    """How many numbers the safetensors files of a checkpoint hold."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "numpy") as tensors:
+            total += sum(int(np.prod(tensors.get_slice(n).get_shape())) for n in tensors.keys())  # noqa: SIM118
+    return total
+
+
+def overrides(values: Mapping[str, Any]) -> list[str]:
+    """The ``--set`` assignments of a mapping."""
+    return [f"{key}={value}" for key, value in values.items()]

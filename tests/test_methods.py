@@ -1,0 +1,385 @@
+"""One contract that every registered method keeps, on every kind of space that it admits."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from folders import VOCABULARY, model_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from invariance import walk
+from invariance.canonical import canonicalize
+from invariance.errors import InputError
+from invariance.interfaces import Rotator, Selector, Slicer, Statistic, find, registry
+from invariance.layout import Layout
+from invariance.methods.hadamard import hadamard, why_none
+from invariance.moments import Moments, reader_moment
+from invariance.recipe import parse_recipe
+from invariance.reparametrize import reparametrize
+from invariance.space import Basis, Change, Group, Space, haar, in_group
+from invariance.verify import logits, relative_error, tolerance
+
+FAMILIES = ("llama", "opt", "phi")
+KINDS = ("residual", "mlp", "vo", "qk")
+METHODS = [(kind, name) for kind in ("rotate", "select", "slice") for name in registry(kind)]
+IDS = torch.arange(1, 25)[None] % VOCABULARY
+OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside the defaults, where an option changes what is computed
+    "pca": [{"of": "normed"}],
+    "random_orthogonal": [{"seed": 3}],
+    "hadamard": [{"seed": 3}],
+    "least_squares": [{"ridge": 0.01}],
+    "uniform": [{"keep": 0.7}, {"keep": 0.7, "multiple_of": 4}, {"width": 4}],
+    "global_energy": [{"multiple_of": 1, "floor": 0.2}],
+}
+
+
+@dataclass
+class Ready:
+    """A tiny folded model in float64 and all that can be measured on it."""
+
+    model: PreTrainedModel
+    layout: Layout
+    moments: Moments
+    logits: Tensor
+
+
+@cache
+def ready(family: str) -> Ready:
+    model = model_of(family).double()
+    layout = canonicalize(model, fold=True)
+    ids = torch.randint(1, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(1))
+    batches = walk.enter(model, layout, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
+    wanted = {
+        n: frozenset({Statistic.RAW, *([Statistic.NORMED] if s.kind == "residual" else [])})
+        for n, s in layout.spaces.items()
+    }
+    moments = walk.oneshot(model, layout, batches, wanted, torch.float64)
+    readers = {
+        (n, Statistic.READERS): reader_moment(model, layout, s) for n, s in layout.spaces.items()
+    }
+    return Ready(model, layout, moments.merge(Moments(readers)), logits(model, IDS))
+
+
+def variants(kind: str, name: str) -> list[Any]:
+    return [find(kind, name)(**options) for options in ({}, *OPTIONS.get(name, []))]
+
+
+def serves(rotator: Rotator, space: Space) -> bool:
+    fits = rotator.width_limit is None or rotator.width_limit(space.dim) is None
+    normed = Statistic.NORMED in rotator.needs and space.kind != "residual"
+    return space.admits(rotator.produces) and space.kind in rotator.kinds and fits and not normed
+
+
+def cases() -> list[Any]:
+    """Every rotator, with every variant of its options, on a space of every kind that takes it, of every family."""
+    found = []
+    for family, kind, name in itertools.product(FAMILIES, KINDS, registry("rotate")):
+        space = next(s for s in ready(family).layout.spaces.values() if s.kind == kind)
+        for rotator in variants("rotate", name):
+            if serves(rotator, space):
+                found.append(pytest.param(family, rotator, space, id=f"{family}-{kind}-{rotator.spec()}"))
+    return found
+
+
+CASES = cases()
+
+
+def test_every_rotator_is_tried_and_each_kind_of_space_by_several() -> None:
+    assert {case.values[1].name for case in CASES} == set(registry("rotate"))
+    for kind in KINDS:
+        assert len({case.values[1].name for case in CASES if case.values[2].kind == kind}) >= 2
+
+
+@pytest.mark.parametrize(("family", "rotator", "space"), CASES)
+def test_a_rotator_keeps_its_contract(family: str, rotator: Rotator, space: Space) -> None:
+    basis = rotator.fit(space, ready(family).moments)
+    c, d = space.copies, space.dim
+    assert basis.A.shape == (c, d, d) and basis.A.dtype is torch.float64
+    assert space.contains(basis.A)
+    if rotator.produces is not Group.ROTARY:  # which needs the space's pairs, and is the space's group then
+        assert in_group(rotator.produces, basis.A)
+    assert basis.energy.shape == (c, d) and basis.energy.dtype is torch.float64
+    assert bool((basis.energy >= 0).all())
+    assert bool((basis.energy.diff(dim=-1) <= 0).all())
+    again = type(rotator)(**vars(rotator)).fit(space, copy.deepcopy(ready(family).moments))
+    assert torch.equal(basis.A, again.A) and torch.equal(basis.energy, again.energy)
+
+
+@pytest.mark.parametrize(("family", "rotator", "space"), CASES)
+def test_a_rotator_measures_only_what_it_says_it_needs(
+    family: str, rotator: Rotator, space: Space
+) -> None:
+    needs = {(space.name, s.on(space)) for s in rotator.needs}
+    only = Moments({key: m for key, m in ready(family).moments.known.items() if key in needs})
+    assert torch.equal(rotator.fit(space, only).A, rotator.fit(space, ready(family).moments).A)
+    for key in needs:
+        less = Moments({k: m for k, m in only.known.items() if k != key})
+        with pytest.raises(KeyError):
+            rotator.fit(space, less)
+
+
+@pytest.mark.parametrize("slicer", [s for n in registry("slice") for s in variants("slice", n)], ids=str)
+@pytest.mark.parametrize(("family", "rotator", "space"), CASES)
+def test_at_full_width_every_slicer_leaves_the_logits(
+    family: str, rotator: Rotator, space: Space, slicer: Slicer
+) -> None:
+    at = ready(family)
+    change = slicer.cut(space, rotator.fit(space, at.moments), space.dim, at.moments)
+    model = copy.deepcopy(at.model)
+    reparametrize(model, at.layout, {space.name: change})
+    error = relative_error(at.logits, logits(model, IDS))
+    assert error <= tolerance(torch.float64, at.layout.depth)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_direction_less_moves_the_logits(family: str, kind: str) -> None:
+    at = ready(family)
+    space = next(s for s in at.layout.spaces.values() if s.kind == kind)
+    if space.rotary == space.dim:
+        pytest.skip("rotary positions turn all of it: no direction can go")
+    identity = find("rotate", "identity")().fit(space, at.moments)
+    model = copy.deepcopy(at.model)
+    change = find("slice", "truncate")().cut(space, identity, space.dim - 1, at.moments)
+    reparametrize(model, at.layout, {space.name: change})
+    assert relative_error(at.logits, logits(model, IDS)) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["random_orthogonal", "hadamard", "identity"])
+def test_rotators_that_know_nothing_of_the_signal_need_none(name: str) -> None:
+    assert find("rotate", name)().needs == frozenset()
+    assert find("rotate", "pca")().needs  # the control
+
+
+@pytest.mark.parametrize("name", ["random_orthogonal", "hadamard"])
+def test_another_seed_or_space_gives_another_random_basis(name: str) -> None:
+    first, second = (s for s in ready("llama").layout.spaces.values() if s.name in ("x.0.0", "x.0.1"))
+    one, other = find("rotate", name)(seed=0), find("rotate", name)(seed=1)
+    A = one.fit(first, Moments()).A
+    assert not torch.equal(A, other.fit(first, Moments()).A)
+    assert not torch.equal(A, one.fit(second, Moments()).A)
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_a_method_round_trips_through_a_recipe(kind: str, name: str) -> None:
+    for method in variants(kind, name):
+        step = {"spaces": "mlp", kind: method.spec()} | ({"select": "uniform"} if kind == "slice" else {})
+        text = {"model": "m", "calibrate": {"data": "d"}, "steps": [step]}
+        if kind in ("select", "slice"):
+            text["budget"] = {"parameters": 0.9}
+        recipe = type(parse_recipe("{model: m, steps: [{spaces: mlp}]}")).from_dict(text)
+        again = parse_recipe(recipe.to_yaml())
+        assert getattr(again.steps[0], kind) == method
+        assert type(getattr(again.steps[0], kind)) is type(method)
+
+
+@pytest.mark.parametrize(("kind", "name"), METHODS)
+def test_a_method_says_what_it_does_and_where_it_comes_from(kind: str, name: str) -> None:
+    cls = find(kind, name)
+    page = inspect.getdoc(cls) or ""
+    assert cls.__doc__ and len(page.splitlines()[0]) > 20
+    if kind != "select" or cls.needs_spectra:
+        assert "Source:" in page or "baseline" in page
+
+
+# --- Selectors.
+
+SPACES = [
+    Space("mlp.0", "mlp", 48, Group.MONOMIAL),
+    Space("mlp.1", "mlp", 20, Group.MONOMIAL),
+    Space("vo.0", "vo", 8, Group.INVERTIBLE, 2),
+]
+
+
+def cost(widths: Mapping[Space, int]) -> int:
+    """What a choice stores: a price a direction, and something that no choice removes."""
+    return 1000 + sum({"mlp": 96, "vo": 256}[s.kind] * widths.get(s, s.dim) for s in SPACES)
+
+
+def spectra(seed: int) -> dict[Space, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {
+        s: torch.rand(s.copies, s.dim, generator=g, dtype=torch.float64).pow(4).sort(-1, True)[0]
+        for s in SPACES
+    }
+
+
+def spenders() -> list[Selector]:
+    """Every selector that spends a budget, at multiples of 1 and of 4."""
+    found = [s for name in registry("select") for s in variants("select", name) if s.needs_budget]
+    return found + [type(s)(**{**vars(s), "multiple_of": 4}) for s in found]
+
+
+@pytest.mark.parametrize("selector", spenders(), ids=str)
+@given(seed=st.integers(0, 999), share=st.floats(0.5, 1))
+def test_a_selector_meets_its_budget_with_widths_that_can_be(
+    selector: Selector, seed: int, share: float
+) -> None:
+    budget = int(share * cost({}))
+    widths = selector.allocate(spectra(seed), cost, budget)
+    assert set(widths) == set(SPACES)
+    assert cost(widths) <= budget
+    for space, k in widths.items():
+        assert isinstance(k, int) and 1 <= k <= space.dim
+        assert k == space.dim or k % vars(selector)["multiple_of"] == 0
+    assert widths == selector.allocate(spectra(seed), cost, budget)
+    roomier = selector.allocate(spectra(seed), cost, cost({}))
+    assert all(k == s.dim for s, k in roomier.items())
+
+
+@pytest.mark.parametrize("selector", spenders(), ids=str)
+def test_a_budget_that_nothing_meets_is_refused(selector: Selector) -> None:
+    with pytest.raises(InputError, match=r"budget of 1,000 parameters cannot be met.*Raise the budget"):
+        selector.allocate(spectra(0), cost, 1000)
+
+
+@pytest.mark.parametrize("name", registry("select"))
+def test_a_multiple_beyond_a_space_is_refused_or_never_taken(name: str) -> None:
+    with pytest.raises(InputError, match="multiple_of 16 is more than the 8 directions of space 'vo.0'"):
+        find("select", name)(multiple_of=16).allocate(spectra(0), cost, cost({}) // 2)
+
+
+@given(keep=st.floats(0.01, 1), multiple=st.integers(1, 8))
+def test_uniform_keeps_the_share_rounded_down(keep: float, multiple: int) -> None:
+    widths = find("select", "uniform")(keep=keep, multiple_of=multiple).allocate(spectra(0), cost, None)
+    for space, k in widths.items():
+        assert 1 <= k <= space.dim and (k % multiple == 0 or k == space.dim)
+        assert k <= keep * space.dim + 1e-6 or k == multiple
+        assert k == space.dim or k + multiple > keep * space.dim - 1e-6
+
+
+def test_global_energy_takes_from_the_space_that_holds_least() -> None:
+    flat = {s: torch.ones(s.copies, s.dim, dtype=torch.float64) for s in SPACES}
+    first, second, _ = SPACES
+    flat[first][:, 8:] = 1e-9  # nearly all its energy lies in 8 of 48 directions
+    selector = find("select", "global_energy")(multiple_of=4)
+    widths = selector.allocate(flat, cost, cost({}) - 36 * 96)
+    assert widths[first] <= 12 and widths[second] == second.dim
+
+
+# --- Slicers.
+
+
+def moment(seed: int, d: int, rank: int, copies: int = 1) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(copies, d, rank, generator=g, dtype=torch.float64) * torch.rand(
+        copies, d, 1, generator=g, dtype=torch.float64
+    )
+    return x @ x.mT / rank
+
+
+def known(space: Space, C: Tensor) -> Moments:
+    moments = Moments()
+    for copy_ in range(1):
+        del copy_
+    from invariance.moments import Moment
+
+    moments.known[space.name, Statistic.RAW] = Moment(C, 1)
+    moments.known[space.name, Statistic.NORMED] = Moment(C, 1)
+    return moments
+
+
+def loss(change: Change, C: Tensor) -> Tensor:
+    """E‖x − D Eᵀx‖² per copy."""
+    P = torch.eye(C.shape[-1], dtype=C.dtype) - change.decode @ change.encode.mT
+    return (P @ C @ P.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+draws = {
+    "seed": st.integers(0, 9999),
+    "d": st.integers(2, 12),
+    "copies": st.integers(1, 3),
+    "data": st.data(),
+}
+
+
+def drawn_basis(data: st.DataObject, space: Space, seed: int) -> Basis:
+    group = data.draw(st.sampled_from([Group.PERMUTATION, Group.ORTHOGONAL, Group.INVERTIBLE]))
+    A = Space(space.name, space.kind, space.dim, group, space.copies).element(seed)
+    return Basis(A, torch.ones(space.copies, space.dim, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("slicer", [s for n in registry("slice") for s in variants("slice", n)], ids=str)
+@given(**draws)
+def test_a_slice_is_a_projector(slicer: Slicer, seed: int, d: int, copies: int, data: st.DataObject) -> None:
+    space = Space("vo.0", "vo", d, Group.INVERTIBLE, copies)
+    C = moment(seed, d, 4 * d, copies)
+    k = data.draw(st.integers(1, d), label="k")
+    change = slicer.cut(space, drawn_basis(data, space, seed), k, known(space, C))
+    assert change.encode.shape == change.decode.shape == (copies, d, k)
+    P = change.encode @ change.decode.mT
+    ridge = 0.0 if k == d else vars(slicer).get("ridge", 0.0)  # which shrinks what is decoded a little
+    eye = torch.eye(k, dtype=P.dtype)
+    shrunk = (change.decode.mT @ change.encode - eye).abs().amax()
+    cond = torch.linalg.cond(change.encode.mT @ C @ change.encode).amax() if ridge else 1.0
+    assert shrunk <= 4 * d * (ridge + 1e-14) * cond + 1e-9
+    assert (P @ P - P).abs().amax() <= (shrunk + 1e-12) * d * P.abs().amax().clamp_min(1)
+    assert torch.linalg.matrix_rank(P).eq(k).all()
+
+
+@given(ridge=st.sampled_from([0.0, 1e-6]), **draws)
+def test_least_squares_never_reconstructs_worse_than_truncation(
+    ridge: float, seed: int, d: int, copies: int, data: st.DataObject
+) -> None:
+    space = Space("vo.0", "vo", d, Group.INVERTIBLE, copies)
+    rank = data.draw(st.integers(1, 2 * d), label="rank")
+    C = moment(seed, d, rank, copies)
+    basis = drawn_basis(data, space, seed)
+    k = data.draw(st.integers(1, d), label="k")
+    refit = find("slice", "least_squares")(ridge=ridge).cut(space, basis, k, known(space, C))
+    plain = find("slice", "truncate")().cut(space, basis, k, known(space, C))
+    size = C.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # The ridge costs at most λ‖D‖², with D any other decoder; truncation's D bounds it.
+    scale = (refit.encode.mT @ C @ refit.encode).diagonal(dim1=-2, dim2=-1).mean(-1)
+    slack = max(ridge, 1e-14) * scale * plain.decode.square().sum((-2, -1)) + 1e-10 * size
+    assert bool((loss(refit, C) <= loss(plain, C) + slack).all())
+
+
+def test_least_squares_reconstructs_much_better_where_channels_are_correlated() -> None:
+    space = Space("mlp.0", "mlp", 8, Group.MONOMIAL)
+    C = moment(5, 8, 3)
+    basis = find("rotate", "identity")().fit(space, Moments())
+    refit, plain = (find("slice", n)().cut(space, basis, 4, known(space, C)) for n in ("least_squares", "truncate"))
+    assert loss(refit, C) < 0.01 * loss(plain, C)
+
+
+# --- Hadamard.
+
+ORDERS = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 60, 64, 68, 92, 96, 100, 184, 576]
+
+
+@pytest.mark.parametrize("d", ORDERS)
+def test_hadamard_matrices_have_entries_of_one_and_orthogonal_rows(d: int) -> None:
+    H = hadamard(d)
+    assert torch.equal(H.abs(), torch.ones(d, d, dtype=torch.float64))
+    assert torch.equal(H @ H.mT, d * torch.eye(d, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("d", [3, 5, 6, 10, 14, 27, 98])
+def test_an_order_that_cannot_be_is_refused_with_the_reason(d: int) -> None:
+    assert "must be 1, 2 or a multiple of 4" in (why_none(d) or "")
+    with pytest.raises(ValueError, match=f"order {d}"):
+        hadamard(d)
+
+
+def test_an_order_that_no_construction_reaches_is_called_so() -> None:
+    beyond = [d for d in range(4, 400, 4) if why_none(d)]
+    assert beyond, "then this test needs a larger order"
+    assert all("no construction known here" in (why_none(d) or "") for d in beyond)
+    assert all(why_none(d) is None for d in ORDERS)
+
+
+def test_haar_matrices_are_orthogonal_and_not_their_group_neighbours() -> None:
+    A = haar(6, torch.Generator().manual_seed(0))[None]
+    assert in_group(Group.ORTHOGONAL, A) and not in_group(Group.SIGNED_PERMUTATION, A)
