@@ -1,0 +1,188 @@
+"""The docs say what is so: their code runs, their commands parse, their recipes and links exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from invariance import cli, families, interfaces, manual
+from invariance.interfaces import ENTRY_POINTS
+from invariance.recipe import Budget, Calibrate, Perplexity, Recipe, Step, parse_recipe
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page: its language, its text, and the line that it starts on."""
+
+    page: str
+    language: str
+    text: str
+    line: int
+
+
+def blocks(*languages: str) -> list[Block]:
+    fence = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    return [
+        Block(str(page.relative_to(ROOT)), m[1], m[2], text.count("\n", 0, m.start()) + 2)
+        for page in PAGES
+        for text in [page.read_text()]
+        for m in fence.finditer(text)
+        if m[1] in languages
+    ]
+
+
+def where(block: Block) -> str:
+    return f"{block.page}:{block.line}"
+
+
+@pytest.fixture
+def sandbox(tmp_path, monkeypatch):
+    """An empty working folder and cache; what is registered inside is forgotten afterwards."""
+    interfaces.registry("rotate")  # entry points first
+    monkeypatch.setattr(interfaces, "_REGISTRY", {k: dict(v) for k, v in interfaces._REGISTRY.items()})
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    monkeypatch.setenv("INVARIANCE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.mark.parametrize("page", sorted({b.page for b in blocks("python")}))
+def test_python_of_a_page_runs_from_top_to_bottom(page, sandbox, monkeypatch):
+    module = ModuleType("page_of_the_docs")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    for block in blocks("python"):
+        if block.page == page:
+            source = "\n" * (block.line - 1) + block.text  # so that a traceback has the page's lines
+            exec(compile(source, ROOT / page, "exec"), vars(module))
+
+
+def commands() -> list[tuple[Block, list[str]]]:
+    """Every command line of a bash block, without comments and variables before it."""
+    return [
+        (block, words)
+        for block in blocks("bash", "sh", "console")
+        for line in block.text.replace("\\\n", " ").splitlines()
+        if (words := shlex.split(line, comments=True))
+    ]
+
+
+@pytest.mark.parametrize("block, words", commands(), ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+def test_a_command_parses_and_what_it_names_exists(block, words):
+    program, *arguments = words
+    if program == "make":
+        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(arguments) <= set(targets), where(block)
+        return
+    assert program == "invariance", f"{where(block)}: nothing checks {program}"
+    group = typer.main.get_command(cli.app)
+    context = group.make_context("invariance", list(arguments))
+    name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])
+    parsed = command.make_context(name, rest, parent=context)
+    recipe = parsed.params.get("recipe")
+    if recipe is not None and recipe.parts[0] == "recipes":
+        text = (ROOT / recipe).read_text()
+        parse_recipe(text, str(recipe), parsed.params["set_"])
+
+
+def whole_recipes() -> list[Block]:
+    return [
+        b
+        for b in blocks("yaml")
+        if re.search(r"^model:", b.text, re.M) and re.search(r"^steps:", b.text, re.M)
+    ]
+
+
+@pytest.mark.parametrize("block", whole_recipes(), ids=where)
+def test_a_recipe_parses(block, sandbox):
+    plug_in(sandbox)
+    parse_recipe(block.text, where(block))
+
+
+def plug_in(folder: Path) -> Path:
+    """The methods of docs/add-a-method.md, in the file that it speaks of, and loaded."""
+    code = [b.text for b in blocks("python") if b.page == "docs/add-a-method.md"]
+    file = folder / "my_methods.py"
+    file.write_text("\n\n".join(code[:4]))
+    interfaces.load_plugin(str(file))
+    return file
+
+
+def test_the_plugin_that_the_docs_build_is_found_by_name(sandbox):
+    shown = CliRunner().invoke(cli.app, ["methods", "ends_whole", "--plugin", str(plug_in(sandbox))])
+    assert shown.exit_code == 0 and "keep: " in shown.output, shown.output
+
+
+def test_the_entry_point_of_the_docs_is_the_one_that_is_read():
+    (block,) = blocks("toml")
+    assert list(tomllib.loads(block.text)["project"]["entry-points"]) == [ENTRY_POINTS]
+
+
+def test_the_methods_page_is_what_the_docstrings_make():
+    assert (ROOT / "docs/methods.md").read_text() == manual.markdown(), (
+        "run `python -m invariance.manual > docs/methods.md`"
+    )
+
+
+@pytest.mark.parametrize("part", [Recipe, Step, Calibrate, Perplexity, Budget], ids=lambda p: p.__name__)
+def test_every_key_of_a_recipe_is_explained(part):
+    text = (ROOT / "docs/recipes.md").read_text()
+    missing = [key for key in part.model_fields if f"`{key}`" not in text and f"`{{{key}: " not in text]
+    assert not missing
+
+
+def test_every_key_of_a_report_is_explained():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/reports.md").read_text(), re.MULTILINE)
+    explained = {word.split(".")[0] for row in rows for word in re.findall(r"`(\w[\w.{},]*)`", row)}
+    source = (ROOT / "invariance/run.py").read_text()
+    body = source[source.index("def _report(") : source.index("def counted(")]
+    made = set(re.findall(r'^ {8}"(\w+)":', body, re.MULTILINE))
+    assert "exactness" in made and made <= explained
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_link_of_a_page_leads_somewhere(name):
+    page = ROOT / name
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{name}: {target}"
+        assert not anchor or anchor in anchors(file.read_text()), f"{name}: {target}"
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", without_code(text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("name", [*NAMES, "docs/idea.svg"])
+def test_no_page_speaks_of_one_machine(name):
+    text = (ROOT / name).read_text()
+    assert not re.findall(
+        r"(?<![\w.~])/(?:home|work|root|tmp|Users|opt|mnt|data)/\S*|[A-Z]:\\\S*|localhost\S*", text
+    )
+
+
+def test_every_page_of_the_docs_is_in_the_index():
+    index = (ROOT / "docs/index.md").read_text()
+    shown = {page.name for page in ROOT.glob("docs/*.md")} - {"index.md"}
+    assert all(f"({name})" in index for name in shown)
