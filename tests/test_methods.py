@@ -15,6 +15,7 @@ import torch
 from folders import VOCABULARY, model_of
 from hypothesis import given
 from hypothesis import strategies as st
+from invariance.methods.hadamard import hadamard, why_none
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -23,8 +24,7 @@ from invariance.canonical import canonicalize
 from invariance.errors import InputError
 from invariance.interfaces import Rotator, Selector, Slicer, Statistic, find, registry
 from invariance.layout import Layout
-from invariance.methods.hadamard import hadamard, why_none
-from invariance.moments import Moments, reader_moment
+from invariance.moments import Moment, Moments, reader_moment
 from invariance.recipe import parse_recipe
 from invariance.reparametrize import reparametrize
 from invariance.space import Basis, Change, Group, Space, haar, in_group
@@ -65,9 +65,7 @@ def ready(family: str) -> Ready:
         for n, s in layout.spaces.items()
     }
     moments = walk.oneshot(model, layout, batches, wanted, torch.float64)
-    readers = {
-        (n, Statistic.READERS): reader_moment(model, layout, s) for n, s in layout.spaces.items()
-    }
+    readers = {(n, Statistic.READERS): reader_moment(model, layout, s) for n, s in layout.spaces.items()}
     return Ready(model, layout, moments.merge(Moments(readers)), logits(model, IDS))
 
 
@@ -109,6 +107,7 @@ def test_a_rotator_keeps_its_contract(family: str, rotator: Rotator, space: Spac
     assert space.contains(basis.A)
     if rotator.produces is not Group.ROTARY:  # which needs the space's pairs, and is the space's group then
         assert in_group(rotator.produces, basis.A)
+    assert not basis.A.requires_grad and not basis.energy.requires_grad  # else the weights stay in memory
     assert basis.energy.shape == (c, d) and basis.energy.dtype is torch.float64
     assert bool((basis.energy >= 0).all())
     assert bool((basis.energy.diff(dim=-1) <= 0).all())
@@ -117,9 +116,7 @@ def test_a_rotator_keeps_its_contract(family: str, rotator: Rotator, space: Spac
 
 
 @pytest.mark.parametrize(("family", "rotator", "space"), CASES)
-def test_a_rotator_measures_only_what_it_says_it_needs(
-    family: str, rotator: Rotator, space: Space
-) -> None:
+def test_a_rotator_measures_only_what_it_says_it_needs(family: str, rotator: Rotator, space: Space) -> None:
     needs = {(space.name, s.on(space)) for s in rotator.needs}
     only = Moments({key: m for key, m in ready(family).moments.known.items() if key in needs})
     assert torch.equal(rotator.fit(space, only).A, rotator.fit(space, ready(family).moments).A)
@@ -246,7 +243,7 @@ def test_a_budget_that_nothing_meets_is_refused(selector: Selector) -> None:
 
 @pytest.mark.parametrize("name", registry("select"))
 def test_a_multiple_beyond_a_space_is_refused_or_never_taken(name: str) -> None:
-    with pytest.raises(InputError, match="multiple_of 16 is more than the 8 directions of space 'vo.0'"):
+    with pytest.raises(InputError, match="multiple_of 16 is more than the 8 directions"):
         find("select", name)(multiple_of=16).allocate(spectra(0), cost, cost({}) // 2)
 
 
@@ -280,14 +277,7 @@ def moment(seed: int, d: int, rank: int, copies: int = 1) -> Tensor:
 
 
 def known(space: Space, C: Tensor) -> Moments:
-    moments = Moments()
-    for copy_ in range(1):
-        del copy_
-    from invariance.moments import Moment
-
-    moments.known[space.name, Statistic.RAW] = Moment(C, 1)
-    moments.known[space.name, Statistic.NORMED] = Moment(C, 1)
-    return moments
+    return Moments({(space.name, s): Moment(C, 1) for s in (Statistic.RAW, Statistic.NORMED)})
 
 
 def loss(change: Change, C: Tensor) -> Tensor:
@@ -350,13 +340,15 @@ def test_least_squares_reconstructs_much_better_where_channels_are_correlated() 
     space = Space("mlp.0", "mlp", 8, Group.MONOMIAL)
     C = moment(5, 8, 3)
     basis = find("rotate", "identity")().fit(space, Moments())
-    refit, plain = (find("slice", n)().cut(space, basis, 4, known(space, C)) for n in ("least_squares", "truncate"))
+    refit, plain = (
+        find("slice", n)().cut(space, basis, 4, known(space, C)) for n in ("least_squares", "truncate")
+    )
     assert loss(refit, C) < 0.01 * loss(plain, C)
 
 
 # --- Hadamard.
 
-ORDERS = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 60, 64, 68, 92, 96, 100, 184, 576]
+ORDERS = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 60, 64, 68, 92, 96, 184, 576]
 
 
 @pytest.mark.parametrize("d", ORDERS)
