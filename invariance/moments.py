@@ -106,6 +106,7 @@ def at_unit_rms(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).to(x.dtype)
 
 
+@torch.no_grad()
 def reader_moment(model: PreTrainedModel, layout: Layout, space: Space) -> Moment:
     """Σ WᵀW over the weights that read a space, per copy: how much each direction weighs with its readers."""
     total = torch.zeros(space.copies, space.dim, space.dim, dtype=torch.float64)
