@@ -57,3 +57,8 @@ def architecture(config: PretrainedConfig) -> Architecture:
             f"{', '.join(sorted(FAMILIES))}. Declare it in families.py (docs/add-a-family.md)."
         )
     return FAMILIES[kind]
+
+
+def positions(config: PretrainedConfig) -> int | None:
+    """The most tokens that a model of a known family takes; None where rotary positions set no limit."""
+    return None if architecture(config).rotary else config.max_position_embeddings

@@ -19,6 +19,7 @@ from .data import Tokens, load_tokens
 from .errors import InputError
 from .evaluate import perplexity, sample, tokens_per_second
 from .export import stock
+from .families import positions
 from .files import replacing, write_json, write_text
 from .layout import Parameters
 from .models import cache_dir, load_config, load_model, load_tokenizer
@@ -74,11 +75,17 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
 
 def read_data(recipe: Recipe, config: PretrainedConfig, tokenizer: Any, evaluate: bool = True) -> Data:
     """All the tokens that a recipe names. Raises InputError, with the recipe's line."""
-    vocabulary = config.vocab_size
+    limit = positions(config)
 
     def read(spec: Any, *where: str | int) -> Tokens:
-        return load_tokens(spec.data, tokenizer, vocab_size=vocabulary, split=spec.split, sequences=spec.sequences,
-                           tokens=spec.tokens, where=recipe.where(*where))  # fmt: skip
+        found = load_tokens(spec.data, tokenizer, vocab_size=config.vocab_size, split=spec.split,
+                            sequences=spec.sequences, tokens=spec.tokens, where=recipe.where(*where))  # fmt: skip
+        if limit is not None and found.ids.shape[1] > limit:
+            raise InputError(
+                f"{recipe.where(*where)}: sequences of {found.ids.shape[1]} tokens, and the model has {limit} positions. "
+                f"Ask for `tokens: {limit}` or fewer."
+            )
+        return found
 
     calibration = read(recipe.calibrate, "calibrate", "data") if recipe.calibrate else None
     evaluations = {
@@ -167,7 +174,8 @@ def _measure(report: dict[str, Any], seconds: dict[str, float], dense: PreTraine
             }
             report["perplexity"][name] = {**found, "recovered": None, "tokens": int(tokens.mask[:, 1:].sum())}
     with timed(seconds, "speed"):
-        report["tokens_per_second"] = tokens_per_second(models)
+        length = min(256, positions(dense.config) or 256)
+        report["tokens_per_second"] = tokens_per_second(models, length)
     if tokenizer is not None:
         with timed(seconds, "sample"):
             text = {side: sample(m, tokenizer, PROMPT) for side, m in models.items()}
@@ -185,7 +193,7 @@ def check_output(output: Path, overwrite: bool) -> None:
             f"--output {output}: the folder holds something that is no run's output. Name another."
         )
     parent = next(p for p in (output, *output.parents) if p.exists())
-    if not os.access(parent, os.W_OK):
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
         raise InputError(f"--output {output}: '{parent}' cannot be written to. Name a folder that can.")
 
 
