@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from collections.abc import Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors import safe_open
 from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from invariance import cli
 
 VOCABULARY = 41
 WORDS = ["The", "people", "of", "the", "United", "States", "are", "many", "and", "free", "."]
@@ -66,3 +72,18 @@ def stored_numbers(folder: Path) -> int:
 def overrides(values: Mapping[str, Any]) -> list[str]:
     """The ``--set`` assignments of a mapping."""
     return [f"{key}={value}" for key, value in values.items()]
+
+
+def invoke(*arguments: object) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of the command line, called in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["invariance", *map(str, arguments)])
+        patch.setenv("COLUMNS", "120")
+        try:
+            cli.main()
+        except SystemExit as e:
+            status = e.code if isinstance(e.code, int) else int(e.code is not None)
+        else:
+            status = 0
+    return status, out.getvalue(), err.getvalue()
