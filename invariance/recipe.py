@@ -477,18 +477,17 @@ def _explain(error: Any, root: _Located) -> tuple[int, str]:
     path = (*error["loc"], *getattr(problem, "path", ()))
     node, advice = root, ""
     names: list[str] = []
-    owner: type[_Part] = Recipe
     model: type[_Part] | None = Recipe
     for key in path:
         if model is not None and key in model.model_fields:
-            owner, advice = model, f". Give {_comments(model).get(key, 'another')}"
+            advice = f". Give {_comments(model).get(key, 'another')}"
             model = _model_in(model.model_fields[key].annotation)
         if (child := node.child(key)) is not None:  # a union's tag and a missing key are not in the text
             node, names = child, [*names, str(key)]
     if error["type"] == "missing":
         text = f"the key '{path[-1]}' is missing{advice}"
     elif error["type"] == "extra_forbidden":
-        text = f"unknown key '{path[-1]}'{did_you_mean(str(path[-1]), (model or owner).model_fields)}"
+        text = f"unknown key '{path[-1]}'{did_you_mean(str(path[-1]), (model or Recipe).model_fields)}"
     else:
         text = _should(error) + ("" if problem else advice)
     dotted = ".".join(names)
@@ -545,7 +544,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise InputError(f"{path}: larger than 1 MiB; a recipe takes a page. Is it the right file?")
-        text = raw.decode("utf-8-sig")
+        text = raw.decode("utf-8")
     except FileNotFoundError:
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise InputError(f"{path}: no such file{near}") from None

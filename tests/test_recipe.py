@@ -350,6 +350,13 @@ def test_a_path_that_is_no_file_is_refused(tmp_path: Path) -> None:
         load_recipe("a\x00b")
 
 
+def test_an_evaluation_is_called_by_its_name_or_else_by_its_data() -> None:
+    evaluate = "\nevaluate: [{perplexity: {data: a}}, {perplexity: {data: a, name: b}}]"
+    r = parse_recipe("model: m\nsteps: [{spaces: mlp}]" + evaluate)
+    assert [e.perplexity.label for e in r.evaluate] == ["a", "b"]
+    assert [e.perplexity.split for e in r.evaluate] == ["test", "test"]
+
+
 def test_a_file_with_a_byte_order_mark_and_its_overrides_are_read(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace("\n", "\r\n").encode())
@@ -633,6 +640,7 @@ def test_what_is_read_can_be_written_and_read_again(data: dict[str, Any]) -> Non
     recipe = Recipe.from_dict(data)
     assert parse_recipe(recipe.to_yaml()) == recipe
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    assert Recipe.from_dict({**data, "model": data["model"] + "x"}) != recipe
     for key, value in data.items():
         if key in ("model", "order", "tie", "seed"):
             assert getattr(recipe, key) == value
@@ -640,6 +648,7 @@ def test_what_is_read_can_be_written_and_read_again(data: dict[str, Any]) -> Non
 
 def test_a_recipe_is_written_in_full_and_in_the_order_of_its_fields() -> None:
     written = parse_recipe(GOOD).to_dict()
+    assert written["evaluate"] == [{"perplexity": {"data": "wikitext2", "split": "validation", "batch": 8}}]
     assert list(written) == ["model", "calibrate", "order", "budget", "tie", "seed", "steps", "evaluate"]
     assert written["steps"][1] == {
         "spaces": ["mlp", "vo.*"],
