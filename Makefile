@@ -13,7 +13,7 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## compress a small real model and print the table; report in runs/demo
-	$(VENV)/bin/invariance run recipes/demo.yaml --output runs/demo
+	$(VENV)/bin/invariance run recipes/demo.yaml --output runs/demo --overwrite
 
 test: $(VENV)/.all  ## the tests
 	$(PY) -m pytest

@@ -67,7 +67,9 @@ def main() -> None:
         forward.append(pure_forward(fast, tokens))
         with tempfile.TemporaryDirectory() as store:
             for name, (order, steps) in RECIPES.items():
-                recipe = Recipe.from_dict({"model": args.model, "calibrate": calibrate, "order": order, "steps": steps})
+                recipe = Recipe.from_dict(
+                    {"model": args.model, "calibrate": calibrate, "order": order, "steps": steps}
+                )
                 chart = plan(recipe, model.config)
                 found[name].append(slice_model(model, chart, tokens, store=Path(store)).seconds)
     unit = median(forward)
@@ -83,7 +85,11 @@ def main() -> None:
             "verify, apart": seconds["verify"],
         }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"dtype": str(dtype), "rows": rows, "peak_memory_bytes": peak, "forward": forward}, indent=2))
+    print(
+        json.dumps(
+            {"dtype": str(dtype), "rows": rows, "peak_memory_bytes": peak, "forward": forward}, indent=2
+        )
+    )
 
 
 @torch.no_grad()

@@ -38,7 +38,9 @@ def tokens_per_second(
     times: dict[str, list[float]] = {name: [] for name in models}
     for n in range(repeats + 1):
         for name, model in models.items():
-            ids = torch.arange(length, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+            ids = torch.arange(length, device=model.device).remainder(
+                model.config.get_text_config().vocab_size
+            )[None]
             start = time.perf_counter()
             model(input_ids=ids, use_cache=False)
             if model.device.type == "cuda":

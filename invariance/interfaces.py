@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from enum import Enum
@@ -151,7 +152,9 @@ def load_plugin(module: str) -> None:
         if module.endswith(".py"):
             spec = importlib.util.spec_from_file_location(module.rsplit("/", 1)[-1][:-3], module)
             assert spec is not None and spec.loader is not None
-            spec.loader.exec_module(importlib.util.module_from_spec(spec))
+            made = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = made  # dataclasses look their module up there
+            spec.loader.exec_module(made)
         else:
             importlib.import_module(module)
     except (ImportError, FileNotFoundError) as e:

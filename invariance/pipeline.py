@@ -235,10 +235,11 @@ class _Run:
         start = time.perf_counter()
         before = self.seconds.get("fit", 0.0)
         dtype = torch.float32
-        if self.plan.wanted():
+        follow = self.plan.recipe.order == "dense_target"
+        if self.plan.wanted() or follow:
             batches, dtype = self._batches()
         walk.sequential(self.model, self.layout, batches, wanted, dtype, decide,
-                        follow=self.plan.recipe.order == "dense_target", progress=self.progress)  # fmt: skip
+                        follow=follow, progress=self.progress)  # fmt: skip
         spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
 

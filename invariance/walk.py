@@ -113,9 +113,10 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
     writes the stream is refit to bring it back to the dense one (refit.py).
     """
     dense = [batch.x for batch in batches] if follow else []
+    basis: Change | None = None  # of the point before, in which the stream is now
     for edge in progress(layout.edges, "calibrate and cut", layout.depth):
         uncut = fast_copy(model, edge, dtype) if follow else None
-        _cut_stream(model, layout, edge.source, batches, wanted, decide)
+        basis = _cut_stream(model, layout, edge.source, batches, wanted, decide, basis)
         inner = [n for n in _inner(layout, edge) if n in wanted]
         if inner:
             moments = Moments()
@@ -137,21 +138,31 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
             stage = fast_copy(model, edge, dtype)
         for batch in batches:
             batch.x = stage(batch.x, **batch.context)
-    _cut_stream(model, layout, layout.points[-1], batches, wanted, decide)
+    _cut_stream(model, layout, layout.points[-1], batches, wanted, decide, basis)
 
 
 def _cut_stream(model: PreTrainedModel, layout: Layout, point: str, batches: list[Batch], wanted: Wanted,
-                decide: Callable[[str, Moments], Change | None]) -> None:  # fmt: skip
+                decide: Callable[[str, Moments], Change | None], basis: Change | None) -> Change | None:  # fmt: skip
+    """Measure and change one point of the stream; ``basis`` is the change of the point before."""
     if point not in wanted:
-        return
+        return None
     moments = Moments()
     _measure_stream(moments, point, batches, wanted)
     change = decide(point, moments)
     if change is not None:
         reparametrize(model, layout, {point: change})
         for batch in batches:
-            E = change.encode[0].to(batch.x.device)
-            batch.x = (batch.x.float() @ E.float()).to(batch.x.dtype)
+            wide = torch.promote_types(batch.x.dtype, torch.float32)
+            E = change.encode[0].to(batch.x.device, wide)
+            batch.x = (batch.x.to(wide) @ E).to(batch.x.dtype)
+        if (
+            change is basis
+        ):  # one basis on both sides of the stage before: as when both change at once, no shortcut
+            edge = next(e for e in layout.edges if e.target == point)
+            stage = model.get_submodule(edge.stage)
+            assert isinstance(stage, Stage)
+            stage.shortcut = None
+    return change
 
 
 def _measure_stream(moments: Moments, point: str, batches: list[Batch], wanted: Wanted) -> None:
