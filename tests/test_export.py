@@ -1,0 +1,167 @@
+"""Save, load, same logits: stock checkpoints where they can be, our own elsewhere, and the reason why."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import VOCABULARY, model_of, save_tokens, stored_numbers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from invariance.checkpoint import InvarianceForCausalLM
+from invariance.recipe import Recipe
+from invariance.run import Outcome, outcome
+from invariance.verify import logits, relative_error, tolerance
+
+IDS = torch.arange(1, 25)[None] % VOCABULARY
+GLOBAL = {"spaces": "residual", "rotate": "pca", "select": {"uniform": {"width": 24}}}
+STAGES = GLOBAL | {"segments": "stage"}
+MLP = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"width": 40}}, "slice": "least_squares"}
+HEADS = {"spaces": "vo", "rotate": "head_svd", "select": {"uniform": {"width": 6}}}
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "global": [GLOBAL],
+    "stages": [STAGES],
+    "mlp": [MLP],
+    "heads": [HEADS],
+    "all": [STAGES, MLP, HEADS],
+}
+STOCK = {("llama", "global"), ("llama", "mlp"), ("opt", "mlp"), ("phi", "mlp")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("export")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INVARIANCE_CACHE", str(root / "cache"))
+        patch.chdir(root)
+        save_tokens(root / "tokens.npy")
+        yield
+
+
+@cache
+def dense(family: str, tied: bool = False, **options: Any) -> PreTrainedModel:
+    return model_of(family, tie_word_embeddings=tied, **options)
+
+
+def compressed(model: PreTrainedModel, steps: list[dict[str, Any]], **keys: Any) -> Outcome:
+    calibrate = {"data": "tokens.npy", "dtype": "float32"}
+    recipe = Recipe.from_dict({"model": "m", "calibrate": calibrate, "steps": steps} | keys)
+    return outcome(model, recipe, evaluate=False)
+
+
+def reloaded(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def generated(model: PreTrainedModel, cache: bool) -> list[int]:
+    return model.generate(IDS[:, :5], max_new_tokens=6, do_sample=False, use_cache=cache)[0].tolist()  # type: ignore
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+def test_what_is_saved_loads_with_the_same_logits(family: str, name: str, tied: bool, tmp_path: Path) -> None:
+    made = compressed(dense(family, tied), RECIPES[name])
+    loaded = reloaded(made.model, tmp_path)
+    assert made.report["model"]["stock"] == ((family, name) in STOCK), made.report["model"]["why_not_stock"]
+    assert isinstance(loaded, InvarianceForCausalLM) != made.report["model"]["stock"]
+    assert relative_error(logits(made.model, IDS), logits(loaded, IDS)) <= tolerance(torch.float32, 4)
+    assert stored_numbers(tmp_path) == made.report["parameters"]["sliced"]["total"]
+    assert generated(loaded, True) == generated(loaded, False) == generated(made.model, True)
+    assert relative_error(logits(dense(family, tied), IDS), logits(loaded, IDS)) > 1e-4  # it was cut
+
+
+@pytest.mark.parametrize("name", ["global", "stages", "all"])
+def test_a_tie_that_is_kept_is_stored_once_with_a_matrix_before_the_head(name: str, tmp_path: Path) -> None:
+    kept = compressed(dense("llama", True), RECIPES[name], tie="keep")
+    loaded = reloaded(kept.model, tmp_path)
+    assert relative_error(logits(kept.model, IDS), logits(loaded, IDS)) <= tolerance(torch.float32, 4)
+    parts = kept.report["parameters"]["sliced"]
+    assert stored_numbers(tmp_path) == parts["total"]
+    assert (parts["embedding"], parts["head"]) == (VOCABULARY * 24, 24 * 24)
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+    apart = compressed(dense("llama", True), RECIPES[name])
+    assert relative_error(logits(apart.model, IDS), logits(kept.model, IDS)) <= tolerance(torch.float32, 4)
+    assert apart.report["parameters"]["sliced"]["head"] >= VOCABULARY * 24
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["global", "all"])
+def test_the_dtype_of_the_model_is_that_of_the_checkpoint(
+    name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    made = compressed(copy.deepcopy(dense("llama")).to(dtype), RECIPES[name])
+    loaded = reloaded(made.model, tmp_path)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    assert torch.equal(logits(made.model, IDS), logits(loaded, IDS))
+
+
+@pytest.mark.parametrize(
+    ("family", "tied", "steps", "keys", "why"),
+    [
+        ("llama", False, [STAGES], {}, "4 stages carry a shortcut"),
+        ("llama", False, [HEADS], {}, "value heads have 6 dims and query/key heads 8"),
+        ("llama", True, [GLOBAL], {"tie": "keep"}, "the tied head reads the table through a k×k matrix"),
+        ("llama", False, [MLP | {"spaces": "mlp.1"}], {}, r"mlp widths differ from layer to layer \(40 to 64\)"),
+        ("llama", False, [GLOBAL | {"slice_head": False}], {}, "residual widths differ"),
+        ("opt", False, [GLOBAL], {}, "LayerNorm needs norms that subtract no mean"),
+        ("phi", False, [GLOBAL], {}, "LayerNorm needs norms that subtract no mean"),
+    ],
+)  # fmt: skip
+def test_what_no_stock_config_holds_says_why(
+    family: str, tied: bool, steps: list[dict[str, Any]], keys: dict[str, Any], why: str
+) -> None:
+    report = compressed(dense(family, tied), steps, **keys).report["model"]
+    assert not report["stock"] and report["exported_as"] == "invariance"
+    import re
+
+    assert re.search(why, report["why_not_stock"])
+
+
+def test_gains_and_eps_carry_the_mean_square_over_the_original_width() -> None:
+    made = compressed(dense("llama"), [GLOBAL]).model
+    assert made.config.model_type == "llama" and made.config.hidden_size == 24
+    assert made.config.rms_norm_eps == pytest.approx(dense("llama").config.rms_norm_eps * 32 / 24, rel=1e-12)
+    gains = {n: p for n, p in made.named_parameters() if "norm" in n}
+    assert len(gains) == 5
+    for gain in gains.values():
+        assert torch.equal(gain, torch.full((24,), (32 / 24) ** 0.5))
+    assert made.config.head_dim == 8 and made.config.num_attention_heads == 4
+
+
+def test_a_width_that_heads_do_not_divide_is_exported_as_mistral(tmp_path: Path) -> None:
+    made = compressed(dense("llama"), [GLOBAL | {"select": {"uniform": {"width": 27}}}])
+    assert made.model.config.model_type == "mistral" and made.report["model"]["exported_as"] == "mistral"
+    assert made.model.config.hidden_size == 27 and made.model.config.sliding_window is None
+    loaded = reloaded(made.model, tmp_path)
+    assert relative_error(logits(made.model, IDS), logits(loaded, IDS)) <= tolerance(torch.float32, 4)
+    long = torch.randint(1, VOCABULARY, (1, 200), generator=torch.Generator().manual_seed(0))
+    assert relative_error(logits(made.model, long), logits(loaded, long)) <= tolerance(torch.float32, 4)
+
+
+def test_a_rotated_model_that_keeps_its_widths_is_stock_and_untied(tmp_path: Path) -> None:
+    made = compressed(dense("llama", True), [{"spaces": "residual", "rotate": "hadamard"}])
+    loaded = reloaded(made.model, tmp_path)
+    assert not isinstance(loaded, InvarianceForCausalLM) and not loaded.config.tie_word_embeddings
+    error = relative_error(logits(dense("llama", True), IDS), logits(loaded, IDS))
+    assert error <= tolerance(torch.float32, 4)
+
+
+def test_biases_of_attention_and_mlp_survive_the_stock_form(tmp_path: Path) -> None:
+    model = dense("llama", attention_bias=True, mlp_bias=True)
+    made = compressed(model, [GLOBAL, MLP])
+    assert made.report["model"]["stock"]
+    loaded = reloaded(made.model, tmp_path)
+    assert any(n.endswith("down_proj.bias") for n, _ in loaded.named_parameters())
+    assert relative_error(logits(made.model, IDS), logits(loaded, IDS)) <= tolerance(torch.float32, 4)
+
+
+def test_a_saved_checkpoint_of_our_own_holds_no_code_and_no_pickle(tmp_path: Path) -> None:
+    compressed(dense("opt"), [STAGES]).model.save_pretrained(tmp_path)
+    assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
+    assert "auto_map" not in (tmp_path / "config.json").read_text()
