@@ -51,6 +51,8 @@ class InvarianceForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: InvarianceConfig, inner: PreTrainedModel | None = None) -> None:
         super().__init__(config)
         self.inner = _shaped(config) if inner is None else inner
+        for module in () if inner is None else inner.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]  # else modules of ours are drawn anew
         arch = architecture(self.inner.config)
         head = self.inner.get_submodule(arch.head)
         if head.weight is self.inner.get_parameter(f"{arch.embed[0]}.weight"):

@@ -157,7 +157,9 @@ def load_plugin(module: str) -> None:
             spec.loader.exec_module(made)
         else:
             importlib.import_module(module)
-    except (ImportError, FileNotFoundError) as e:
+    except InputError:
+        raise
+    except Exception as e:  # whatever the module raises while it is imported
         raise InputError(
             f"--plugin {module}: cannot be imported ({e}). Give a module on the path, or a .py file."
         ) from e

@@ -106,7 +106,7 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
                          progress=progress)  # fmt: skip
     original = model.config
     with timed(sliced.seconds, "export"):
-        sliced.model.to(dtype=model.dtype)  # type: ignore[call-arg]
+        cast(sliced.model, model.dtype)
         made, why = stock(sliced.model, sliced.layout, chart.dense, original)
         small = made if made is not None else wrap(sliced.model, sliced.layout, original, recipe.tie)
     report = _report(recipe, chart, sliced, small, why, original)
@@ -116,6 +116,16 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
     report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     spectra = {name: energy.sum(0).tolist() for name, energy in sliced.spectra.items()}
     return Outcome(small, report, spectra)
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The weights to a dtype. Buffers keep float32 at least: rotary frequencies, as transformers loads them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(torch.promote_types(dtype, torch.float32)))
 
 
 def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel, why: str,
