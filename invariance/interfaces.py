@@ -28,7 +28,7 @@ class Statistic(Enum):
     """What a method asks of a space; only what some method of the recipe needs is measured."""
 
     RAW = "raw"  # E[x xᵀ] of the signal as it is
-    NORMED = "normed"  # E[x xᵀ] of the signal at unit RMS, as the readers of the residual stream see it
+    NORMED = "normed"  # E[x xᵀ] of what the norm gives (its gain folded away), as readers of the residual stream see it
     SEEN = "seen"  # as the readers see it: NORMED on the residual stream, RAW elsewhere
     READERS = "readers"  # Σ WᵀW over the weights that read the space; no calibration needed
 

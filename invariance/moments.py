@@ -104,10 +104,6 @@ def real_tokens(x: Float[Tensor, "B T d"], mask: Bool[Tensor, "B T"] | None) -> 
     return x.flatten(0, 1) if mask is None or bool(mask.all()) else x[mask.to(x.device)]
 
 
-def at_unit_rms(x: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True)).to(x.dtype)
-
-
 @torch.no_grad()
 def reader_moment(model: PreTrainedModel, layout: Layout, space: Space) -> Moment:
     """Σ WᵀW over the weights that read a space, per copy: how much each direction weighs with its readers."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .canonical import canonicalize
-from .layout import Layout
+from .layout import Layout, label
 from .reparametrize import reparametrize
 from .space import Change
 
@@ -70,31 +70,25 @@ def certify(model: PreTrainedModel, bases: Mapping[str, Tensor], ids: Int[Tensor
             tie: str = "untie", seed: int = 0) -> Certificate:  # fmt: skip
     """Rotate a copy of a family's model by ``bases`` (space name → A) and compare its logits with the original's.
 
-    Points of the stream that share one basis share one tensor. The control applies random elements of the same
-    spaces' groups to the writers only.
+    Points of the stream that share one basis share one tensor. The control goes on from the rotated model: random
+    elements of the same spaces' groups, applied to the writers only.
     """
-    reference = logits(exact_copy(model), ids)
+    twin = exact_copy(model)
+    reference = logits(twin, ids)
+    layout = canonicalize(twin, fold=fold, tie=tie)
     made: dict[int, Change] = {}
-    changes = {name: made.setdefault(id(A), Change.rotation(A)) for name, A in bases.items()}
-    changed, layout = canonical_copy(model, fold, tie)
-    reparametrize(changed, layout, changes)
-    error = relative_error(reference, logits(changed, ids))
-    del changed
-    control, layout = canonical_copy(model, fold, tie)
-    reparametrize(control, layout, half(layout, bases, seed))
+    reparametrize(twin, layout, {n: made.setdefault(id(A), Change.rotation(A)) for n, A in bases.items()})
+    error = relative_error(reference, logits(twin, ids))
+    layout = label(twin)
+    reparametrize(twin, layout, half(layout, bases, seed))
     return Certificate(
         relative_error=error,
         tolerance=tolerance(torch.float64, layout.depth),
-        negative_control=relative_error(reference, logits(control, ids)),
+        negative_control=relative_error(reference, logits(twin, ids)),
         spaces=len(bases),
         restructured_error=relative_error(reference, logits(model, ids)),
         restructured_tolerance=tolerance(model.dtype, layout.depth),
     )
-
-
-def canonical_copy(model: PreTrainedModel, fold: bool, tie: str) -> tuple[PreTrainedModel, Layout]:
-    twin = exact_copy(model)
-    return twin, canonicalize(twin, fold=fold, tie=tie)
 
 
 def canonical_layout(model: PreTrainedModel) -> Layout:
@@ -103,12 +97,19 @@ def canonical_layout(model: PreTrainedModel) -> Layout:
 
 
 def half(layout: Layout, names: Mapping[str, Any], seed: int) -> dict[str, Change]:
-    """Random elements of the named spaces' groups, on the writers alone: no rotation of anything."""
+    """Random elements of the named spaces' groups, on the writers alone: no rotation of anything.
+
+    Spaces of one shape and group take the same element; it is wrong in each of them.
+    """
+    made: dict[Any, Change] = {}
     changes = {}
     for name in names:
         space = layout.spaces[name]
-        eye = torch.eye(space.dim, dtype=torch.float64).expand(space.copies, -1, -1)
-        changes[name] = Change(space.element(seed), eye)
+        shape = (space.dim, space.copies, space.group, space.rotary)
+        if shape not in made:
+            eye = torch.eye(space.dim, dtype=torch.float64).expand(space.copies, -1, -1)
+            made[shape] = Change(space.element(seed), eye)
+        changes[name] = replace(made[shape])
     return changes
 
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .interfaces import Statistic
 from .layout import Edge, Layout
 from .modules import Stage
-from .moments import Moments, at_unit_rms, real_tokens
+from .moments import Moments, real_tokens
 from .refit import Follower
 from .reparametrize import reparametrize
 from .space import Change
@@ -91,13 +91,12 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
     """All moments from the model as it is, in one pass. The batches end before the final norm."""
     moments = Moments()
     for edge in progress(layout.edges, "calibrate", layout.depth):
-        _measure_stream(moments, edge.source, batches, wanted)
         stage = fast_copy(model, edge, dtype)
-        with _probes(moments, layout, edge, stage, wanted) as probe:
+        with _probes(moments, layout, [edge.source, *_inner(layout, edge)], stage, wanted) as probe:
             for batch in batches:
                 probe.mask = batch.mask
                 batch.x = stage(batch.x, **batch.context)
-    _measure_stream(moments, layout.points[-1], batches, wanted)
+    _measure_stream(moments, model, layout, layout.points[-1], batches, wanted)
     return moments
 
 
@@ -122,7 +121,7 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
             moments = Moments()
             if any(wanted[n] for n in inner):
                 stage = fast_copy(model, edge, dtype)
-                with _probes(moments, layout, edge, stage, wanted) as probe:
+                with _probes(moments, layout, inner, stage, wanted) as probe:
                     for batch in batches:
                         probe.mask = batch.mask
                         stage(batch.x, **batch.context)
@@ -147,7 +146,7 @@ def _cut_stream(model: PreTrainedModel, layout: Layout, point: str, batches: lis
     if point not in wanted:
         return None
     moments = Moments()
-    _measure_stream(moments, point, batches, wanted)
+    _measure_stream(moments, model, layout, point, batches, wanted)
     change = decide(point, moments)
     if change is not None:
         reparametrize(model, layout, {point: change})
@@ -165,14 +164,28 @@ def _cut_stream(model: PreTrainedModel, layout: Layout, point: str, batches: lis
     return change
 
 
-def _measure_stream(moments: Moments, point: str, batches: list[Batch], wanted: Wanted) -> None:
+def _measure_stream(moments: Moments, model: PreTrainedModel, layout: Layout, point: str, batches: list[Batch],
+                    wanted: Wanted) -> None:  # fmt: skip
+    """What arrives at one point of the stream, and what the norm there makes of it."""
     statistics = wanted.get(point, frozenset())
+    norm = _norm_at(model, layout, point)
     for batch in batches if statistics else ():
-        x = real_tokens(batch.x, batch.mask)
-        if Statistic.RAW in statistics:
-            moments.add((point, Statistic.RAW), x)
-        if Statistic.NORMED in statistics:
-            moments.add((point, Statistic.NORMED), at_unit_rms(x))
+        normed = norm(batch.x) if Statistic.NORMED in statistics else batch.x
+        _add_stream(moments, point, statistics, batch.x, normed, batch.mask)
+
+
+def _add_stream(moments: Moments, point: str, statistics: frozenset[Statistic], x: Tensor, normed: Tensor,
+                mask: Tensor | None) -> None:  # fmt: skip
+    for statistic, signal in ((Statistic.RAW, x), (Statistic.NORMED, normed)):
+        if statistic in statistics:
+            moments.add((point, statistic), real_tokens(signal, mask))
+
+
+def _norm_at(model: PreTrainedModel, layout: Layout, point: str) -> nn.Module:
+    """The norm that reads a point of the stream; one without a gain, which computes in any dtype."""
+    found = {e.source: f"{e.stage}.norm" for e in layout.edges}.get(point, layout.architecture.final_norm)
+    norm = model.get_submodule(found)
+    return norm[0] if isinstance(norm, nn.Sequential) else norm
 
 
 def _inner(layout: Layout, edge: Edge) -> list[str]:
@@ -187,23 +200,29 @@ class _Probe:
 
 
 @contextmanager
-def _probes(moments: Moments, layout: Layout, edge: Edge, stage: Stage, wanted: Wanted) -> Iterator[_Probe]:
-    """Measure the signals inside a stage while it runs: what its heads' and MLP's readers read, and its keys."""
+def _probes(
+    moments: Moments, layout: Layout, spaces: list[str], stage: Stage, wanted: Wanted
+) -> Iterator[_Probe]:
+    """Measure signals inside a stage while it runs: the stream at its norm, its keys, what its readers read."""
     probe = _Probe()
     handles = []
-    for name in _inner(layout, edge):
-        statistics = wanted.get(name, frozenset()) & {Statistic.RAW, Statistic.NORMED}
+    for name in spaces:
+        statistics = wanted.get(name, frozenset())
         if not statistics:
             continue
         space = layout.spaces[name]
-        kind, heads = space.kind, space.copies
 
-        def add(signal: Tensor, space: Any = space, heads: int = heads) -> None:
+        def stream(_: Any, args: Any, out: Tensor, name: str = name, which: Any = statistics) -> None:
+            _add_stream(moments, name, which, args[0], out, probe.mask)
+
+        def add(signal: Tensor, space: Any = space, heads: int = space.copies) -> None:
             moments.add((space.name, Statistic.RAW), real_tokens(signal, probe.mask), space.copies, heads)
 
-        if kind == "qk" and stage.attention is not None:
+        if space.kind == "residual":
+            handles.append(stage.norm.register_forward_hook(stream))
+        elif space.kind == "qk" and stage.attention is not None:
             handles.append(stage.attention.k.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
-        elif kind == "vo" and stage.attention is not None:
+        elif space.kind == "vo" and stage.attention is not None:
             heads = stage.attention.heads
             hook = lambda _m, a, add=add, heads=heads: add(a[0], heads=heads)  # noqa: E731
             handles.append(stage.attention.out.register_forward_pre_hook(hook))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import seeds, stored, tiny, tiny_models, tokens, weights
+from tiny import canonical_copy, seeds, stored, tiny, tiny_models, tokens, weights
 from torch import nn
 
 from invariance import verify
@@ -41,7 +41,7 @@ def test_folding_leaves_the_logits(model, keep, seed):
 @given(model=tiny_models(), keep=st.booleans())
 def test_a_folded_model_has_bare_norms_and_centred_writers(model, keep):
     centred = canonicalize(copy.deepcopy(model), fold=False).centred
-    twin, layout = verify.canonical_copy(model, fold=True, tie=tie_of(model, keep))
+    twin, layout = canonical_copy(model, fold=True, tie=tie_of(model, keep))
     assert layout.folded and not layout.centred
     assert all(n.gain is None and n.bias is None and not n.centred for n in norms(twin))
     means = [
@@ -108,7 +108,7 @@ def test_a_tie_under_layernorm_cannot_be_kept_and_says_so(family):
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_folding_is_done_in_float64_and_cast_once(family):
     model = tiny(family, num_hidden_layers=1)
-    exact, _ = verify.canonical_copy(model, fold=True, tie="untie")
+    exact, _ = canonical_copy(model, fold=True, tie="untie")
     canonicalize(model, fold=True)
     rounded = {n: p.float() for n, p in exact.named_parameters()}
     if family == "llama":  # one product per weight: the nearest float32 of it, bit for bit

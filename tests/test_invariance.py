@@ -12,6 +12,7 @@ from einops import einsum, rearrange, repeat
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import (
+    canonical_copy,
     cut,
     elements,
     fewer,
@@ -160,7 +161,7 @@ def test_attention_functions_are_called_as_by_the_family(family, options, monkey
 def test_any_group_elements_of_any_spaces_leave_logits_unchanged(model, data):
     ids = tokens(data.draw(seeds, label="tokens"))
     before = logits(verify.exact_copy(model), ids)
-    changed, layout = verify.canonical_copy(model, **data.draw(forms(model), label="form"))
+    changed, layout = canonical_copy(model, **data.draw(forms(model), label="form"))
     reparametrize(changed, layout, rotations(draw_bases(data, layout)))
     assert relative_error(before, logits(changed, ids)) <= tolerance(torch.float64, layout.depth)
 
@@ -181,7 +182,7 @@ def test_any_group_elements_of_any_spaces_leave_logits_unchanged(model, data):
 def test_every_space_at_once_in_each_variant(family, options, tied):
     model = tiny(family, tie_word_embeddings=tied, **options)
     for tie in ["untie", "keep"] if hasattr(model.config, "rms_norm_eps") else ["untie"]:
-        _, layout = verify.canonical_copy(model, fold=True, tie=tie)
+        _, layout = canonical_copy(model, fold=True, tie=tie)
         assert verify.certify(model, verify.random_bases(layout), tokens(), fold=True, tie=tie).passed
 
 
@@ -205,7 +206,7 @@ def test_a_float32_model_keeps_its_logits_to_float32_rounding(model, data):
 @given(model=tiny_models(), seed=seeds)
 def test_half_a_change_moves_the_logits(kind, model, seed):
     before = logits(verify.exact_copy(model), tokens(seed))
-    changed, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    changed, layout = canonical_copy(model, fold=True, tie="untie")
     reparametrize(changed, layout, verify.half(layout, dict.fromkeys(layout.select([kind])), seed))
     assert relative_error(before, logits(changed, tokens(seed))) >= MOVED
 
@@ -216,7 +217,7 @@ def test_half_a_change_moves_the_logits(kind, model, seed):
 @fewer
 @given(model=tiny_models(), data=st.data())
 def test_one_space_at_a_time_equals_all_at_once(model, data):
-    together, layout = verify.canonical_copy(model, **data.draw(forms(model), label="form"))
+    together, layout = canonical_copy(model, **data.draw(forms(model), label="form"))
     apart = copy.deepcopy(together)
     changes = rotations(draw_bases(data, layout, least=2))
     reparametrize(together, layout, changes)
@@ -231,7 +232,7 @@ def test_one_space_at_a_time_equals_all_at_once(model, data):
 @fewer
 @given(model=tiny_models(), data=st.data())
 def test_an_element_then_its_inverse_gives_the_weights_back(model, data):
-    changed, layout = verify.canonical_copy(model, **data.draw(forms(model), label="form"))
+    changed, layout = canonical_copy(model, **data.draw(forms(model), label="form"))
     before = copy.deepcopy(changed)
     bases = draw_bases(data, layout, least=1)
     reparametrize(changed, layout, rotations(bases))
@@ -252,7 +253,7 @@ def difference(one: nn.Module, other: nn.Module) -> float:
 @fewer
 @given(model=tiny_models(), data=st.data())
 def test_shortcuts_lie_exactly_where_two_bases_meet(model, data):
-    changed, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    changed, layout = canonical_copy(model, fold=True, tie="untie")
     bases = draw_bases(data, layout)
     reparametrize(changed, layout, rotations(bases))
     meet = {e.stage for e in layout.edges if bases.get(e.source) is not bases.get(e.target)}
@@ -263,13 +264,13 @@ def test_shortcuts_lie_exactly_where_two_bases_meet(model, data):
 
 @pytest.mark.parametrize(("by", "count"), [("global", 0), ("block", 3), ("stage", 6)])
 def test_one_basis_needs_no_shortcut_and_one_per_block_needs_one_each(by, count):
-    changed, layout = verify.canonical_copy(tiny("llama", num_hidden_layers=3), fold=True, tie="untie")
+    changed, layout = canonical_copy(tiny("llama", num_hidden_layers=3), fold=True, tie="untie")
     reparametrize(changed, layout, rotations(share(elements(layout, layout.points, 0), segments(layout, by))))
     assert len(label(changed).shortcuts) == count
 
 
 def test_a_shortcut_carries_one_change_out_and_the_next_one_in():
-    model, layout = verify.canonical_copy(tiny("llama"), fold=True, tie="untie")
+    model, layout = canonical_copy(tiny("llama"), fold=True, tie="untie")
     g = torch.Generator().manual_seed(0)
     oblique = {
         p: Change(*(torch.randn(1, 16, 5 + i, generator=g, dtype=torch.float64) for _ in range(2)))
@@ -304,7 +305,7 @@ def test_points_share_a_basis_by_identity_whatever_it_holds(shared):
 def test_a_sliced_model_is_the_dense_one_with_projectors_at_its_spaces(model, data):
     ids = tokens(data.draw(seeds, label="tokens"))
     options = data.draw(forms(model), label="form") | {"fold": True}
-    sliced, layout = verify.canonical_copy(model, **options)
+    sliced, layout = canonical_copy(model, **options)
     dense = copy.deepcopy(sliced)
     before = logits(dense, ids)
     changes, _ = draw_slices(data, layout)
@@ -358,9 +359,9 @@ def test_generation_with_and_without_a_cache_agrees_rotated_and_sliced(model, da
     ids = tokens(data.draw(seeds, label="tokens"))
     dense = verify.exact_copy(model)
     sequence, scores = generate(dense, ids, cache=True)
-    rotated, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    rotated, layout = canonical_copy(model, fold=True, tie="untie")
     reparametrize(rotated, layout, rotations(draw_bases(data, layout)))
-    sliced, _ = verify.canonical_copy(model, fold=True, tie="untie")
+    sliced, _ = canonical_copy(model, fold=True, tie="untie")
     changes, _ = draw_slices(data, layout)
     reparametrize(sliced, layout, changes)
     bound = tolerance(torch.float64, layout.depth)
@@ -377,7 +378,7 @@ def test_generation_with_and_without_a_cache_agrees_rotated_and_sliced(model, da
 @pytest.mark.parametrize("family", ["llama", "opt", "phi"])
 def test_generation_works_at_different_widths_in_every_space(family):
     model = tiny(family, num_hidden_layers=2)
-    sliced, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    sliced, layout = canonical_copy(model, fold=True, tie="untie")
     changes = rotations(elements(layout, layout.spaces, 0))
     kept = {n: s.dim if n.startswith("qk") and s.rotary else s.dim - 1 - i % 3 for i, (n, s) in
             enumerate(layout.spaces.items())}  # fmt: skip
@@ -408,7 +409,7 @@ def test_a_fault_in_the_cached_keys_is_noticed():
 @given(model=tiny_models(), data=st.data())
 def test_certify_passes_with_random_bases_and_its_control_fails(model, data):
     form = data.draw(forms(model), label="form")
-    _, layout = verify.canonical_copy(model, **form)
+    _, layout = canonical_copy(model, **form)
     bases = draw_bases(data, layout, least=1)
     untouched = weights(model)
     certificate = verify.certify(model, bases, tokens(data.draw(seeds, label="tokens")), **form)
@@ -421,7 +422,7 @@ def test_certify_passes_with_random_bases_and_its_control_fails(model, data):
 @fewer
 @given(model=tiny_models(), data=st.data())
 def test_certify_fails_on_a_basis_outside_its_group(model, data):
-    _, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    _, layout = canonical_copy(model, fold=True, tie="untie")
     bases = elements(layout, layout.spaces, data.draw(seeds, label="seed"))
     kinds = [k for k in KINDS if k != "vo" and not (k == "qk" and rotary(layout) == 0)]
     name = data.draw(st.sampled_from(layout.select([data.draw(st.sampled_from(kinds))])), label="space")

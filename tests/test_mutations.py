@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 import torch
 from test_invariance import project
-from tiny import cut, elements, rotations, tiny, tokens
+from tiny import canonical_copy, cut, elements, rotations, tiny, tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -33,7 +33,7 @@ def error(model: PreTrainedModel, changes: Callable[[Layout], Mapping[str, Chang
           before: Fault = nothing, after: Fault = nothing, tie: str = "untie") -> float:  # fmt: skip
     """Logit error, in tolerances, of a changed model; a fault strikes its canonical form before or after."""
     reference = logits(verify.exact_copy(model), tokens())
-    changed, layout = verify.canonical_copy(model, fold=True, tie=tie)
+    changed, layout = canonical_copy(model, fold=True, tie=tie)
     with torch.no_grad():
         before(changed, layout)
         reparametrize(changed, layout, (changes or everything)(layout))
@@ -82,7 +82,7 @@ def test_forgotten_centring_under_layernorm(family, centred, monkeypatch):
 @pytest.mark.parametrize("family", LAYER)
 def test_any_single_writer_left_uncentred(family):
     model = tiny(family, num_hidden_layers=1)
-    twin, layout = verify.canonical_copy(model, fold=False, tie="untie")
+    twin, layout = canonical_copy(model, fold=False, tie="untie")
     writers = [
         (name, i)
         for name, axes in layout.axes.items()
@@ -143,8 +143,8 @@ def test_norm_gain_not_folded_into_one_reader(family, monkeypatch):
 
 @pytest.mark.parametrize("family", RMS + LAYER)
 def test_mean_square_over_the_kept_width_in_place_of_the_original(family):
-    dense, layout = verify.canonical_copy(tiny(family), fold=True, tie="untie")
-    sliced, _ = verify.canonical_copy(tiny(family), fold=True, tie="untie")
+    dense, layout = canonical_copy(tiny(family), fold=True, tie="untie")
+    sliced, _ = canonical_copy(tiny(family), fold=True, tie="untie")
     changes = {p: cut(c, 11) for p, c in of("residual")(layout).items()}
     reparametrize(sliced, layout, changes)
     project(dense, layout, changes)
@@ -166,7 +166,7 @@ def test_a_bias_that_is_not_changed_with_its_weight(family, kind, weight):
     model = tiny(family)
 
     def forget(changed: PreTrainedModel, layout: Layout) -> None:
-        twin, _ = verify.canonical_copy(model, fold=True, tie="untie")
+        twin, _ = canonical_copy(model, fold=True, tie="untie")
         getattr(stages(changed)[0].attention, weight).bias = getattr(stages(twin)[0].attention, weight).bias
 
     assert error(model, of(kind)) <= 1
@@ -278,7 +278,7 @@ def pairs_of_neighbours(d: int, g: torch.Generator) -> Tensor:
 )
 def test_an_element_outside_the_group(family, options, kind, outsider, group):
     model = tiny(family, **options)
-    _, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    _, layout = canonical_copy(model, fold=True, tie="untie")
     name = layout.select([kind])[0]
     space = layout.spaces[name]
     assert space.group is group
@@ -305,7 +305,7 @@ def test_a_gate_left_behind_when_its_channels_move():
     model = tiny("llama")
 
     def forget(changed: PreTrainedModel, layout: Layout) -> None:
-        twin, _ = verify.canonical_copy(model, fold=True, tie="untie")
+        twin, _ = canonical_copy(model, fold=True, tie="untie")
         assign(changed, f"{layout.edges[1].stage}.mlp.gate.weight", stages(twin)[1].mlp.gate.weight)
 
     assert error(model, of("mlp")) <= 1
@@ -314,7 +314,7 @@ def test_a_gate_left_behind_when_its_channels_move():
 
 def test_a_rotation_of_a_stream_whose_norms_keep_their_gains():
     model = tiny("llama")
-    _, layout = verify.canonical_copy(model, fold=True, tie="untie")
+    _, layout = canonical_copy(model, fold=True, tie="untie")
     bases = elements(layout, layout.points, seed=0)
     assert certify(model, bases, tokens(), fold=True).passed
     assert not certify(model, bases, tokens(), fold=False).passed

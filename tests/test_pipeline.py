@@ -230,7 +230,7 @@ def test_oneshot_moments_are_those_of_the_familys_own_signals(family: str) -> No
         bound = 1e-6  # the family's norms compute in float32
         assert close(walked.known[name, RAW].total, by_hand.known[name, RAW].total, bound), name
         if space.kind == "residual":
-            unit = x / x.square().mean(-1, keepdim=True).sqrt()
+            unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + {"llama": 1e-6}.get(family, 1e-5))
             assert close(walked.second(space, NORMED)[0], unit.T @ unit / len(unit), bound), name
 
 

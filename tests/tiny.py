@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from invariance.canonical import canonicalize
 from invariance.families import FAMILIES
 from invariance.layout import Layout
 from invariance.space import Change
+from invariance.verify import exact_copy
 
 VOCABULARY = 31
 LENGTH = 32  # the most positions that a tiny model takes
@@ -146,6 +148,12 @@ def rotations(bases: Mapping[str, Tensor]) -> dict[str, Change]:
     """A rotation for each basis; one object where the basis is one object."""
     made: dict[int, Change] = {}
     return {name: made.setdefault(id(A), Change.rotation(A)) for name, A in bases.items()}
+
+
+def canonical_copy(model: PreTrainedModel, fold: bool, tie: str) -> tuple[PreTrainedModel, Layout]:
+    """A model's canonical form in float64, and its layout."""
+    twin = exact_copy(model)
+    return twin, canonicalize(twin, fold=fold, tie=tie)
 
 
 def cut(change: Change, k: int) -> Change:
