@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--only", default="", help="recipes whose name begins so, such as oneshot")
     args = parser.parse_args()
+    recipes = {name: found for name, found in RECIPES.items() if name.startswith(args.only)}
 
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     tokens = load_tokens(args.data, tokenizer, vocab_size=model.config.vocab_size, sequences=args.sequences,
@@ -62,11 +64,11 @@ def main() -> None:
     fast = load_model(args.model, dtype=dtype).base_model
     calibrate = {"data": args.data, "sequences": args.sequences, "tokens": args.tokens, "dtype": args.dtype}
     forward: list[float] = []
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in RECIPES}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in recipes}
     for _ in range(args.repeats):
         forward.append(pure_forward(fast, tokens))
         with tempfile.TemporaryDirectory() as store:
-            for name, (order, steps) in RECIPES.items():
+            for name, (order, steps) in recipes.items():
                 recipe = Recipe.from_dict(
                     {"model": args.model, "calibrate": calibrate, "order": order, "steps": steps}
                 )

@@ -22,6 +22,8 @@ def canonicalize(model: PreTrainedModel, *, fold: bool, tie: str = "untie") -> L
 
     Raises InputError for a family or variant that is not known, or a tie that cannot be kept.
     """
+    if tie not in ("keep", "untie"):
+        raise InputError(f"tie '{tie}' is not known. Use 'keep' or 'untie'.")
     arch = architecture(model.config)
     blocks = model.get_submodule(arch.blocks)
     if not any(isinstance(m, Block) for m in blocks.children()):
@@ -29,6 +31,11 @@ def canonicalize(model: PreTrainedModel, *, fold: bool, tie: str = "untie") -> L
     layout = label(model)
     if not fold or layout.folded:
         return layout
+    if layout.tied and layout.centred and tie == "keep":
+        raise InputError(
+            f"tie: keep cannot hold for model type '{model.config.model_type}': its LayerNorm needs a centred "
+            "embedding, and its head reads the table uncentred. Use `tie: untie`."
+        )
     with torch.no_grad():
         for edge in layout.edges:
             stage = model.get_submodule(edge.stage)
@@ -62,11 +69,6 @@ def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
     head, norm = model.get_submodule(arch.head), model.get_submodule(arch.final_norm)
     assert isinstance(head, nn.Linear) and isinstance(norm, Norm)
     if layout.tied and tie == "keep":
-        if layout.centred:
-            raise InputError(
-                f"tie: keep cannot hold for model type '{model.config.model_type}': its LayerNorm needs a centred "
-                "embedding, and its head reads the table uncentred. Use `tie: untie`."
-            )
         mix = nn.Linear(norm.d, norm.d, bias=False, device=head.weight.device, dtype=head.weight.dtype)
         mix.weight = _like(torch.eye(norm.d, device=head.weight.device, dtype=torch.float64), head.weight)
         _fold(norm, [mix])

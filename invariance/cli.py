@@ -195,13 +195,14 @@ def verify(model: ModelArgument, seed: Annotated[int, typer.Option(help="Of the 
 
     from .checkpoint import InvarianceForCausalLM
     from .errors import CertificateError
-    from .families import architecture
+    from .families import architecture, check_positions
     from .models import load_config, load_model
     from .verify import canonical_layout, certify, random_bases
 
     config = load_config(model, trust_remote_code=trust_remote_code)
     if config.model_type != "invariance":
         architecture(config)
+    check_positions(config.get_text_config(), tokens, "--tokens")
     loaded = load_model(model, device=device_named(device), trust_remote_code=trust_remote_code)
     inner = loaded.inner if isinstance(loaded, InvarianceForCausalLM) else loaded
     ids = torch.randint(inner.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed))
@@ -261,6 +262,7 @@ def evaluate(model: ModelArgument,
     """Measure a model's perplexity, every window on its own, logits in float32."""
     from .data import load_tokens
     from .evaluate import perplexity
+    from .families import FAMILIES, check_positions
     from .models import load_config, load_model, load_tokenizer
 
     config = load_config(model, trust_remote_code=trust_remote_code)
@@ -268,6 +270,8 @@ def evaluate(model: ModelArgument,
     vocabulary = config.get_text_config().vocab_size
     found = load_tokens(data, tokenizer, vocab_size=vocabulary, split=split, sequences=sequences, tokens=tokens,
                         where=f"--data {data}")  # fmt: skip
+    if (text := config.get_text_config()).model_type in FAMILIES:
+        check_positions(text, found.ids.shape[1], f"--data {data}")
     loaded = load_model(model, device=device_named(device), trust_remote_code=trust_remote_code)
     value = perplexity(loaded, found, batch, progress)
     document = {"model": model, "data": data, "split": split, "sequences": found.ids.shape[0],

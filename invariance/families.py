@@ -62,3 +62,13 @@ def architecture(config: PretrainedConfig) -> Architecture:
 def positions(config: PretrainedConfig) -> int | None:
     """The most tokens that a model of a known family takes; None where rotary positions set no limit."""
     return None if architecture(config).rotary else config.max_position_embeddings
+
+
+def check_positions(config: PretrainedConfig, tokens: int, where: str) -> None:
+    """Raises InputError when sequences of so many tokens are longer than a model's positions."""
+    limit = positions(config)
+    if limit is not None and tokens > limit:
+        raise InputError(
+            f"{where}: sequences of {tokens} tokens, and the model has {limit} positions. "
+            f"Ask for {limit} tokens or fewer."
+        )

@@ -10,6 +10,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from jaxtyping import Float64
@@ -100,7 +101,8 @@ class Selector(Method, ABC):
 
         ``spectra`` holds each space's energies by falling order (None unless ``needs_spectra``), ``cost`` counts the
         parameters that a choice of widths stores (spaces left out keep what they have), ``budget`` is the most that
-        may be stored, or None when the recipe gives none.
+        may be stored, or None when the recipe gives none. Raises InputError for a budget that no widths meet: plans
+        ask once with flat spectra, so that it is refused before calibration.
         """
 
 
@@ -150,7 +152,7 @@ def load_plugin(module: str) -> None:
     """Import a module, named as Python imports it or as a path to a .py file, so that its methods register."""
     try:
         if module.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(module.rsplit("/", 1)[-1][:-3], module)
+            spec = importlib.util.spec_from_file_location(f"invariance_plugin_{Path(module).stem}", module)
             assert spec is not None and spec.loader is not None
             made = importlib.util.module_from_spec(spec)
             sys.modules[spec.name] = made  # dataclasses look their module up there

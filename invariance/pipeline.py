@@ -66,8 +66,10 @@ def slice_model(model: PreTrainedModel, plan: Plan, tokens: Tokens | None, *, st
                 progress: walk.Progress = walk.quiet) -> Sliced:  # fmt: skip
     """Carry out a plan on a family's model, which is left as it is.
 
-    ``store`` is a folder where moments of the dense model are kept and looked up. Raises CertificateError before
-    anything is cut when a rotation moves the logits, InputError when the tokens are too few.
+    ``store`` is a folder where moments of the dense model are kept and looked up. Raises CertificateError when the
+    rotations alone move the logits (oneshot: before anything is cut; sequential orders find their rotations behind
+    cuts, so there it is a copy of the dense model that is rotated, after the walk), InputError when the tokens are
+    too few.
     """
     return _Run(model, plan, tokens, store, progress).run()
 
@@ -256,6 +258,6 @@ class _Run:
         if not certificate.passed:
             raise CertificateError(
                 f"the rotated model's logits differ by {certificate.relative_error:.1e}, where rounding alone explains "
-                f"{certificate.tolerance:.1e} (control: {certificate.negative_control:.1e}). Nothing was cut or written."
+                f"{certificate.tolerance:.1e} (control: {certificate.negative_control:.1e}). Nothing is written."
             )
         return certificate

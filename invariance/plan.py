@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from jaxtyping import Float64
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -147,7 +148,10 @@ def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
             f"{recipe.where('steps', min(spending.values()), 'select')}: this selector spends a budget, and the "
             "recipe has none. Add `budget: {parameters: 0.8}`, or give a width."
         )
-    result.allocate(None)
+    if (
+        result.allocate(None) is None
+    ):  # whether a budget can be met hangs on no spectrum: ask before calibrating
+        result.allocate({u.space.name: torch.ones(u.space.copies, u.space.dim) for u in units})
     return result
 
 

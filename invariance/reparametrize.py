@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .canonical import assign
+from .errors import InvarianceError
 from .layout import Axis, Edge, Layout, Role
 from .modules import Stage
 from .space import Change
@@ -22,7 +23,11 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
     Each labelled axis is contracted with the change of its space: writers with ``encode``, readers with ``decode``.
     A residual edge whose ends change differently carries D_sᵀ E_t. Applying one change after another is applying
     their product, so spaces can be changed one at a time.
+
+    Raises InvarianceError, with nothing changed, for a space that the layout has not, a change of another shape, or
+    a cut among the pairs that carry rotary positions.
     """
+    _check(layout, changes)
     with torch.no_grad():
         for name, axes in layout.axes.items():
             if name.endswith(".shortcut") or not any(a is not None and a.space in changes for a in axes):
@@ -39,6 +44,26 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
             head.weight, head.in_features = table, table.shape[1]
         for edge in layout.edges:
             _change_edge(model, layout, edge, changes)
+
+
+def _check(layout: Layout, changes: Mapping[str, Change]) -> None:
+    for name, change in changes.items():
+        space = layout.spaces.get(name)
+        if space is None:
+            raise InvarianceError(
+                f"the layout has no space '{name}'. `invariance inspect` lists a model's spaces."
+            )
+        shape = (space.copies, space.dim, change.width)
+        if change.encode.shape != shape or change.decode.shape != shape:
+            raise InvarianceError(
+                f"a change of space '{name}' has the shapes {tuple(change.encode.shape)} and "
+                f"{tuple(change.decode.shape)}, where {shape} would fit: (copies, dim, width)."
+            )
+        if change.width < space.rotary:
+            raise InvarianceError(
+                f"a change cuts space '{name}' to {change.width} of the {space.rotary} dims that carry rotary "
+                "positions; the model would turn the wrong pairs. Keep them all."
+            )
 
 
 def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor, ...]:

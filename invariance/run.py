@@ -19,7 +19,7 @@ from .data import Tokens, load_tokens
 from .errors import InputError
 from .evaluate import perplexity, sample, tokens_per_second
 from .export import stock
-from .families import positions
+from .families import check_positions, positions
 from .files import replacing, write_json, write_text
 from .layout import Parameters
 from .models import cache_dir, load_config, load_model, load_tokenizer
@@ -75,16 +75,11 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
 
 def read_data(recipe: Recipe, config: PretrainedConfig, tokenizer: Any, evaluate: bool = True) -> Data:
     """All the tokens that a recipe names. Raises InputError, with the recipe's line."""
-    limit = positions(config)
 
     def read(spec: Any, *where: str | int) -> Tokens:
         found = load_tokens(spec.data, tokenizer, vocab_size=config.vocab_size, split=spec.split,
                             sequences=spec.sequences, tokens=spec.tokens, where=recipe.where(*where))  # fmt: skip
-        if limit is not None and found.ids.shape[1] > limit:
-            raise InputError(
-                f"{recipe.where(*where)}: sequences of {found.ids.shape[1]} tokens, and the model has {limit} positions. "
-                f"Ask for `tokens: {limit}` or fewer."
-            )
+        check_positions(config, found.ids.shape[1], recipe.where(*where))
         return found
 
     calibration = read(recipe.calibrate, "calibrate", "data") if recipe.calibrate else None

@@ -236,7 +236,7 @@ def test_a_failed_certificate_exits_with_1_and_writes_nothing(
 ) -> None:
     monkeypatch.setattr(pipeline, "certify", lambda *a, **k: FAILED)
     status, out, err = invoke("run", "recipe.yaml", "--output", "failed", "--json")
-    assert status == 1 and out == "" and "Traceback" not in err and "Nothing was cut or written" in err
+    assert status == 1 and out == "" and "Traceback" not in err and "Nothing is written" in err
     assert not Path("failed").exists()
 
 
