@@ -95,7 +95,8 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     r = cos.shape[-1]
     a, b = x[..., : r // 2], x[..., r // 2 : r]
     (c, d), (s, t) = cos.chunk(2, -1), sin.chunk(2, -1)
-    return torch.cat((a * c - b * s, b * d + a * t, x[..., r:]), dim=-1)
+    left, right = torch.addcmul(a * c, b, s, value=-1), torch.addcmul(b * d, a, t)
+    return torch.cat((left, right, x[..., r:]), dim=-1)
 
 
 class Mlp(nn.Module):

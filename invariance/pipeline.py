@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from .moments import Key, Moments, Store, check_finite, reader_moment
 from .plan import MEASURED, Plan, Unit, Widths
 from .reparametrize import reparametrize
 from .space import Basis, Change
-from .verify import Certificate, certify
+from .verify import Certificate, certify, double_copy
 
 PROBE_TOKENS = 64
 
@@ -87,8 +86,7 @@ class _Run:
         self.changes: dict[str, Change] = {}
         self._check_tokens()
         with timed(self.seconds, "canonicalize"):
-            self.model = copy.deepcopy(model).double().eval()
-            self.model.config._attn_implementation = "sdpa"
+            self.model = double_copy(model)
             self.layout = canonicalize(self.model, fold=plan.fold, tie=plan.recipe.tie)
 
     def run(self) -> Sliced:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .canonical import canonicalize
@@ -59,9 +59,22 @@ def relative_error(reference: Tensor, other: Tensor) -> float:
 
 def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A float64 copy whose norms and softmax compute in float64 too; blocks restructured, no weight changed."""
-    twin = copy.deepcopy(model).double().eval()
-    twin.config._attn_implementation = "sdpa"
+    twin = double_copy(model)
     canonicalize(twin, fold=False)
+    return twin
+
+
+def double_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in float64, with attention that computes in it; no copy in the model's own dtype in between."""
+    made: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to(torch.float64, copy=True), p.requires_grad)
+        for p in model.parameters()
+    }
+    made |= {
+        id(b): b.to(torch.float64, copy=True) if b.is_floating_point() else b.clone() for b in model.buffers()
+    }
+    twin = copy.deepcopy(model, made).eval()
+    twin.config._attn_implementation = "sdpa"
     return twin
 
 

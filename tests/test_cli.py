@@ -155,6 +155,22 @@ def test_evaluate_measures_perplexity_of_all_windows_or_some(root: Path) -> None
     assert fewer["perplexity"] != found["perplexity"]
 
 
+def test_more_tokens_than_positions_are_refused(root: Path) -> None:
+    save_model(root / "opt", "opt")
+    save_tokens(root / "long.npy", 2, 321)
+    for arguments in (("evaluate", "opt", "--data", "long.npy"), ("verify", "opt", "--tokens", 321)):
+        status, out, err = invoke(*arguments)
+        assert status == 2 and out == "" and "the model has 320 positions. Ask for 320 tokens or fewer" in err
+    assert document("verify", "opt", "--tokens", 320)["passed"]
+
+
+def test_a_budget_that_cannot_be_met_is_refused_by_the_plan(root: Path) -> None:
+    text = RECIPE.replace("ROOT", str(root)).replace("{uniform: {width: 24}}", "global_energy")
+    (root / "poor.yaml").write_text("budget: {parameters: 0.01}\n" + text)
+    status, out, err = invoke("plan", root / "poor.yaml")
+    assert status == 2 and out == "" and "poor.yaml:5" in err and "cannot be met" in err
+
+
 def test_overrides_reach_any_key(root: Path) -> None:
     flags = ("--set", "steps.0.select.uniform.keep=0.5", "--set", "steps.1={spaces: mlp, rotate: permute}")
     units = document("plan", "recipe.yaml", *flags)["units"]

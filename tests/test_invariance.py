@@ -34,6 +34,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from invariance import verify
 from invariance.canonical import canonicalize
+from invariance.errors import InvarianceError
 from invariance.layout import KINDS, Layout, label
 from invariance.reparametrize import reparametrize
 from invariance.space import Change
@@ -435,3 +436,21 @@ def test_certify_fails_on_a_basis_outside_its_group(model, data):
 
 def rotary(layout: Layout) -> int:
     return next(s.rotary for s in layout.spaces.values() if s.kind == "qk")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("mlp.7", Change(torch.ones(1, 8, 8), torch.ones(1, 8, 8)), "no space 'mlp.7'"),
+        ("vo.0", Change(torch.ones(1, 4, 2), torch.ones(1, 4, 2)), r"would fit: \(copies, dim, width\)"),
+        ("qk.0", Change(torch.ones(2, 4, 1), torch.ones(2, 4, 1)), "cuts space 'qk.0' to 1 of the 4 dims"),
+    ],
+)
+def test_a_change_that_does_not_fit_is_refused_and_changes_nothing(
+    name: str, change: Change, message: str
+) -> None:
+    model, layout = canonical_copy(tiny("llama"), fold=True, tie="untie")
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    with pytest.raises(InvarianceError, match=message):
+        reparametrize(model, layout, {name: change})
+    assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
