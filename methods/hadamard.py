@@ -16,6 +16,8 @@ from invariance.interfaces import Rotator, WidthLimit
 from invariance.moments import Moments
 from invariance.space import Basis, Group, Space
 
+from ._fields import character, prime_power
+
 
 def why_none(d: int) -> str | None:
     """Why there is no Hadamard matrix of order d here, or None if there is one."""
@@ -23,15 +25,16 @@ def why_none(d: int) -> str | None:
         return None
     if d % 4:
         return f"no Hadamard matrix of order {d} exists: the order must be 1, 2 or a multiple of 4"
-    return f"no construction known here (Sylvester, Paley, Williamson 92) reaches order {d}"
+    return f"no construction known here (Sylvester, Paley at prime powers, Williamson 92) reaches order {d}"
 
 
 @dataclass(frozen=True)
 class Hadamard(Rotator, name="hadamard"):
     """H·diag(±1)/√d with H a Hadamard matrix: spreads every outlier over all directions. No calibration.
 
-    H is a Kronecker product of Sylvester's matrices (powers of two), Paley's of both types (q + 1 and 2(q + 1) for a
-    prime q) and Williamson's of order 92; a width without one is refused by name. All directions count alike.
+    H is a Kronecker product of Sylvester's matrices (powers of two), Paley's of both types (q + 1 for a prime power
+    q = 3 mod 4, 2(q + 1) for q = 1 mod 4) and Williamson's of order 92. A width without one is refused by name: up to
+    260, of the multiples of 4, these are 116, 156, 172, 188, 232, 236 and 260. All directions count alike.
 
     Source: Ashkboos et al. 2024 (QuaRot), arXiv:2404.00456, section 3; Paley 1933; Baumert, Golomb and Hall 1962.
     """
@@ -73,15 +76,11 @@ def factors(d: int) -> tuple[int, ...] | None:
 def _construction(n: int) -> str | None:
     if n & (n - 1) == 0:
         return "sylvester"
-    if n % 4 == 0 and _is_prime(n - 1):
+    if n % 4 == 0 and prime_power(n - 1):
         return "paley 1"  # n - 1 = 3 mod 4 follows
-    if n % 4 == 0 and _is_prime(n // 2 - 1) and (n // 2 - 1) % 4 == 1:
+    if n % 4 == 0 and n // 2 % 4 == 2 and prime_power(n // 2 - 1):
         return "paley 2"
     return "williamson" if n == 92 else None
-
-
-def _is_prime(q: int) -> bool:
-    return q > 1 and all(q % p for p in range(2, int(q**0.5) + 1))
 
 
 def _elementary(n: int) -> Float64[Tensor, "n n"]:
@@ -100,11 +99,11 @@ def _elementary(n: int) -> Float64[Tensor, "n n"]:
 
 
 def _conference(q: int, skew: bool) -> Float64[Tensor, "q1 q1"]:
-    """Jacobsthal's matrix of quadratic residues, bordered: S Sᵀ = q I, skew for q = 3 and symmetric for q = 1 mod 4."""
-    residues = {x * x % q for x in range(1, q)}
-    character = [0] + [1 if x in residues else -1 for x in range(1, q)]
+    """Jacobsthal's matrix of GF(q), bordered: S Sᵀ = q I, skew for q = 3 and symmetric for q = 1 mod 4."""
+    field = prime_power(q)
+    assert field is not None
     S = torch.zeros(q + 1, q + 1, dtype=torch.float64)
-    S[1:, 1:] = torch.tensor([[character[(i - j) % q] for j in range(q)] for i in range(q)]).double()
+    S[1:, 1:] = character(*field)
     S[0, 1:] = 1
     S[1:, 0] = -1 if skew else 1
     return S

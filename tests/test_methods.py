@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -15,11 +16,12 @@ import torch
 from folders import VOCABULARY, model_of
 from hypothesis import given
 from hypothesis import strategies as st
+from invariance.methods import _fields
 from invariance.methods.hadamard import hadamard, why_none
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from invariance import walk
+from invariance import methods, walk
 from invariance.canonical import canonicalize
 from invariance.errors import InputError
 from invariance.interfaces import Rotator, Selector, Slicer, Statistic, find, registry
@@ -348,14 +350,61 @@ def test_least_squares_reconstructs_much_better_where_channels_are_correlated() 
 
 # --- Hadamard.
 
-ORDERS = [1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 60, 64, 68, 92, 96, 184, 576]
+REFUSED = [116, 156, 172, 188, 232, 236, 260]
+ORDERS = [1, 2, *(d for d in range(4, 261, 4) if d not in REFUSED), 576]
+FIELDS = [(3, 1), (7, 1), (3, 2), (5, 2), (3, 3), (7, 2), (3, 4)]
+
+
+def is_hadamard(H: Tensor) -> bool:
+    d = len(H)
+    signs = torch.equal(H.abs(), torch.ones(d, d, dtype=torch.float64))
+    return signs and torch.equal(H @ H.mT, d * torch.eye(d, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("d", ORDERS)
 def test_hadamard_matrices_have_entries_of_one_and_orthogonal_rows(d: int) -> None:
     H = hadamard(d)
-    assert torch.equal(H.abs(), torch.ones(d, d, dtype=torch.float64))
-    assert torch.equal(H @ H.mT, d * torch.eye(d, dtype=torch.float64))
+    assert H.shape == (d, d) and is_hadamard(H)
+    if d > 1:
+        H[0, 0] *= -1  # the control: one sign is wrong
+        assert not is_hadamard(H)
+
+
+def test_integers_modulo_a_prime_power_give_no_hadamard_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of GF(p^m): Z/p^m, which is no field, in its place."""
+    assert all(is_hadamard(hadamard(d)) for d in (28, 52, 100))
+    squares = {q: {x * x % q for x in range(q)} for q in (25, 27, 49)}
+
+    def character(p: int, m: int) -> Tensor:
+        q = p**m
+        value = torch.tensor([0.0] + [1.0 if x in squares[q] else -1.0 for x in range(1, q)]).double()
+        return value[(torch.arange(q)[:, None] - torch.arange(q)) % q]
+
+    monkeypatch.setattr(methods.hadamard, "character", character)
+    assert not any(is_hadamard(hadamard(d)) for d in (28, 52, 100))
+
+
+@pytest.mark.parametrize(("p", "m"), FIELDS)
+def test_the_powers_of_one_element_are_the_field_and_its_squares_half_of_it(p: int, m: int) -> None:
+    q, elements = p**m, _fields.powers(p, m)
+    assert len(set(elements)) == q - 1 and all(any(e) for e in elements)
+    S = _fields.character(p, m)
+    assert S.sum(1).eq(0).all() and S.abs().sum(1).eq(q - 1).all()  # as many squares as others
+    assert torch.equal(S.mT, S if q % 4 == 1 else -S)
+    number = [sum(a * p**i for i, a in enumerate(e)) for e in elements]
+    assert all(S[n, 0] == (-1) ** k for k, n in enumerate(number))
+
+
+def test_prime_powers_are_told_from_other_numbers() -> None:
+    known = {
+        p**m: (p, m) for p in (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47) for m in range(1, 6)
+    }
+    assert {q: f for q in range(49) if (f := _fields.prime_power(q))} == {
+        q: known[q] for q in sorted(known) if q < 49
+    }
+    assert all(_fields.prime_power(q) == f for q, f in known.items())
+    with pytest.raises(ValueError, match="6 is not prime"):
+        _fields.powers(6, 1)
 
 
 @pytest.mark.parametrize("d", [3, 5, 6, 10, 14, 27, 98])
@@ -366,10 +415,11 @@ def test_an_order_that_cannot_be_is_refused_with_the_reason(d: int) -> None:
 
 
 def test_an_order_that_no_construction_reaches_is_called_so() -> None:
-    beyond = [d for d in range(4, 400, 4) if why_none(d)]
-    assert beyond, "then this test needs a larger order"
-    assert all("no construction known here" in (why_none(d) or "") for d in beyond)
+    assert [d for d in range(4, 261, 4) if why_none(d)] == REFUSED
+    assert all("no construction known here" in (why_none(d) or "") for d in REFUSED)
     assert all(why_none(d) is None for d in ORDERS)
+    page = inspect.getdoc(find("rotate", "hadamard")) or ""
+    assert [int(n) for n in re.findall(r"\d+", page.partition("these are")[2].partition(".")[0])] == REFUSED
 
 
 def test_haar_matrices_are_orthogonal_and_not_their_group_neighbours() -> None:
