@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -71,7 +73,8 @@ class Architecture:
     head: str = "lm_head"
     rotary: str | None = None
     widths: tuple[tuple[str, str], ...] = (("residual", "hidden_size"), ("mlp", "intermediate_size"))
-    alternatives: tuple[str, ...] = ()  # model types that hold the same function under weaker config checks
+    alternatives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Model types that hold the same function under weaker config checks, and the config values that they need."""
 
     def skeleton(self, config: PretrainedConfig) -> PreTrainedModel:
         """The family's own model on the meta device: shapes and no weights."""

@@ -45,6 +45,7 @@ class InvarianceForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = InvarianceConfig
     base_model_prefix = "inner"
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
 

@@ -80,9 +80,8 @@ def _config(
     if layout.folded:
         values["rms_norm_eps"] = original.rms_norm_eps * d / k
     reasons = []
-    for kind in (original.model_type, *layout.architecture.alternatives):
+    for kind, extra in {original.model_type: {}, **layout.architecture.alternatives}.items():
         try:
-            extra = {} if kind == original.model_type else {"sliding_window": None}
             return AutoConfig.for_model(kind, **{**values, **extra}), ""
         except Exception as e:  # each config class refuses in its own way
             reasons.append(f"'{kind}': {' '.join(str(e).split())}")

@@ -16,7 +16,7 @@ LLAMA = Architecture(
         Stage("input_layernorm", attention=Attention("self_attn")),
         Stage("post_attention_layernorm", mlp=Mlp("mlp", gate="gate_proj", up="up_proj", down="down_proj")),
     ),
-    alternatives=("mistral",),
+    alternatives={"mistral": {"sliding_window": None}},
 )
 
 OPT = Architecture(

@@ -161,8 +161,14 @@ def label(model: PreTrainedModel) -> Layout:
             if name in shapes:
                 axes[name] = labels
 
+    final = model.get_submodule(arch.final_norm)
+    norm = final[0] if isinstance(final, nn.Sequential) else final
+    assert isinstance(norm, modules.Norm)
+    folded = norm.gain is None and norm.bias is None and not norm.centred
+
     def stream(point: str, width: int) -> None:
-        spaces[point] = Space(point, "residual", width, Group.ORTHOGONAL)
+        group = Group.ORTHOGONAL if folded else Group.IDENTITY
+        spaces[point] = Space(point, "residual", width, group)
 
     points = [(i, s) for i, b in enumerate(blocks) for s in range(len(b.stages))]  # type: ignore[arg-type]
     for n, (i, s) in enumerate(points):
@@ -198,13 +204,10 @@ def label(model: PreTrainedModel) -> Layout:
     assert isinstance(head, nn.Linear)
     for embedding in arch.embed:
         axes[f"{embedding}.weight"] = (None, Axis(first, Role.WRITE))
-    final = model.get_submodule(arch.final_norm)
+    tied = f"{arch.head}.weight" not in shapes
     mixed = isinstance(
         final, nn.Sequential
     )  # a tied head behind a k×k matrix: the table's own basis is x.0.0's
-    norm = final[0] if isinstance(final, nn.Sequential) else final
-    assert isinstance(norm, modules.Norm)
-    tied = f"{arch.head}.weight" not in shapes
     if isinstance(final, nn.Sequential):
         stream(last, final[1].in_features)  # type: ignore[arg-type]
         put(f"{arch.final_norm}.1", Axis(first, Role.READ), Axis(last, Role.READ))
@@ -225,7 +228,7 @@ def label(model: PreTrainedModel) -> Layout:
         shortcuts=frozenset(e.stage for e in edges if f"{e.stage}.shortcut" in shapes),
         tied=tied,
         centred=norm.centred,
-        folded=norm.gain is None and norm.bias is None and not norm.centred,
+        folded=folded,
     )
 
 

@@ -9,6 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
@@ -140,7 +141,7 @@ class Stage(nn.Module):
         return y
 
 
-class Block(nn.Module):
+class Block(GradientCheckpointingLayer):
     """The stages of one decoder layer, behind the signature that transformers calls a layer with."""
 
     def __init__(self, stages: list[Stage]) -> None:

@@ -67,7 +67,9 @@ def test_groups_follow_from_activation_and_positions(family, options, mlp, qk, c
     assert spaces["mlp.0"].group is mlp and spaces["mlp.0"].copies == 1
     assert (spaces["qk.1"].group, spaces["qk.1"].copies, spaces["qk.1"].rotary) == (qk, copies, rotary)
     assert spaces["vo.1"].group is Group.INVERTIBLE and spaces["vo.1"].copies == copies
-    assert spaces["x.2.0"].group is Group.ORTHOGONAL
+    assert spaces["x.2.0"].group is Group.IDENTITY  # its norms have gains still
+    folded = layout_of(tiny(family, **options).config, fold=True)
+    assert folded.spaces["x.2.0"].group is Group.ORTHOGONAL
     assert spaces["vo.0"].dim == spaces["qk.0"].dim == options.get("head_dim", 4)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,7 +43,9 @@ def error(model: PreTrainedModel, changes: Callable[[Layout], Mapping[str, Chang
 
 
 def everything(layout: Layout) -> dict[str, Change]:
-    return rotations(elements(layout, layout.spaces, seed=0))
+    """Elements of all spaces, the stream's orthogonal also where a fault has made its label say otherwise."""
+    spaces = {n: replace(layout.spaces[n], group=Group.ORTHOGONAL) for n in layout.points}
+    return rotations(elements(replace(layout, spaces={**layout.spaces, **spaces}), layout.spaces, seed=0))
 
 
 def of(kind: str, seed: int = 0) -> Callable[[Layout], dict[str, Change]]:
