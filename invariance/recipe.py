@@ -194,8 +194,11 @@ class Recipe(_Part):
                     raise Problem(f"{what}. Add `calibrate: {{data: ...}}`, or choose another method", *at)
                 if not self.budget and isinstance(method, Selector) and method.needs_budget:
                     raise Problem(f"'{method.name}' spends a budget. Add `budget: {{parameters: ...}}`", *at)
-        if self.budget and not any(step.select for step in self.steps):
-            raise Problem("no step spends it. Add `select` to a step, or remove the budget", "budget")
+        if self.budget and not any(step.select and step.select.needs_budget for step in self.steps):
+            fixed = any(step.select for step in self.steps)
+            why = "each `select` fixes its widths" if fixed else "none has a `select`"
+            instead = "Add one that spends it, such as `select: uniform` with no width, or remove the budget"
+            raise Problem(f"no step spends it: {why}. {instead}", "budget")
         labels = [e.perplexity.label for e in self.evaluate]
         for i, label in enumerate(labels):
             if label in labels[:i]:

@@ -175,7 +175,7 @@ def test_a_method_round_trips_through_a_recipe(kind: str, name: str) -> None:
     for method in variants(kind, name):
         step = {"spaces": "mlp", kind: method.spec()} | ({"select": "uniform"} if kind == "slice" else {})
         text = {"model": "m", "calibrate": {"data": "d"}, "steps": [step]}
-        if kind in ("select", "slice"):
+        if kind == "slice" or (kind == "select" and method.needs_budget):
             text["budget"] = {"parameters": 0.9}
         recipe = type(parse_recipe("{model: m, steps: [{spaces: mlp}]}")).from_dict(text)
         again = parse_recipe(recipe.to_yaml())

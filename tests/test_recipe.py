@@ -42,7 +42,7 @@ steps:
     slice: truncate
   - spaces: [mlp, "vo.*"]
     rotate: identity
-    select: {uniform: {width: 12}}
+    select: {uniform: {multiple_of: 2}}
     slice: {least_squares: {ridge: 0.01}}
 evaluate:
   - perplexity:
@@ -160,7 +160,10 @@ MALFORMED: list[tuple[str, str, int, str]] = [
     ("budget true", edited("0.8", "true"), 9, "got true, but it should be a valid number"),
     ("budget infinite", edited("0.8", ".inf"), 9, "inf is not a finite number"),
     ("budget too large for a float", edited("0.8", "1e999"), 9, "inf is not a finite number"),
-    ("budget never spent", "model: m\nbudget: {parameters: 0.5}\nsteps: [{spaces: mlp}]", 2, "no step spends it"),
+    ("budget never spent", "model: m\nbudget: {parameters: 0.5}\nsteps: [{spaces: mlp}]", 2,
+     "budget: no step spends it: none has a `select`. Add one that spends it"),
+    ("budget beside widths", edited("multiple_of: 2", "width: 12"), 8,
+     "budget: no step spends it: each `select` fixes its widths. Add one that spends it"),
     ("seed negative", edited("seed: 1", "seed: -1"), 10, "greater than or equal to 0"),
     ("seed a float", edited("seed: 1", "seed: 1.5"), 10, "valid integer"),
     ("seed too large", edited("seed: 1", "seed: 9223372036854775808"), 10, "less than"),
@@ -191,7 +194,7 @@ MALFORMED: list[tuple[str, str, int, str]] = [
     ("slice_head off the stream", edited("rotate: identity", "slice_head: false"), 23, "residual stream alone"),
     ("slice_head a word", edited("false", "never"), 14, "got 'never', but it should be a valid boolean"),
     ("slice_head a number", edited("false", "0"), 14, "got 0, but it should be a valid boolean"),
-    ("slice without select", edited("select: {uniform: {width: 12}}", ""), 25, "no `select` says how much to cut"),
+    ("slice without select", edited("select: {uniform: {multiple_of: 2}}", ""), 25, "no `select` says how much to cut"),
     # methods
     ("rotator misspelt", edited("identity", "identty"), 23, "no rotate method is called 'identty'; did you mean 'i"),
     ("rotator misspelt, with options", edited("pca:", "pcs:"), 16, "did you mean 'pca'?"),
@@ -387,13 +390,13 @@ def at(recipe: Recipe, path: str) -> Any:
         (["model='3'"], "model", "3"),
         (["calibrate.dtype=float32"], "calibrate.dtype", "float32"),
         (["calibrate.sequences=null"], "calibrate.sequences", None),
-        (["budget=null"], "budget", None),
+        (["budget=null", "steps.1.select.uniform.width=12"], "budget", None),
         (["budget=null", "budget.parameters=0.5"], "budget.parameters", 0.5),
         (["evaluate=null"], "evaluate", ()),
         (["evaluate=null", "evaluate.0.perplexity.data=t.npy"], "evaluate.0.perplexity.data", "t.npy"),
         (["evaluate.0.perplexity.data=tokens.npy"], "evaluate.0.perplexity.data", "tokens.npy"),
         (["evaluate.1.perplexity.data=more"], "evaluate.1.perplexity.data", "more"),
-        (["steps.1=null"], "steps", BASE.steps[:1]),
+        (["steps.1=null", "budget=null"], "steps", BASE.steps[:1]),
         (["steps.2=null"], "steps", BASE.steps),
         (["steps.2={spaces: qk}"], "steps.2", Step(spaces=("qk",))),
         (["steps.0.spaces=x.3.1"], "steps.0.spaces", ("x.3.1",)),
@@ -406,7 +409,7 @@ def at(recipe: Recipe, path: str) -> Any:
         (["steps.0.rotate=null"], "steps.0.rotate.name", "identity"),
         (["steps.0.slice.truncate={}"], "steps.0.slice.name", "truncate"),
         (["steps.0.select.uniform.width=432"], "steps.0.select", UNIFORM(width=432, multiple_of=8)),
-        (["steps.1.select.uniform.keep=0.5"], "steps.1.select", UNIFORM(keep=0.5)),
+        (["steps.1.select.uniform.multiple_of=1"], "steps.1.select", UNIFORM()),
         (["steps.0.select.uniform.width=4", "steps.0.select.uniform.keep=0.5"], "steps.0.select.keep", 0.5),
         (["steps.0.select.uniform.multiple_of=4"], "steps.0.select", UNIFORM(keep=0.75, multiple_of=4)),
         (["steps.0.select.uniform.keep=null"], "steps.0.select", UNIFORM(multiple_of=8)),
@@ -614,6 +617,14 @@ STEPS = st.fixed_dictionaries(
         "slice": METHOD["slice"],
     },
 )
+
+
+def without_idle_budget(data: dict[str, Any]) -> dict[str, Any]:
+    """The recipe, its budget gone where no step spends it."""
+    spent = any(step["select"] == "global_energy" for step in data["steps"])
+    return {key: value for key, value in data.items() if key != "budget" or spent}
+
+
 RECIPES = st.fixed_dictionaries(
     {
         "model": WORDS,
@@ -631,7 +642,7 @@ RECIPES = st.fixed_dictionaries(
             unique_by=lambda e: e["perplexity"]["name"],
         ),
     },
-)
+).map(without_idle_budget)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -655,7 +666,7 @@ def test_a_recipe_is_written_in_full_and_in_the_order_of_its_fields() -> None:
         "segments": "global",
         "slice_head": True,
         "rotate": "identity",
-        "select": {"uniform": {"width": 12}},
+        "select": {"uniform": {"multiple_of": 2}},
         "slice": {"least_squares": {"ridge": 0.01}},
     }
     assert parse_recipe(GOOD).to_yaml().startswith("model: some/model\ncalibrate:\n  data: wikitext2\n")
