@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float64
@@ -12,12 +13,13 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .errors import InputError
-from .interfaces import Rotator, Selector, Slicer, Statistic
+from .interfaces import Method, Rotator, Selector, Slicer, Statistic
 from .layout import Layout, Parameters, layout_of
 from .recipe import Recipe, Step
 from .space import Space
 
 MEASURED = frozenset({Statistic.RAW, Statistic.NORMED})  # by calibration; the others are read off the weights
+M = TypeVar("M", bound=Method | None)
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,9 @@ def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
             whole = not step.slice_head and members[-1] == layout.points[-1]
             space = layout.spaces[members[0]]
             select, cut = (None, None) if whole else (step.select, step.slice)
-            units.append(Unit(tuple(members), space, n, step.rotate, select, cut))
+            seed = recipe.seed
+            rotate, select, cut = _seeded(step.rotate, seed), _seeded(select, seed), _seeded(cut, seed)
+            units.append(Unit(tuple(members), space, n, rotate, select, cut))
     for unit in units:
         _check_unit(recipe, unit)
     result = Plan(recipe, dense, layout, tuple(units))
@@ -153,6 +157,13 @@ def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
     ):  # whether a budget can be met hangs on no spectrum: ask before calibrating
         result.allocate({u.space.name: torch.ones(u.space.copies, u.space.dim) for u in units})
     return result
+
+
+def _seeded(method: M, seed: int) -> M:
+    """The method, with the recipe's seed where it has a field ``seed`` that is None."""
+    options = fields(method) if method else ()  # type: ignore[arg-type]
+    unset = any(f.name == "seed" and getattr(method, f.name) is None for f in options)
+    return replace(method, seed=seed) if unset else method  # type: ignore[type-var]
 
 
 def _named(recipe: Recipe, n: int, step: Step, layout: Layout) -> list[str]:

@@ -34,18 +34,19 @@ class Hadamard(Rotator, name="hadamard"):
 
     H is a Kronecker product of Sylvester's matrices (powers of two), Paley's of both types (q + 1 for a prime power
     q = 3 mod 4, 2(q + 1) for q = 1 mod 4) and Williamson's of order 92. A width without one is refused by name: up to
-    260, of the multiples of 4, these are 116, 156, 172, 188, 232, 236 and 260. All directions count alike.
+    260, of the multiples of 4, these are 116, 156, 172, 188, 232, 236 and 260. All directions count alike. The signs
+    are the same for the same space and ``seed``, which is the recipe's unless given here.
 
     Source: Ashkboos et al. 2024 (QuaRot), arXiv:2404.00456, section 3; Paley 1933; Baumert, Golomb and Hall 1962.
     """
 
-    seed: int = 0
+    seed: int | None = None  # null: the recipe's
     produces = Group.ORTHOGONAL
     width_limit: ClassVar[WidthLimit] = staticmethod(why_none)
 
     def fit(self, space: Space, moments: Moments) -> Basis:
         H = hadamard(space.dim) / space.dim**0.5
-        g = space.generator(self.seed)
+        g = space.generator(self.seed or 0)
         sign = 1 - 2 * torch.randint(2, (space.copies, 1, space.dim), generator=g).double()
         return Basis(sign.mT * H, torch.ones(space.copies, space.dim, dtype=torch.float64))
 

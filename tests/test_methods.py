@@ -27,7 +27,8 @@ from invariance.errors import InputError
 from invariance.interfaces import Rotator, Selector, Slicer, Statistic, find, registry
 from invariance.layout import Layout
 from invariance.moments import Moment, Moments, reader_moment
-from invariance.recipe import parse_recipe
+from invariance.plan import plan
+from invariance.recipe import Recipe, parse_recipe
 from invariance.reparametrize import reparametrize
 from invariance.space import Basis, Change, Group, Space, haar, in_group
 from invariance.verify import logits, relative_error, tolerance
@@ -38,7 +39,7 @@ METHODS = [(kind, name) for kind in ("rotate", "select", "slice") for name in re
 IDS = torch.arange(1, 25)[None] % VOCABULARY
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside the defaults, where an option changes what is computed
     "pca": [{"of": "normed"}],
-    "random_orthogonal": [{"seed": 3}],
+    "random_orthogonal": [{"seed": 3}, {"seed": 0}],
     "hadamard": [{"seed": 3}],
     "least_squares": [{"ridge": 0.01}],
     "uniform": [{"keep": 0.7}, {"keep": 0.7, "multiple_of": 4}, {"width": 4}],
@@ -170,6 +171,24 @@ def test_another_seed_or_space_gives_another_random_basis(name: str) -> None:
     assert not torch.equal(A, one.fit(second, Moments()).A)
 
 
+@pytest.mark.parametrize("name", ["random_orthogonal", "hadamard"])
+def test_the_recipes_seed_is_a_random_rotators_unless_it_has_its_own(name: str) -> None:
+    def basis(recipe_seed: int, spec: Any) -> Tensor:
+        text = {"model": "m", "seed": recipe_seed, "steps": [{"spaces": "residual", "rotate": spec}]}
+        recipe = Recipe.from_dict(text)
+        assert recipe.to_dict()["steps"][0]["rotate"] == spec  # planning leaves what is written
+        (unit,) = plan(recipe, ready("llama").model.config).units
+        return unit.rotate.fit(unit.space, Moments()).A
+
+    space = ready("llama").layout.spaces["x.0.0"]
+    plain, own = find("rotate", name)(), {name: {"seed": 3}}
+    assert torch.equal(plain.fit(space, Moments()).A, basis(0, name))  # outside of a recipe: 0
+    assert not torch.equal(basis(0, name), basis(5, name))
+    assert torch.equal(basis(5, name), basis(1, {name: {"seed": 5}}))
+    assert torch.equal(basis(0, own), basis(5, own)) and not torch.equal(basis(0, own), basis(0, name))
+    assert torch.equal(basis(5, {name: {"seed": 0}}), basis(0, name))  # 0 is a seed, not its absence
+
+
 @pytest.mark.parametrize(("kind", "name"), METHODS)
 def test_a_method_round_trips_through_a_recipe(kind: str, name: str) -> None:
     for method in variants(kind, name):
@@ -177,7 +196,7 @@ def test_a_method_round_trips_through_a_recipe(kind: str, name: str) -> None:
         text = {"model": "m", "calibrate": {"data": "d"}, "steps": [step]}
         if kind == "slice" or (kind == "select" and method.needs_budget):
             text["budget"] = {"parameters": 0.9}
-        recipe = type(parse_recipe("{model: m, steps: [{spaces: mlp}]}")).from_dict(text)
+        recipe = Recipe.from_dict(text)
         again = parse_recipe(recipe.to_yaml())
         assert getattr(again.steps[0], kind) == method
         assert type(getattr(again.steps[0], kind)) is type(method)
