@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from statistics import median
 import torch
 
 from invariance.data import load_tokens
+from invariance.evaluate import peak_memory
 from invariance.models import load_model, load_tokenizer
 from invariance.pipeline import calibration_dtype, slice_model
 from invariance.plan import plan
@@ -86,10 +86,10 @@ def main() -> None:
             "in forward passes": counted / unit,
             "verify, apart": seconds["verify"],
         }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print(
         json.dumps(
-            {"dtype": str(dtype), "rows": rows, "peak_memory_bytes": peak, "forward": forward}, indent=2
+            {"dtype": str(dtype), "rows": rows, "peak_memory_bytes": peak_memory(), "forward": forward},
+            indent=2,
         )
     )
 

@@ -77,10 +77,23 @@ class Architecture:
     """Model types that hold the same function under weaker config checks, and the config values that they need."""
 
     def skeleton(self, config: PretrainedConfig) -> PreTrainedModel:
-        """The family's own model on the meta device: shapes and no weights."""
+        """The family's own model on the meta device: shapes and no weights. Raises InputError if it cannot be built."""
         config = copy.deepcopy(config)  # an untied head is noted there
-        with torch.device("meta"):
-            return self.build(config)
+        try:
+            with torch.device("meta"):
+                model = self.build(config)
+        except Exception as e:  # each family fails in its own way
+            why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+            raise InputError(
+                f"model type '{config.model_type}': no model can be built of its config.json ({why}). Repair the config."
+            ) from None
+        empty = [name for name, p in model.named_parameters() if not p.numel()]
+        if empty or not len(model.get_submodule(self.blocks)):  # type: ignore[arg-type]
+            raise InputError(
+                f"model type '{config.model_type}': its config.json describes a model "
+                f"{f'whose {empty[0]} is empty' if empty else 'without layers'}. Repair the config."
+            )
+        return model
 
     def build(self, config: PretrainedConfig) -> PreTrainedModel:
         """The family's own model, untrained, on the device that torch builds on now."""

@@ -9,11 +9,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 
 from .canonical import canonicalize
+from .errors import InputError
 from .families import architecture
 from .layout import Layout, label, layout_of
 from .modules import Stage
 from .reparametrize import reparametrize
 from .space import Change
+
+SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "max_position_embeddings")  # fmt: skip
+"""What tools ask of any config, and slicing leaves as it is."""
 
 
 class InvarianceConfig(PretrainedConfig):
@@ -26,7 +31,7 @@ class InvarianceConfig(PretrainedConfig):
         self.original = dict(original or {})
         self.folded, self.tie = folded, tie
         self.widths, self.shortcuts = dict(widths or {}), list(shortcuts or [])
-        for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for key in SHARED:
             kwargs.setdefault(key, self.original.get(key))
         super().__init__(**kwargs)
 
@@ -137,9 +142,18 @@ def _shaped(config: InvarianceConfig) -> PreTrainedModel:
     return inner
 
 
-def layout_of_config(config: PretrainedConfig) -> Layout:
-    """The layout of a checkpoint, dense or sliced, from its config alone. Raises InputError."""
+def layout_of_config(config: PretrainedConfig, *, fold: bool = False) -> Layout:
+    """The layout of a checkpoint, dense or sliced, from its config alone; ``fold`` as in canonicalize.
+
+    Raises InputError.
+    """
     if not isinstance(config, InvarianceConfig):
-        return layout_of(config)
-    with torch.device("meta"):
-        return label(InvarianceForCausalLM(config).inner)
+        return layout_of(config, fold=fold)
+    try:
+        with torch.device("meta"):
+            return canonicalize(InvarianceForCausalLM(config).inner, fold=fold, tie=config.tie)
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+        raise InputError(
+            f"the config.json of this sliced checkpoint is damaged ({type(e).__name__}: {e}). "
+            "Copy it from where the checkpoint was made, or run its recipe again."
+        ) from None

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .errors import InputError, InvarianceError
+from .files import finite
 
 app = typer.Typer(
     name="invariance",
@@ -25,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
+INTERRUPTED = 130  # what typer makes of Ctrl-C
 out, err = Console(), Console(stderr=True)
 
 RecipeArgument = Annotated[
@@ -81,7 +84,7 @@ def device_named(name: str) -> str:
 def say(document: Any, as_json: bool, *readable: Any) -> None:
     """One JSON document, or something to read."""
     if as_json:
-        print(json.dumps(document, indent=2))
+        print(json.dumps(finite(document), indent=2))
     else:
         out.print(*readable)
 
@@ -183,8 +186,8 @@ def _plan_tables(document: dict[str, Any]) -> list[Any]:
 
 
 @app.command()
-def verify(model: ModelArgument, seed: Annotated[int, typer.Option(help="Of the random group elements.")] = 0,
-           tokens: Annotated[int, typer.Option(help="How many probe tokens.", min=2)] = 64, device: Device = "auto",
+def verify(model: ModelArgument, seed: Annotated[int, typer.Option(help="Of the random group elements.", min=0)] = 0,
+           tokens: Annotated[int, typer.Option(help="How many probe tokens.", min=2, max=4096)] = 64, device: Device = "auto",
            trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
     """Certify that random group elements on every space at once leave a model's logits unchanged.
 
@@ -213,8 +216,8 @@ def verify(model: ModelArgument, seed: Annotated[int, typer.Option(help="Of the 
         f"{verdict}: relative logit error {certificate.relative_error:.2e} after random changes of {certificate.spaces} "
         f"spaces; rounding explains {certificate.tolerance:.2e}.\nNegative control (writers only): "
         f"{certificate.negative_control:.2e}, which must fail.")  # fmt: skip
-    if not certificate.passed:
-        raise CertificateError(f"{model}: the certificate of exactness failed.")
+    if certificate.failure is not None:
+        raise CertificateError(f"{model}: {certificate.failure}.")
 
 
 @app.command()
@@ -224,14 +227,14 @@ def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Jso
     from .models import load_config
 
     config = load_config(model, trust_remote_code=trust_remote_code)
-    layout = layout_of_config(config)
+    layout, folded = layout_of_config(config), layout_of_config(config, fold=True)
     size = {"float64": 8, "float32": 4}.get(str(config.dtype).removeprefix("torch."), 2)
     document: dict[str, Any] = {
         "model": model,
         "family": config.model_type,
         "spaces": {
             n: {"kind": s.kind, "dim": s.dim, "copies": s.copies, "group": s.group.value}
-            for n, s in layout.spaces.items()
+            for n, s in folded.spaces.items()
         },
         "shortcuts": sorted(layout.shortcuts),
         "tied": layout.tied,
@@ -240,7 +243,7 @@ def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Jso
         "kv_bytes_per_token": size * layout.kv_entries({}),
     }
     spaces = Table("space", "kind", "width", "copies", "group", title=f"{model} ({config.model_type})")
-    for name, s in layout.spaces.items():
+    for name, s in folded.spaces.items():
         spaces.add_row(name, s.kind, str(s.dim), str(s.copies), s.group.value)
     costs = Table("cost", "", title="what it costs")
     for part, n in document["parameters"].items():
@@ -261,7 +264,7 @@ def evaluate(model: ModelArgument,
              device: Device = "auto", trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
     """Measure a model's perplexity, every window on its own, logits in float32."""
     from .data import load_tokens
-    from .evaluate import perplexity
+    from .evaluate import check_windows, perplexity
     from .families import FAMILIES, check_positions
     from .models import load_config, load_model, load_tokenizer
 
@@ -270,6 +273,7 @@ def evaluate(model: ModelArgument,
     vocabulary = config.get_text_config().vocab_size
     found = load_tokens(data, tokenizer, vocab_size=vocabulary, split=split, sequences=sequences, tokens=tokens,
                         where=f"--data {data}")  # fmt: skip
+    check_windows(found, f"--data {data}")
     if (text := config.get_text_config()).model_type in FAMILIES:
         check_positions(text, found.ids.shape[1], f"--data {data}")
     loaded = load_model(model, device=device_named(device), trust_remote_code=trust_remote_code)
@@ -299,21 +303,19 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, with it
             raise InputError(f"no method is called '{name}'{did_you_mean(name, [p['name'] for p in known])}")
         page = found[0]
         options = "".join(f"\n  {o['name']}: {o['type']} = {o['default']}" for o in page["options"])
-        say(
-            page, as_json, f"[bold]{page['kind']}: {name}[/]\n\n{page['doc']}\n\noptions:{options or ' none'}"
-        )
+        text = f"{page['kind']}: {name}\n\n{page['doc']}\n\noptions:{options or ' none'}"
+        say(page, as_json, Text(text))  # not markup: [x xᵀ] is mathematics
         return
     listing = Table("kind", "name", "what it does", "options", title="methods")
     for p in known:
-        listing.add_row(
-            p["kind"], p["name"], p["doc"].splitlines()[0], ", ".join(o["name"] for o in p["options"])
-        )
+        options = ", ".join(o["name"] for o in p["options"])
+        listing.add_row(p["kind"], p["name"], Text(p["doc"].splitlines()[0]), options)
     say(known, as_json, listing)
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of recipes, for editors and other programs."""
+def schema(as_json: Json = True) -> None:
+    """Print the JSON Schema of recipes, for editors and other programs: always one JSON document."""
     from .recipe import json_schema
 
     print(json.dumps(json_schema(), indent=2))
@@ -329,9 +331,13 @@ def main() -> None:
     except InvarianceError as e:
         err.print(f"[red]error:[/] {_escaped(e)}", soft_wrap=True, highlight=False)
         sys.exit(e.exit_status)
-    except KeyboardInterrupt:
-        err.print("stopped; what was there before is untouched", highlight=False)
-        sys.exit(130)
+    except OSError as e:  # a disk that is full, a file that went away
+        err.print(f"[red]error:[/] {_escaped(e)}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except SystemExit as e:
+        if e.code == INTERRUPTED:
+            err.print("stopped; what was there before is untouched", highlight=False)
+        raise
 
 
 def _escaped(e: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from statistics import median
 
@@ -11,6 +12,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from .data import Tokens
+from .errors import InputError
 from .walk import Progress, quiet
 
 
@@ -27,7 +29,24 @@ def perplexity(model: PreTrainedModel, tokens: Tokens, batch: int = 8, progress:
         for row, target, real in zip(logits[:, :-1], ids[:, 1:], mask[:, 1:] & mask[:, :-1], strict=True):
             total += cross_entropy(row[real].float(), target[real], reduction="sum").item()
             count += int(real.sum())
-    return math.exp(total / count) if count and total / count < 700 else math.inf
+    mean = total / max(count, 1)
+    return math.exp(mean) if not mean >= 700 else math.inf  # of a mean that is not a number: not a number
+
+
+def check_windows(tokens: Tokens, where: str) -> None:
+    """Raises InputError for windows of one token, after which nothing is predicted."""
+    if tokens.ids.shape[1] < 2:
+        raise InputError(f"{where}: windows of 1 token predict nothing. Give windows of 2 tokens or more.")
+
+
+def peak_memory() -> int | None:
+    """The most bytes that the process held; None where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @torch.no_grad()

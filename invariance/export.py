@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -21,10 +22,14 @@ def stock(
 
     ``layout`` is that of the canonical form before it was changed, ``dense`` that of the model as it came. With one
     residual basis of width k, RMS over k becomes RMS over d by gains √(d/k) and eps·d/k. Raises InvarianceError when
-    the result computes anything else.
+    the result computes anything else: give it the model in float64, before the one cast.
     """
     now = label(model)
-    config, why = _config(layout, now, dense.centred, original)
+    widths = {name: space.dim for name, space in now.spaces.items()}
+    why = obstacle(layout, widths, len(now.shortcuts), dense.centred)
+    if why is not None:
+        return None, why
+    config, why = _config(layout, widths, original)
     if config is None:
         return None, why
     weights = _weights(model, layout, now)
@@ -41,42 +46,48 @@ def stock(
     made.generation_config = copy.deepcopy(model.generation_config)
     ids = torch.arange(32, device=model.device).remainder(config.vocab_size)[None]
     error = relative_error(logits(model, ids), logits(made, ids))
-    if not error <= tolerance(made.dtype, layout.depth):
+    if not error <= tolerance(torch.float32, layout.depth):  # in which the families' norms compute
         raise InvarianceError(f"the stock checkpoint's logits differ from the sliced model's by {error:.1e}")
     return made, ""
 
 
+def obstacle(layout: Layout, widths: Mapping[str, int], shortcuts: int, centred: bool) -> str | None:
+    """Why no stock config could hold a model of these widths, whatever its weights; None where one could.
+
+    ``layout`` is that of the canonical form, ``centred`` whether the original's norms subtract the mean.
+    """
+    for kind in KINDS:
+        found = {widths.get(n, s.dim) for n, s in layout.spaces.items() if s.kind == kind}
+        if len(found) > 1:
+            return f"{kind} widths differ from layer to layer ({min(found)} to {max(found)})"
+    if shortcuts:
+        return f"two bases of the residual stream meet, at {shortcuts} of its edges, in a shortcut"
+    if layout.folded and centred:
+        return "a rotated stream under LayerNorm needs norms that subtract no mean"
+    if layout.folded and layout.tied:
+        return "the tied head reads the table through a k×k matrix; `tie: untie` makes a stock checkpoint"
+    each = _by_kind(layout, widths)
+    if each["vo"] != each["qk"]:
+        return f"value heads have {each['vo']} dims and query/key heads {each['qk']}; a stock config has one head_dim"
+    return None
+
+
+def _by_kind(layout: Layout, widths: Mapping[str, int]) -> dict[str, int]:
+    return {s.kind: widths.get(n, s.dim) for n, s in layout.spaces.items()}
+
+
 def _config(
-    layout: Layout, now: Layout, centred: bool, original: PretrainedConfig
+    layout: Layout, widths: Mapping[str, int], original: PretrainedConfig
 ) -> tuple[PretrainedConfig | None, str]:
     """A config of the family, or of one that holds the same function, with the widths that the model has now."""
-    widths: dict[str, int] = {}
-    for kind in KINDS:
-        found = {s.dim for s in now.spaces.values() if s.kind == kind}
-        if len(found) > 1:
-            return None, f"{kind} widths differ from layer to layer ({min(found)} to {max(found)})"
-        widths[kind] = found.pop()
-    if now.shortcuts:
-        return None, f"{len(now.shortcuts)} stages carry a shortcut between two bases of the residual stream"
-    if layout.folded and centred:
-        return None, "a rotated stream under LayerNorm needs norms that subtract no mean"
-    if layout.folded and now.tied:
-        return (
-            None,
-            "the tied head reads the table through a k×k matrix; `tie: untie` makes a stock checkpoint",
-        )
-    if widths["vo"] != widths["qk"]:
-        return (
-            None,
-            f"value heads have {widths['vo']} dims and query/key heads {widths['qk']}; a stock config has one head_dim",
-        )
-    d, k = layout.spaces[layout.points[0]].dim, widths["residual"]
+    each = _by_kind(layout, widths)
+    d, k = layout.spaces[layout.points[0]].dim, each["residual"]
     values = original.to_dict()
     for key in ("architectures", "quantization_config", "model_type"):
         values.pop(key, None)
-    values |= {key: widths[kind] for kind, key in layout.architecture.widths}
-    values["head_dim"] = widths["vo"]
-    values["tie_word_embeddings"] = now.tied
+    values |= {key: each[kind] for kind, key in layout.architecture.widths}
+    values["head_dim"] = each["vo"]
+    values["tie_word_embeddings"] = layout.tied
     if layout.folded:
         values["rms_norm_eps"] = original.rms_norm_eps * d / k
     reasons = []
@@ -93,8 +104,7 @@ def _weights(model: PreTrainedModel, layout: Layout, now: Layout) -> dict[str, T
     arch = layout.architecture
     names: dict[str, str] = {}
     for edge in layout.edges:
-        i, s = int(edge.source.split(".")[1]), int(edge.source.split(".")[2])
-        names |= arch.origin(i, s)
+        names |= arch.origin(edge.block, int(edge.source.split(".")[2]))
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
@@ -109,12 +119,11 @@ def _weights(model: PreTrainedModel, layout: Layout, now: Layout) -> dict[str, T
         weights.pop(f"{theirs}.bias", None)
         k = now.spaces[layout.points[-1]].dim
         like = next(model.get_submodule(layout.edges[0].stage).parameters())
-        gain = (
-            norm.gain
-            if norm.gain is not None
-            else torch.full((k,), (norm.d / k) ** 0.5, dtype=like.dtype, device=like.device)
-        )
-        weights[f"{theirs}.weight"] = gain.detach()
+        if norm.gain is not None:
+            weights[f"{theirs}.weight"] = norm.gain.detach()
+        elif layout.folded:
+            scale = (norm.d / k) ** 0.5
+            weights[f"{theirs}.weight"] = torch.full((k,), scale, dtype=like.dtype, device=like.device)
         if norm.bias is not None:
             weights[f"{theirs}.bias"] = norm.bias.detach()
     return weights

@@ -51,6 +51,11 @@ FAMILIES: dict[str, Architecture] = {"llama": LLAMA, "mistral": LLAMA, "qwen2": 
 def architecture(config: PretrainedConfig) -> Architecture:
     """The declaration of a config's family. Raises InputError for a family that is not known."""
     kind = config.model_type
+    if kind == "invariance":
+        raise InputError(
+            "the model is sliced already, in a form that no stock config holds. Start from the original model, "
+            "with all steps in one recipe."
+        )
     if kind not in FAMILIES:
         raise InputError(
             f"model type '{kind}' is not a known family, so its symmetries cannot be trusted; known: "

@@ -150,6 +150,7 @@ def find(kind: str, name: str) -> type[Any]:
 
 def load_plugin(module: str) -> None:
     """Import a module, named as Python imports it or as a path to a .py file, so that its methods register."""
+    before = {kind: dict(registry(kind)) for kind in _REGISTRY}
     try:
         if module.endswith(".py"):
             spec = importlib.util.spec_from_file_location(f"invariance_plugin_{Path(module).stem}", module)
@@ -158,10 +159,17 @@ def load_plugin(module: str) -> None:
             sys.modules[spec.name] = made  # dataclasses look their module up there
             spec.loader.exec_module(made)
         else:
-            importlib.import_module(module)
+            made = importlib.import_module(module)
     except InputError:
         raise
     except Exception as e:  # whatever the module raises while it is imported
         raise InputError(
             f"--plugin {module}: cannot be imported ({e}). Give a module on the path, or a .py file."
         ) from e
+    ours = [
+        c for known in _REGISTRY.values() for c in known.values() if c.__module__.startswith(made.__name__)
+    ]
+    if before == _REGISTRY and not ours:
+        raise InputError(
+            f"--plugin {module}: registers no method. Subclass Rotator, Selector or Slicer with a `name=` there."
+        )

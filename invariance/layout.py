@@ -44,6 +44,11 @@ class Edge:
     source: str
     target: str
 
+    @property
+    def block(self) -> int:
+        """The number of the block that the stage lies in."""
+        return int(self.source.split(".")[1])
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -123,10 +128,17 @@ class Layout:
         for name in self.axes:
             if not name.endswith(".shortcut"):
                 count[self.part(name)] += self._size(name, widths)
-        for e in self.edges:
-            if e.stage in self.shortcuts or segments.get(e.source) != segments.get(e.target):
-                count["shortcuts"] += prod(widths.get(p, self.spaces[p].dim) for p in (e.source, e.target))
+        for e in self.shortcut_stages(segments):
+            count["shortcuts"] += prod(widths.get(p, self.spaces[p].dim) for p in (e.source, e.target))
         return Parameters(**count)
+
+    def shortcut_stages(self, segments: Mapping[str, object]) -> list[Edge]:
+        """The residual edges that carry a shortcut: those that have one, and those where two bases meet."""
+        return [
+            e
+            for e in self.edges
+            if e.stage in self.shortcuts or segments.get(e.source) != segments.get(e.target)
+        ]
 
     def flops(self, widths: Mapping[str, int], segments: Mapping[str, object] | None = None) -> int:
         """Per token: two for every entry of a matrix that multiplies it; attention scores and norms are left out."""

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Float64
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -59,6 +60,10 @@ class Moments:
             outer(rearrange(x, "n (c r d) -> c (n r) d", c=copies, r=heads // copies)), x.shape[0]
         )
         self.known[key] = self.known[key] + moment if key in self.known else moment
+
+    def cpu(self) -> Moments:
+        """The same on the CPU, where bases are fitted and changes made whatever device the model is on."""
+        return Moments({key: Moment(m.total.cpu(), m.count) for key, m in self.known.items()})
 
     def merge(self, other: Moments) -> Moments:
         """The moments of both sets of tokens together; nothing is lost by splitting them."""
@@ -145,9 +150,8 @@ class Store:
             try:
                 tensors = load_file(self._path(key))
                 found[key] = Moment(tensors["total"], int(tensors["count"]))
-            except (OSError, KeyError, Exception) as e:  # safetensors raises its own, unrelated class
-                if isinstance(e, (KeyboardInterrupt, MemoryError)):
-                    raise
+            except (OSError, KeyError, SafetensorError):
+                continue
         return Moments(found)
 
     def save(self, moments: Moments) -> None:

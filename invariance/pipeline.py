@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from jaxtyping import Float64
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,11 +23,13 @@ from .layout import Layout
 from .models import weights_digest
 from .moments import Key, Moments, Store, check_finite, reader_moment
 from .plan import MEASURED, Plan, Unit, Widths
+from .refit import HELD_OUT
 from .reparametrize import reparametrize
 from .space import Basis, Change
 from .verify import Certificate, certify, double_copy
 
 PROBE_TOKENS = 64
+MOMENTS_FORMAT = "2"  # counts up when moments of the same model and tokens come out different
 
 
 @dataclass
@@ -118,16 +121,21 @@ class _Run:
         self.bases = {n: b for n, b in self.bases.items() if len(self.unit_of[n].members) > 1}
 
     def _check_tokens(self) -> None:
-        wanted = self.plan.wanted()
-        if not wanted:
+        if not self.plan.reads_tokens:
             return
         assert self.plan.recipe.calibrate is not None and self.tokens is not None
-        count = int(self.tokens.mask.sum())
-        widest = max((self.unit_of[n].space for n in wanted), key=lambda s: s.dim)
-        if count < widest.dim:
+        where = self.plan.recipe.where("calibrate")
+        count, sequences = int(self.tokens.mask.sum()), len(self.tokens.ids)
+        widest = max((self.unit_of[n].space for n in self.plan.wanted()), key=lambda s: s.dim, default=None)
+        if widest is not None and count < widest.dim:
             raise InputError(
-                f"{self.plan.recipe.where('calibrate')}: {count} tokens cannot tell the {widest.dim} directions of space "
+                f"{where}: {count} tokens cannot tell the {widest.dim} directions of space "
                 f"'{widest.name}' apart. Calibrate on at least {widest.dim} tokens; {8 * widest.dim} and more are better."
+            )
+        if self.plan.follows and sequences < HELD_OUT:
+            raise InputError(
+                f"{where}: {sequences} sequences, and order 'dense_target' holds out one in {HELD_OUT} to choose its "
+                f"shrinkage. Calibrate on {HELD_OUT} sequences at least; 32 and more are better."
             )
 
     def _batches(self) -> tuple[list[walk.Batch], torch.dtype]:
@@ -135,7 +143,7 @@ class _Run:
         assert calibrate is not None and self.tokens is not None
         dtype = calibration_dtype(calibrate.dtype, self.model.device)
         # Following the dense stream needs the small difference of two large streams.
-        stream = torch.float32 if self.plan.recipe.order == "dense_target" else dtype
+        stream = torch.float32 if self.plan.follows else dtype
         return walk.enter(self.model, self.layout, self.tokens.batches(calibrate.batch), dtype, stream), dtype
 
     def _calibrate(self, wanted: walk.Wanted) -> Moments:
@@ -167,6 +175,8 @@ class _Run:
         return Store.keyed(
             self.store,
             {
+                "format": MOMENTS_FORMAT,
+                "transformers": transformers.__version__,
                 "weights": weights_digest(self.original),
                 "config": self.original.config.to_json_string(use_diff=False),
                 "tokens": self.tokens.digest(),
@@ -208,9 +218,9 @@ class _Run:
 
     def _cut(self, unit: Unit, moments: Moments, widths: Widths) -> Change:
         basis = self.bases[unit.space.name]
-        if unit.slice is None:
-            return Change.rotation(basis.A)
         k = widths[unit.space.name]
+        if unit.slice is None or k == unit.space.dim:
+            return Change.rotation(basis.A)  # what was certified
         return unit.slice.cut(unit.space, basis, k, self._moments_of(unit, moments))
 
     def _walk_sequentially(self, ahead: Moments, widths: Widths) -> None:
@@ -235,11 +245,10 @@ class _Run:
         start = time.perf_counter()
         before = self.seconds.get("fit", 0.0)
         dtype = torch.float32
-        follow = self.plan.recipe.order == "dense_target"
-        if self.plan.wanted() or follow:
+        if self.plan.reads_tokens:
             batches, dtype = self._batches()
         walk.sequential(self.model, self.layout, batches, wanted, dtype, decide,
-                        follow=follow, progress=self.progress)  # fmt: skip
+                        follow=self.plan.follows, progress=self.progress)  # fmt: skip
         spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
 
@@ -254,8 +263,5 @@ class _Run:
             certificate = certify(self.original, bases, ids, fold=self.plan.fold, tie=self.plan.recipe.tie,
                                   seed=self.plan.recipe.seed)  # fmt: skip
         if not certificate.passed:
-            raise CertificateError(
-                f"the rotated model's logits differ by {certificate.relative_error:.1e}, where rounding alone explains "
-                f"{certificate.tolerance:.1e} (control: {certificate.negative_control:.1e}). Nothing is written."
-            )
+            raise CertificateError(f"{certificate.failure}. Nothing is written.")
         return certificate

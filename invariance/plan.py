@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from .errors import InputError
+from .export import obstacle
 from .interfaces import Method, Rotator, Selector, Slicer, Statistic
 from .layout import Layout, Parameters, layout_of
 from .recipe import Recipe, Step
@@ -61,6 +62,16 @@ class Plan:
         return {m: n for n, u in enumerate(self.units) for m in u.members if u.space.kind == "residual"}
 
     @property
+    def follows(self) -> bool:
+        """Whether the sliced stream is made to follow the dense one."""
+        return self.recipe.order == "dense_target"
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether a run needs tokens to calibrate on."""
+        return self.follows or bool(self.wanted())
+
+    @property
     def budget(self) -> int | None:
         """The most parameters that may be stored."""
         fraction = self.recipe.budget.parameters if self.recipe.budget else None
@@ -70,8 +81,16 @@ class Plan:
         """What calibration measures, by space; empty when nothing is asked of the data."""
         return {m: need for u in self.units for m in u.members if (need := u.needs & MEASURED)}
 
-    def parameters(self, widths: Widths) -> Parameters:
-        return self.layout.parameters(widths, self.segments)
+    def parameters(self, widths: Widths, stock: bool | None = None) -> Parameters:
+        """What is stored at these widths. A stock checkpoint stores gains of √(d/k) that the canonical form lacks."""
+        count = self.layout.parameters(widths, self.segments)
+        if stock is None:
+            shortcuts = self.layout.shortcut_stages(self.segments)
+            stock = obstacle(self.layout, widths, len(shortcuts), self.dense.centred) is None
+        if not (stock and self.layout.folded):
+            return count
+        k = widths.get(self.layout.points[-1], self.layout.spaces[self.layout.points[-1]].dim)
+        return replace(count, blocks=count.blocks + self.layout.depth * k, head=count.head + k)
 
     def allocate(self, spectra: Mapping[str, Float64[Tensor, "c d"]] | None) -> Widths | None:
         """The width of every unit's members, or None where a selector asks for spectra and there are none yet."""

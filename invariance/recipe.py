@@ -176,13 +176,14 @@ class Recipe(_Part):
         return isinstance(other, Recipe) and self.__dict__ == other.__dict__
 
     def where(self, *path: str | int) -> str:
-        """The file and line (or the flag) at which a part of the recipe stands, or the nearest part above it."""
+        """The file and line at which a part of the recipe stands, or the nearest part above it; or the flag that set
+        something in it."""
         node: Located | None = self._root
         where = node.where if node else "<recipe>"
         for key in path:
             node = node.child(key) if node else None
             where = node.where if node else where
-        return where
+        return (node.flag() if node else None) or where
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

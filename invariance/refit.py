@@ -16,7 +16,7 @@ from .modules import Stage
 from .moments import outer, real_tokens
 
 SHRINKAGE = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)  # fractions of the mean eigenvalue of H
-HELD_OUT = 4  # one batch in so many chooses the shrinkage
+HELD_OUT = 4  # one sequence in so many chooses the shrinkage
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Follower:
     def __init__(self, edge: Edge, stage: Stage) -> None:
         self.edge, self.stage = edge, stage
         self.read: list[Tensor] = []
+        self.sequences = 0
         self.writers: list[tuple[str, nn.Linear]] = []
         if stage.attention is not None:
             self.writers.append(("attention.out", stage.attention.out))
@@ -76,24 +77,29 @@ class Follower:
             for _ in range(2)
         ]
 
-    def add(self, n: int, arrived: Tensor, dense: Tensor, mask: Tensor | None) -> None:
-        """Take in batch n: the stream that arrived behind the stage, and the dense one."""
-        h = torch.cat([real_tokens(x, mask) for x in self.read], dim=-1)
+    def add(self, arrived: Tensor, dense: Tensor, mask: Tensor | None) -> None:
+        """Take in a batch: the stream that arrived behind the stage, and the dense one."""
+        held = torch.arange(self.sequences, self.sequences + len(dense)) % HELD_OUT == HELD_OUT - 1
+        self.sequences += len(dense)
+        for part, chosen in zip(self.parts, (~held, held), strict=True):
+            if not chosen.any():
+                continue
+            real = None if mask is None else mask[chosen]
+            h = torch.cat([real_tokens(x[chosen], real) for x in self.read], dim=-1)
+            goal, have = (real_tokens(x[chosen], real).float() for x in (dense, arrived))
+            weight = torch.rsqrt(goal.square().mean(-1, keepdim=True).clamp_min(1e-12))
+            part.add((h.float() * weight).to(h.dtype), (goal - have) * weight)
         self.read.clear()
-        goal, have = real_tokens(dense, mask).float(), real_tokens(arrived, mask).float()
-        weight = torch.rsqrt(goal.square().mean(-1, keepdim=True).clamp_min(1e-12))
-        self.parts[n % HELD_OUT == HELD_OUT - 1].add((h.float() * weight).to(h.dtype), (goal - have) * weight)
 
     def refit(self, model: PreTrainedModel) -> None:
         """Change the writers of the stage in the model."""
         for handle in self.handles:
             handle.remove()
         train, held = self.parts
-        every = train + held
-        shrinkage = best_shrinkage(train, held if held.n else train)
+        shrinkage = best_shrinkage(train, held) if held.n else None
         if shrinkage is None:
             return
-        delta = every.solve(shrinkage)
+        delta = (train + held).solve(shrinkage)
         start = 0
         for name, writer in self.writers:
             rows = delta[start : start + writer.in_features]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 from einops import einsum, rearrange, repeat
-from jaxtyping import Float64
+from jaxtyping import Bool, Float64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,7 +14,7 @@ from .canonical import assign
 from .errors import InvarianceError
 from .layout import Axis, Edge, Layout, Role
 from .modules import Stage
-from .space import Change
+from .space import RTOL, Change
 
 
 def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
@@ -70,9 +70,9 @@ def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor,
     """One axis of a weight, in ``heads`` runs of d, against the change's d × k of the copy that each head uses."""
     X = (change.decode if axis.role is Role.READ else change.encode).to(W.device)
     if axis.role is Role.GATE:
-        X = (X != 0).to(X.dtype)
+        X = support(X).to(X.dtype)
     if axis.heads == 1:
-        chosen = X[0] != 0
+        chosen = support(X[0])
         if not X.is_meta and bool((chosen.sum(0) == 1).all()):  # columns that pick and scale: no product
             index = chosen.int().argmax(0)
             shape = [-1 if i == dim else 1 for i in range(W.ndim)]
@@ -81,6 +81,11 @@ def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor,
     X = repeat(X, "c d k -> (c r) d k", r=axis.heads // X.shape[0])
     W = rearrange(W.movedim(dim, -1), "... (h d) -> ... h d", h=axis.heads)
     return rearrange(einsum(W, X, "... h d, h d k -> ... h k"), "... h k -> ... (h k)").movedim(-1, dim)
+
+
+def support(X: Float64[Tensor, "*c d k"]) -> Bool[Tensor, "*c d k"]:
+    """Where a matrix is not zero, to the rounding that ``Space.contains`` allows."""
+    return X.abs() > RTOL * X.abs().amax() if X.numel() and not X.is_meta else X != 0
 
 
 def _change_edge(model: PreTrainedModel, layout: Layout, edge: Edge, changes: Mapping[str, Change]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,11 +17,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from .checkpoint import InvarianceForCausalLM, wrap
 from .data import Tokens, load_tokens
 from .errors import InputError
-from .evaluate import perplexity, sample, tokens_per_second
+from .evaluate import check_windows, peak_memory, perplexity, sample, tokens_per_second
 from .export import stock
 from .families import check_positions, positions
 from .files import replacing, write_json, write_text
-from .layout import Parameters
 from .models import cache_dir, load_config, load_model, load_tokenizer
 from .pipeline import Sliced, slice_model, timed
 from .plan import Plan, plan
@@ -39,6 +38,7 @@ class Outcome:
     model: PreTrainedModel
     report: dict[str, Any]
     spectra: dict[str, list[float]]
+    stored: torch.dtype  # what the checkpoint holds; the model's numbers are rounded to it already
 
 
 @dataclass
@@ -80,6 +80,8 @@ def read_data(recipe: Recipe, config: PretrainedConfig, tokenizer: Any, evaluate
         found = load_tokens(spec.data, tokenizer, vocab_size=config.vocab_size, split=spec.split,
                             sequences=spec.sequences, tokens=spec.tokens, where=recipe.where(*where))  # fmt: skip
         check_positions(config, found.ids.shape[1], recipe.where(*where))
+        if where[0] == "evaluate":
+            check_windows(found, recipe.where(*where))
         return found
 
     calibration = read(recipe.calibrate, "calibrate", "data") if recipe.calibrate else None
@@ -91,26 +93,36 @@ def read_data(recipe: Recipe, config: PretrainedConfig, tokenizer: Any, evaluate
 
 
 def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, evaluate: bool = True,
-            data: Data | None = None, progress: Progress = quiet) -> Outcome:  # fmt: skip
-    """Slice, export and, if asked, measure a model by a recipe."""
+            data: Data | None = None, stored: torch.dtype | None = None, progress: Progress = quiet) -> Outcome:  # fmt: skip
+    """Slice, export and, if asked, measure a model by a recipe.
+
+    ``stored`` is the dtype of the checkpoint that the model came from, by default the model's own.
+    """
     chart = plan(recipe, model.config)
     if tokenizer is None and recipe.calibrate and not recipe.calibrate.data.endswith(".npy"):
         tokenizer = load_tokenizer(recipe.model)
     data = data or read_data(recipe, model.config, tokenizer, evaluate)
-    sliced = slice_model(model, chart, data.calibration if chart.wanted() else None, store=cache_dir("moments"),
+    sliced = slice_model(model, chart, data.calibration if chart.reads_tokens else None, store=cache_dir("moments"),
                          progress=progress)  # fmt: skip
     original = model.config
+    stored = stored or model.dtype
     with timed(sliced.seconds, "export"):
-        cast(sliced.model, model.dtype)
         made, why = stock(sliced.model, sliced.layout, chart.dense, original)
         small = made if made is not None else wrap(sliced.model, sliced.layout, original, recipe.tie)
-    report = _report(recipe, chart, sliced, small, why, original)
+        cast(small, stored)
+        cast(small, model.dtype)
+    report = _report(recipe, chart, sliced, small, why, original, stored)
     if evaluate:
         _measure(report, sliced.seconds, model, small, data, tokenizer, progress)
     report["seconds"] = {step: round(s, 3) for step, s in sliced.seconds.items()}
-    report["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report["peak_memory_bytes"] = peak_memory()
     spectra = {name: energy.sum(0).tolist() for name, energy in sliced.spectra.items()}
-    return Outcome(small, report, spectra)
+    return Outcome(small, report, spectra, stored)
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """What a checkpoint's numbers are stored in, if its config says so and they are floating-point."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point else None
 
 
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -124,17 +136,19 @@ def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel, why: str,
-            original: PretrainedConfig) -> dict[str, Any]:  # fmt: skip
-    bytes_each = torch.finfo(small.dtype).bits // 8
+            original: PretrainedConfig, stored: torch.dtype) -> dict[str, Any]:  # fmt: skip
     layout, widths = chart.layout, sliced.widths
-    dense, after = chart.dense.parameters({}), counted(small, chart, widths)
+    is_stock = not isinstance(small, InvarianceForCausalLM)
+    dense, after = chart.dense.parameters({}), chart.parameters(widths, stock=is_stock)
+    assert after.total == sum(p.numel() for p in small.parameters())
     return {
         "version": version("invariance"),
         "model": {
             "name": recipe.model,
             "family": original.model_type,
             "exported_as": small.config.model_type,
-            "stock": not isinstance(small, InvarianceForCausalLM),
+            "stock": is_stock,
+            "dtype": str(stored).removeprefix("torch."),
             "why_not_stock": why or None,
         },
         "output": None,
@@ -142,8 +156,8 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
         "parameters": {"dense": dense.to_dict(), "sliced": after.to_dict()},
         "flops_per_token": {"dense": chart.dense.flops({}), "sliced": layout.flops(widths, chart.segments)},
         "kv_bytes_per_token": {
-            "dense": bytes_each * chart.dense.kv_entries({}),
-            "sliced": bytes_each * layout.kv_entries(widths),
+            "dense": stored.itemsize * chart.dense.kv_entries({}),
+            "sliced": stored.itemsize * layout.kv_entries(widths),
         },
         "perplexity": {},
         "exactness": sliced.certificate.to_dict(),
@@ -156,16 +170,6 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
         "peak_memory_bytes": 0,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }
-
-
-def counted(small: PreTrainedModel, chart: Plan, widths: Mapping[str, int]) -> Parameters:
-    """The parameters that the model holds, by part. A stock model's gains of one are counted, as they are stored."""
-    count = chart.parameters(widths)
-    total = sum(p.numel() for p in small.parameters())
-    gains = total - count.total  # norms that the stock form stores and the canonical form does not
-    head = chart.layout.spaces[chart.layout.points[-1]].dim if gains else 0
-    head = min(widths.get(chart.layout.points[-1], head), gains)
-    return Parameters(count.embedding, count.blocks + gains - head, count.shortcuts, count.head + head)
 
 
 def _measure(report: dict[str, Any], seconds: dict[str, float], dense: PreTrainedModel, small: PreTrainedModel,
@@ -198,8 +202,12 @@ def check_output(output: Path, overwrite: bool) -> None:
             f"--output {output}: the folder holds something that is no run's output. Name another."
         )
     parent = next(p for p in (output, *output.parents) if p.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise InputError(f"--output {output}: '{parent}' cannot be written to. Name a folder that can.")
+    try:
+        tempfile.TemporaryDirectory(dir=parent).cleanup()  # permissions alone do not tell: /proc, a full disk
+    except OSError as e:
+        raise InputError(
+            f"--output {output}: '{parent}' cannot be written to ({e.strerror}). Name a folder that can."
+        ) from None
 
 
 def write(output: Path, result: Outcome, recipe: Recipe, tokenizer: Any) -> None:
@@ -209,6 +217,7 @@ def write(output: Path, result: Outcome, recipe: Recipe, tokenizer: Any) -> None
     result.report["output"] = str(output)
     with replacing(output) as folder:
         folder.mkdir()
+        cast(result.model, result.stored)
         result.model.save_pretrained(folder / "model")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "model")
@@ -250,6 +259,7 @@ def run(path: Path, output: Path, overrides: list[str], *, device: str = "cpu", 
         trust_remote_code: bool = False, progress: Progress = quiet) -> dict[str, Any]:  # fmt: skip
     """What ``invariance run`` does. Returns the report."""
     recipe = load_recipe(path, overrides)
+    output = Path(os.path.abspath(output))
     check_output(output, overwrite)
     try:
         config = load_config(recipe.model, trust_remote_code=trust_remote_code)
@@ -262,7 +272,9 @@ def run(path: Path, output: Path, overrides: list[str], *, device: str = "cpu", 
         model = load_model(recipe.model, device=device, trust_remote_code=trust_remote_code)
     except InputError as e:
         raise InputError(_located(recipe, str(e))) from None
-    result = outcome(model, recipe, tokenizer=tokenizer, data=data, progress=progress)
+    result = outcome(
+        model, recipe, tokenizer=tokenizer, data=data, stored=stored_dtype(config), progress=progress
+    )
     write(output, result, recipe, tokenizer)
     return result.report
 

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float64
 from scipy.stats import ortho_group
 from torch import Tensor
 
+RTOL = 1e-9  # how far an element may be from its group, relative to its largest entry
+
 
 class Group(Enum):
     """The changes of basis of a space that leave the network's function unchanged.
@@ -92,7 +94,7 @@ class Space:
         g = self.generator(seed)
         return torch.stack([_element(self.group, self.dim, self.rotary, g) for _ in range(self.copies)])
 
-    def contains(self, A: Float64[Tensor, "c d d"], rtol: float = 1e-9) -> bool:
+    def contains(self, A: Float64[Tensor, "c d d"], rtol: float = RTOL) -> bool:
         """Whether every copy of A is an element of the space's group, to rtol of its largest entry."""
         return A.shape == (self.copies, self.dim, self.dim) and in_group(self.group, A, self.rotary, rtol)
 
@@ -133,7 +135,7 @@ class Change:
         return cls(*(torch.empty(space.copies, space.dim, k, dtype=torch.float64) for _ in range(2)))
 
 
-def in_group(group: Group, A: Float64[Tensor, "c d d"], rotary: int = 0, rtol: float = 1e-9) -> bool:
+def in_group(group: Group, A: Float64[Tensor, "c d d"], rotary: int = 0, rtol: float = RTOL) -> bool:
     """Whether every copy of A is an element of the group, to rtol of its largest entry."""
     A = A.double()
     d = A.shape[-1]

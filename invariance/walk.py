@@ -32,16 +32,35 @@ def quiet(items: Iterable[Any], what: str, total: int) -> Iterable[Any]:
 
 
 class _Entered(Exception):
-    """Raised where the first block begins, to keep what it was called with."""
+    """Raised where the last block would begin: what every block is called with is known then."""
+
+
+class _Recorder(nn.Module):
+    """Stands in a block's place, passes the stream on, and keeps what the block would have been called with."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last = last
+        self.called: tuple[Tensor, dict[str, Any]] | None = None
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.called = hidden_states, {k: v for k, v in kwargs.items() if k != "past_key_values"}
+        if self.last:
+            raise _Entered
+        return hidden_states
 
 
 @dataclass
 class Batch:
-    """One batch on its way: the stream (B, T, width) and what every block is called with beside it."""
+    """One batch on its way: the stream (B, T, width) and what each block is called with beside it."""
 
     x: Tensor
-    context: dict[str, Any]
+    contexts: list[dict[str, Any]]
     mask: Tensor | None
+
+    def through(self, stage: Stage, edge: Edge) -> Tensor:
+        """The stream behind a stage, which stands on that edge."""
+        return stage(self.x, **self.contexts[edge.block])
 
 
 @torch.no_grad()
@@ -52,30 +71,33 @@ def enter(model: PreTrainedModel, layout: Layout, batches: Iterable[tuple[Tensor
     Branches compute in ``dtype``; the residual stream is kept in ``stream``, by default the same.
     """
     entered: list[Batch] = []
-
-    def keep(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.pop("hidden_states")
-        context = {k: _cast(v, dtype) for k, v in kwargs.items() if k != "past_key_values"}
-        entered.append(Batch(x.to(stream or dtype), context, mask))
-        raise _Entered
-
-    first = model.get_submodule(f"{layout.architecture.blocks}.0")
-    handle = first.register_forward_pre_hook(keep, with_kwargs=True)
+    path = layout.architecture.blocks
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    recorders = [_Recorder(last=n == len(blocks) - 1) for n in range(len(blocks))]
+    model.set_submodule(path, nn.ModuleList(recorders))
     try:
         for ids, found in batches:
             mask = None if bool(found.all()) else found
             padded = None if mask is None else mask.long().to(model.device)
             with suppress(_Entered):
                 model(input_ids=ids.to(model.device), attention_mask=padded, use_cache=False)
+            casts: dict[int, Tensor] = {}  # blocks share masks and angles; their casts too
+            contexts = [_cast(r.called[1], dtype, casts) for r in recorders if r.called]
+            assert recorders[0].called is not None
+            entered.append(Batch(recorders[0].called[0].to(stream or dtype), contexts, mask))
     finally:
-        handle.remove()
+        model.set_submodule(path, blocks)
     return entered
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: Any, dtype: torch.dtype, casts: dict[int, Tensor]) -> Any:
+    """Floating-point tensors, wherever they lie in a value, in a dtype; each of them cast once."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    return type(value)(_cast(v, dtype) for v in value) if isinstance(value, (tuple, list)) else value
+        return casts.setdefault(id(value), value.to(dtype)) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype, casts) for k, v in value.items()}
+    return type(value)(_cast(v, dtype, casts) for v in value) if isinstance(value, (tuple, list)) else value
 
 
 def fast_copy(model: PreTrainedModel, edge: Edge, dtype: torch.dtype) -> Stage:
@@ -95,9 +117,9 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
         with _probes(moments, layout, [edge.source, *_inner(layout, edge)], stage, wanted) as probe:
             for batch in batches:
                 probe.mask = batch.mask
-                batch.x = stage(batch.x, **batch.context)
+                batch.x = batch.through(stage, edge)
     _measure_stream(moments, model, layout, layout.points[-1], batches, wanted)
-    return moments
+    return moments.cpu()
 
 
 @torch.no_grad()
@@ -124,19 +146,20 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
                 with _probes(moments, layout, inner, stage, wanted) as probe:
                     for batch in batches:
                         probe.mask = batch.mask
-                        stage(batch.x, **batch.context)
+                        batch.through(stage, edge)
+            moments = moments.cpu()
             changes = {n: c for n in inner if (c := decide(n, moments)) is not None}
             reparametrize(model, layout, changes)
         stage = fast_copy(model, edge, dtype)
         if uncut is not None:
             follower = Follower(edge, stage)
             for n, batch in enumerate(batches):
-                dense[n] = uncut(dense[n], **batch.context)
-                follower.add(n, stage(batch.x, **batch.context), dense[n], batch.mask)
+                dense[n] = uncut(dense[n], **batch.contexts[edge.block])
+                follower.add(batch.through(stage, edge), dense[n], batch.mask)
             follower.refit(model)
             stage = fast_copy(model, edge, dtype)
         for batch in batches:
-            batch.x = stage(batch.x, **batch.context)
+            batch.x = batch.through(stage, edge)
     _cut_stream(model, layout, layout.points[-1], batches, wanted, decide, basis)
 
 
@@ -147,7 +170,7 @@ def _cut_stream(model: PreTrainedModel, layout: Layout, point: str, batches: lis
         return None
     moments = Moments()
     _measure_stream(moments, model, layout, point, batches, wanted)
-    change = decide(point, moments)
+    change = decide(point, moments.cpu())
     if change is not None:
         reparametrize(model, layout, {point: change})
         for batch in batches:

@@ -39,6 +39,14 @@ class Located:
             return self.value[key] if isinstance(key, int) and key < len(self.value) else None
         return self.value.get(key) if isinstance(self.value, dict) else None
 
+    def flag(self) -> str | None:
+        """The flag that set this value or one inside it, if one did."""
+        if self.where.startswith("--set"):
+            return self.where
+        children = self.value.values() if isinstance(self.value, dict) else self.value
+        flags = (c.flag() for c in children) if isinstance(self.value, dict | list) else ()
+        return next((f for f in flags if f is not None), None)
+
     def put(self, key: str | int, child: Located) -> None:
         if isinstance(self.value, list) and key == len(self.value):
             self.value.append(child)

@@ -115,7 +115,7 @@ def test_the_dtype_of_the_model_is_that_of_the_checkpoint(
 @pytest.mark.parametrize(
     ("family", "tied", "steps", "keys", "why"),
     [
-        ("llama", False, [STAGES], {}, "4 stages carry a shortcut"),
+        ("llama", False, [STAGES], {}, "at 4 of its edges, in a shortcut"),
         ("llama", False, [HEADS], {}, "value heads have 6 dims and query/key heads 8"),
         ("llama", True, [GLOBAL], {"tie": "keep"}, "the tied head reads the table through a k×k matrix"),
         ("llama", False, [MLP | {"spaces": "mlp.1"}], {}, r"mlp widths differ from layer to layer \(40 to 64\)"),
