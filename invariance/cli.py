@@ -154,7 +154,7 @@ def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remo
             "dense": chart.dense.flops({}),
             "sliced": None if widths is None else chart.layout.flops(widths, chart.segments),
         },
-        "budget": chart.budget,
+        "budget": asked.budget and asked.budget.limits,
     }
     say(document, as_json, *([] if as_json else _plan_tables(document)))
 

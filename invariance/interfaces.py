@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -20,6 +20,7 @@ from .errors import InputError, did_you_mean
 from .space import Basis, Change, Group, Space
 
 if TYPE_CHECKING:
+    from .budget import Bill
     from .moments import Moments
 
 ENTRY_POINTS = "invariance.methods"
@@ -90,19 +91,22 @@ class Selector(Method, ABC):
     needs_spectra: ClassVar[bool] = False
     needs_budget: bool = False  # a property where an option decides
 
+    measures: ClassVar[bool] = False  # whether it asks ``cost.loss`` for the held-out loss of widths
+
     @abstractmethod
     def allocate(
         self,
         spectra: Mapping[Space, Float64[Tensor, "c d"] | None],
-        cost: Callable[[Mapping[Space, int]], int],
-        budget: int | None,
+        cost: Bill,
+        budget: float | None,
     ) -> Mapping[Space, int]:
         """The width kept of every space in ``spectra``.
 
-        ``spectra`` holds each space's energies by falling order (None unless ``needs_spectra``), ``cost`` counts the
-        parameters that a choice of widths stores (spaces left out keep what they have), ``budget`` is the most that
-        may be stored, or None when the recipe gives none. Raises InputError for a budget that no widths meet: plans
-        ask once with flat spectra, so that it is refused before calibration.
+        ``spectra`` holds each space's energies by falling order (None unless ``needs_spectra``). ``cost(widths)``
+        counts what a choice of widths spends (spaces left out keep what they have), ``cost.widths`` lists the widths
+        that are allowed, ``budget`` is the most that may be spent, or None when the recipe gives none; that the
+        narrowest widths meet it has been checked. Plans ask once with flat spectra, so that what cannot be is refused
+        before calibration.
         """
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
@@ -12,11 +12,12 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformers import PretrainedConfig
 
+from .budget import Bill
 from .errors import InputError
 from .export import obstacle
 from .interfaces import Method, Rotator, Selector, Slicer, Statistic
 from .layout import Layout, Parameters, layout_of
-from .recipe import Recipe, Step
+from .recipe import Constraints, Recipe, Step
 from .space import Space
 
 MEASURED = frozenset({Statistic.RAW, Statistic.NORMED})  # by calibration; the others are read off the weights
@@ -41,6 +42,71 @@ class Unit:
 
 
 Widths = Mapping[str, int]  # space name → width kept; spaces that no step names are left out
+Spectra = Mapping[str, Float64[Tensor, "c d"]]  # a unit's first member → its energies
+Loss = Callable[[Widths], float]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Units that get one width between them, and the widths that the recipe allows."""
+
+    units: tuple[Unit, ...]
+    constraints: Constraints
+
+    @property
+    def space(self) -> Space:
+        """The first unit's, for all."""
+        return self.units[0].space
+
+    @property
+    def select(self) -> Selector | None:
+        return self.units[0].select
+
+    @property
+    def members(self) -> list[str]:
+        return [m for unit in self.units for m in unit.members]
+
+    def pooled(self, spectra: Spectra) -> Float64[Tensor, "c d"]:
+        """The energies of all units together, direction by direction."""
+        return (
+            torch.stack([spectra[u.space.name].sum(0, keepdim=True) for u in self.units]).sum(0)
+            if len(self.units) > 1
+            else spectra[self.space.name]
+        )
+
+    def allowed(self, blocks: int) -> tuple[int, ...]:
+        """The widths that a selector may choose, ascending."""
+        c, d = self.constraints, self.space.dim
+        if any(_protected(m, blocks, c) for m in self.members):
+            return (d,)
+        low, high = (int(x * d + 1e-9) if isinstance(x, float) else min(x, d) for x in (c.min, c.max))
+        found = {k for k in range(0, d + 1, c.multiple_of) if low <= k <= high and (k or c.min == 0)}
+        found |= {d} if high == d else set()
+        if not found:
+            raise InputError(
+                f"no width of space '{self.space.name}' (dim {d}) is a multiple of {c.multiple_of} between {low} and "
+                f"{high}. Widen `widths`."
+            )
+        return tuple(sorted(found))
+
+    def check(self, k: object) -> None:
+        """Raises InputError for a width that a selector may not give."""
+        space, select = self.space, self.select
+        assert select is not None
+        least = 0 if self.constraints.min == 0 else 1
+        if not isinstance(k, int) or not least <= k <= space.dim:
+            raise InputError(
+                f"selector '{select.name}' gave space '{space.name}' the width {k}; it must be a whole number from "
+                f"{least} to {space.dim}."
+            )
+
+
+def _protected(name: str, blocks: int, constraints: Constraints) -> bool:
+    block, protect = (
+        min(int(name.split(".")[1]), blocks - 1),
+        constraints.protect,
+    )  # the last point has no block
+    return block < protect.first or block >= blocks - protect.last
 
 
 @dataclass(frozen=True)
@@ -71,12 +137,6 @@ class Plan:
         """Whether a run needs tokens to calibrate on."""
         return self.follows or bool(self.wanted())
 
-    @property
-    def budget(self) -> int | None:
-        """The most parameters that may be stored."""
-        fraction = self.recipe.budget.parameters if self.recipe.budget else None
-        return None if fraction is None else int(fraction * self.dense.parameters({}).total)
-
     def wanted(self) -> dict[str, frozenset[Statistic]]:
         """What calibration measures, by space; empty when nothing is asked of the data."""
         return {m: need for u in self.units for m in u.members if (need := u.needs & MEASURED)}
@@ -92,42 +152,81 @@ class Plan:
         k = widths.get(self.layout.points[-1], self.layout.spaces[self.layout.points[-1]].dim)
         return replace(count, blocks=count.blocks + self.layout.depth * k, head=count.head + k)
 
-    def allocate(self, spectra: Mapping[str, Float64[Tensor, "c d"]] | None) -> Widths | None:
-        """The width of every unit's members, or None where a selector asks for spectra and there are none yet."""
+    def amounts(self, widths: Widths) -> dict[str, int]:
+        """What a choice of widths spends of every resource that a budget can limit."""
+        return {
+            "parameters": self.parameters(widths).total,
+            "flops": self.layout.flops(widths, self.segments),
+            "kv_cache": self.layout.kv_entries(widths),
+        }
+
+    def allocate(self, spectra: Spectra | None, loss: Loss | None = None) -> Widths | None:
+        """The width of every unit's members, or None where a selector asks for what is not there yet.
+
+        ``loss`` measures widths on held-out tokens, for selectors that declare ``measures``.
+        """
         kept: dict[str, int] = {}
-        groups: dict[Selector, list[Unit]] = {}
-        for unit in self.units:
-            if unit.select is None:
-                kept |= dict.fromkeys(unit.members, unit.space.dim)
+        demands: dict[Selector, list[Demand]] = {}
+        for demand in self.demands:
+            if demand.select is None:
+                kept |= dict.fromkeys(demand.members, demand.space.dim)
             else:
-                groups.setdefault(unit.select, []).append(unit)
-        for selector, units in sorted(groups.items(), key=lambda item: item[0].needs_budget):
-            if selector.needs_spectra and spectra is None:
+                demands.setdefault(demand.select, []).append(demand)
+        for selector, found in sorted(demands.items(), key=lambda item: item[0].needs_budget):
+            if (selector.needs_spectra and spectra is None) or (selector.measures and loss is None):
                 return None
-            members = {u.space: u.members for u in units}
-
-            def cost(widths: Mapping[Space, int], members: dict = members, fixed: Widths = dict(kept)) -> int:
-                named = {m: k for s, k in widths.items() for m in members[s]}
-                return self.parameters({**fixed, **named}).total
-
-            energies = {u.space: spectra[u.space.name] if spectra is not None else None for u in units}
             try:
-                found = selector.allocate(energies, cost, self.budget)
+                bill = self._bill(found, kept, loss)
+                if selector.needs_budget:
+                    bill.check()
+                energies = {d.space: None if spectra is None else d.pooled(spectra) for d in found}
+                widths = selector.allocate(energies, bill, bill.limit)
+                for demand in found:
+                    demand.check(widths.get(demand.space))
             except InputError as e:
-                raise InputError(f"{self.recipe.where('steps', units[0].step, 'select')}: {e}") from None
-            self._check(found, units)
-            kept |= {m: found[u.space] for u in units for m in u.members}
+                raise InputError(
+                    f"{self.recipe.where('steps', found[0].units[0].step, 'select')}: {e}"
+                ) from None
+            kept |= {m: widths[d.space] for d in found for m in d.members}
         return kept
 
-    def _check(self, widths: Mapping[Space, int], units: list[Unit]) -> None:
-        for unit in units:
-            k = widths.get(unit.space)
-            if not isinstance(k, int) or not 1 <= k <= unit.space.dim:
-                assert unit.select is not None
-                raise InputError(
-                    f"{self.recipe.where('steps', unit.step, 'select')}: selector '{unit.select.name}' gave space "
-                    f"'{unit.space.name}' the width {k}; it must be a whole number from 1 to {unit.space.dim}."
-                )
+    def _bill(self, demands: list[Demand], kept: Widths, loss: Loss | None) -> Bill:
+        """What widths of some demands cost, all others as they are kept."""
+
+        def named(widths: Mapping[Space, int]) -> dict[str, int]:
+            return {**kept, **{m: widths[d.space] for d in demands if d.space in widths for m in d.members}}
+
+        def spent(resource: str, widths: Mapping[Space, int]) -> float:
+            return self.amounts(named(widths))[resource]
+
+        limits = self.recipe.budget.limits if self.recipe.budget else {}
+        dense = {
+            "parameters": self.dense.parameters({}).total,
+            "flops": self.dense.flops({}),
+            "kv_cache": self.dense.kv_entries({}),
+        }
+        return Bill(
+            amounts={r: partial(spent, r) for r in limits or ("parameters",)},
+            limits={r: int(share * dense[r]) for r, share in limits.items()},
+            widths={d.space: d.allowed(self.blocks) for d in demands},
+            loss=None if loss is None else lambda w: loss(named(w)),
+        )
+
+    @property
+    def blocks(self) -> int:
+        return self.layout.edges[-1].block + 1
+
+    @cached_property
+    def demands(self) -> list[Demand]:
+        """The units, those of a step whose spaces get one width as one demand."""
+        found: dict[object, list[Unit]] = {}
+        for n, unit in enumerate(self.units):
+            same = unit.select is not None and self._constraints(unit).same
+            found.setdefault(("step", unit.step) if same else n, []).append(unit)
+        return [Demand(tuple(units), self._constraints(units[0])) for units in found.values()]
+
+    def _constraints(self, unit: Unit) -> Constraints:
+        return self.recipe.steps[unit.step].widths or Constraints()
 
 
 def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:

@@ -81,9 +81,42 @@ class Calibrate(_Part):
 
 
 class Budget(_Part):
-    """What may be stored after slicing."""
+    """What may be spent after slicing, as fractions of what the dense model spends; several at once all hold."""
 
-    parameters: Fraction  # the fraction kept of the dense model's stored parameters
+    parameters: Fraction | None = None  # the fraction kept of the stored parameters
+    flops: Fraction | None = None  # the fraction kept of the FLOPs per token
+    kv_cache: Fraction | None = None  # the fraction kept of the cache's bytes per token
+
+    @model_validator(mode="after")
+    def _one_at_least(self) -> Budget:
+        if not self.limits:
+            raise Problem("nothing is limited. Give `parameters`, `flops` or `kv_cache` a fraction")
+        return self
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Resource → fraction, those that are limited."""
+        return {r: share for r in type(self).model_fields if (share := getattr(self, r)) is not None}
+
+
+Size = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+
+
+class Protect(_Part):
+    """Blocks whose spaces stay whole."""
+
+    first: Annotated[int, Field(ge=0)] = 0  # how many blocks at the input
+    last: Annotated[int, Field(ge=0)] = 0  # how many blocks at the output
+
+
+class Constraints(_Part):
+    """Which widths a selector may choose."""
+
+    multiple_of: Count = 1  # widths are multiples of it, or whole
+    min: Size = 1  # the narrowest: a number of directions, or a fraction of them; 0 lets a branch go
+    max: Size = 1.0  # the widest: a number of directions, or a fraction of them
+    protect: Protect = Protect()  # blocks that stay whole, as in {first: 2, last: 1}
+    same: bool = False  # whether all spaces of the step get one width, true or false
 
 
 class Every(_Part):
@@ -106,6 +139,7 @@ class Step(_Part):
     slice_head: bool = True  # whether the residual stream is also cut before the head, true or false
     rotate: Rotate = Field(default="identity", validate_default=True)  # which exact basis
     select: Select = None  # how many directions stay
+    widths: Constraints | None = None  # which widths are allowed, as in {multiple_of: 32, min: 0.25}
     slice: Slice = None  # how the rest goes; truncate where only `select` is given
 
     @model_validator(mode="before")
@@ -123,6 +157,8 @@ class Step(_Part):
                 raise Problem(f"{why}. Remove it, or give the residual stream a step of its own", key)
         if self.slice is not None and self.select is None:
             raise Problem("no `select` says how much to cut. Add one, or remove `slice`", "slice")
+        if self.select is None and self.widths is not None:
+            raise Problem("no `select` chooses among them. Add one, or remove `widths`", "widths")
         return self
 
     @property

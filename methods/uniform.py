@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Float64
 from torch import Tensor
 
+from invariance.budget import Bill
 from invariance.errors import InputError
 from invariance.interfaces import Selector
 from invariance.space import Space
-
-from ._widths import rounded
 
 
 @dataclass(frozen=True)
@@ -44,10 +43,7 @@ class Uniform(Selector, name="uniform"):
         return self.keep is None and self.width is None
 
     def allocate(
-        self,
-        spectra: Mapping[Space, Float64[Tensor, "c d"] | None],
-        cost: Callable[[Mapping[Space, int]], int],
-        budget: int | None,
+        self, spectra: Mapping[Space, Float64[Tensor, "c d"] | None], cost: Bill, budget: float | None
     ) -> Mapping[Space, int]:
         if self.width is not None:
             for space in spectra:
@@ -56,16 +52,23 @@ class Uniform(Selector, name="uniform"):
                         f"width {self.width} is more than the {space.dim} directions of space '{space.name}'. "
                         "Give a smaller width, or a fraction (`keep`)."
                     )
-            return {space: rounded(self.width, space, self.multiple_of) for space in spectra}
+            return {space: self._rounded(cost, space, self.width) for space in spectra}
         if self.keep is not None:
-            return {space: rounded(self.keep * space.dim, space, self.multiple_of) for space in spectra}
+            return {space: self._rounded(cost, space, self.keep * space.dim) for space in spectra}
         assert budget is not None
         steps = max(space.dim for space in spectra)
-        for step in range(steps, 0, -1):
-            widths = {space: rounded(step / steps * space.dim, space, self.multiple_of) for space in spectra}
+        for step in range(steps, -1, -1):
+            widths = {space: self._rounded(cost, space, step / steps * space.dim) for space in spectra}
             if cost(widths) <= budget:
-                return widths
-        raise InputError(
-            f"the budget of {budget:,} parameters cannot be met: these spaces at their narrowest leave "
-            f"{cost(widths):,}. Raise the budget, or cut more spaces."
-        )
+                break
+        return widths
+
+    def _rounded(self, cost: Bill, space: Space, width: float) -> int:
+        """An allowed width, rounded down to a multiple, one multiple at least; a whole space stays whole."""
+        if self.multiple_of > space.dim:
+            raise InputError(
+                f"multiple_of {self.multiple_of} is more than the {space.dim} directions of space '{space.name}'. "
+                "Give a smaller multiple."
+            )
+        allowed = [k for k in cost.widths[space] if k % self.multiple_of == 0 or k == space.dim]
+        return max((k for k in allowed if k <= width + 1e-9), default=min(allowed))

@@ -117,7 +117,7 @@ MALFORMED: list[tuple[str, str, int, str]] = [
     ("no data to calibrate on", edited("  data: wikitext2\n", ""), 3, "calibrate: the key 'data' is missing"),
     ("no spaces", edited("spaces: residual\n    ", ""), 12, "steps.0: the key 'spaces' is missing"),
     ("no data to evaluate on", edited("data: wikitext2\n      split", "split"), 27, "'data' is missing"),
-    ("no fraction in the budget", edited("budget:\n  parameters: 0.8", "budget: {}"), 8, "'parameters' is missing"),
+    ("no fraction in the budget", edited("budget:\n  parameters: 0.8", "budget: {}"), 8, "nothing is limited"),
     ("a key twice", edited("seed: 1", "seed: 1\nseed: 2"), 11, "'seed' stands twice, first on line 10"),
     ("a nested key twice", edited("tokens: 512", "data: x"), 6, "'data' stands twice, first on line 4"),
     ("a key that is a number", edited("seed: 1", "1: 1"), 10, "a key that is not a word"),
@@ -463,7 +463,7 @@ def test_an_override_of_one_use_of_an_alias_leaves_the_other() -> None:
         ("steps.1.rotate.pca.of=raw", "'identity' stands above 'pca', and has no keys. Set the key above as a whole"),
         ("steps.0.select.uniform.width=0", "--set steps.0.select.uniform.width: width must be at least 1"),
         ("steps.0.select.uniform.width=4.5", "--set steps.0.select.uniform.width: got 4.5"),
-        ("steps.0.select.global_energy.floor=0.2", "'uniform' stands here already; keep one method"),
+        ("steps.0.select.global_energy.of=share", "'uniform' stands here already; keep one method"),
         ("steps.0.select={uniform: {keep: 0.5, width: 3}}", "'keep' and 'width' exclude each other"),
     ],
 )  # fmt: skip

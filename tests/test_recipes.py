@@ -27,7 +27,7 @@ OWN = {"slicegpt", "combined", "heads", "nonuniform"}
 NARROWER: dict[str, dict[str, Any]] = {
     "combined": {"steps.0.select.uniform.width": 27, "steps.2.select.uniform.width": 6},
     "heads": {"steps.0.select.uniform.width": 6},
-    "nonuniform": {"steps.0.select.global_energy.multiple_of": 8},
+    "nonuniform": {"steps.0.widths.multiple_of": 8},
 }
 IDS = torch.arange(1, 25)[None] % VOCABULARY
 DEPTH = 4

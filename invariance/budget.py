@@ -1,0 +1,61 @@
+"""The budget: what widths cost in each resource, which widths are allowed, and how much of it may be spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from .errors import InputError
+from .space import Space
+
+Chosen = Mapping[Space, int]
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a choice of widths costs; ``bill(widths)`` is the amount to hold against ``limit``.
+
+    ``amounts`` counts each resource that the recipe limits, ``limits`` says how much of it there is. With one
+    resource the bill is its amount, with several the largest share spent of any, and the limit is 1. Spaces left out
+    of ``widths`` keep what they have. ``widths[space]`` are the widths that the recipe's constraints allow, ascending.
+    ``loss`` measures a choice on held-out tokens (nats per token), for selectors that declare ``measures``.
+    """
+
+    amounts: Mapping[str, Callable[[Chosen], float]]
+    limits: Mapping[str, float]
+    widths: Mapping[Space, tuple[int, ...]]
+    loss: Callable[[Chosen], float] | None = None
+
+    def __call__(self, widths: Chosen) -> float:
+        if len(self.amounts) == 1:
+            (amount,) = self.amounts.values()
+            return amount(widths)
+        return max(self.amounts[r](widths) / self.limits[r] for r in self.amounts)
+
+    @property
+    def limit(self) -> float | None:
+        """The most that the bill may come to; None where the recipe limits nothing."""
+        if not self.limits:
+            return None
+        return next(iter(self.limits.values())) if len(self.limits) == 1 else 1.0
+
+    def rounded(self, space: Space, width: float) -> int:
+        """The largest allowed width that is no more; the narrowest one where all are."""
+        allowed = self.widths[space]
+        return max((k for k in allowed if k <= width + 1e-9), default=allowed[0])
+
+    def narrower(self, space: Space, k: int) -> int | None:
+        """The next allowed width below k, if there is one."""
+        return max((w for w in self.widths[space] if w < k), default=None)
+
+    def check(self) -> None:
+        """Raises InputError where even the narrowest widths cost too much, with the nearest budget that can be met."""
+        narrowest = {space: allowed[0] for space, allowed in self.widths.items()}
+        for resource, limit in self.limits.items():
+            least = self.amounts[resource](narrowest)
+            if least > limit:
+                raise InputError(
+                    f"the budget of {limit:,.0f} {resource} cannot be met: these spaces at their narrowest leave "
+                    f"{least:,.0f}. Raise it by a factor of {least / limit:.3f} or more, allow narrower widths, or cut "
+                    "more spaces."
+                )
