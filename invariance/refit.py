@@ -2,110 +2,201 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .canonical import assign
-from .layout import Edge
+from .interfaces import Statistic
+from .layout import Axis, Edge, Layout, Role
 from .modules import Stage
-from .moments import outer, real_tokens
+from .moments import Moment, Moments, outer, real_tokens
+from .reparametrize import contract
+from .space import Change
 
-SHRINKAGE = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 10.0)  # fractions of the mean eigenvalue of H
+if TYPE_CHECKING:
+    from .walk import Batch
+
+SHRINKAGE = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # fractions of the mean eigenvalue of H
 HELD_OUT = 4  # one sequence in so many chooses the shrinkage
 
 
 @dataclass
 class Normal:
-    """The normal equations of one regression: H = Σ w h hᵀ, G = Σ w h rᵀ, n tokens."""
+    """The normal equations of one regression: H = Σ w h hᵀ, G = Σ w h tᵀ, s = Σ w h, n tokens of weight ``total``."""
 
     H: Float64[Tensor, "k k"]
     G: Float64[Tensor, "k d"]
+    s: Float64[Tensor, " k"]
     n: int = 0
+    total: float = 0.0
 
-    def add(self, h: Float[Tensor, "n k"], r: Float[Tensor, "n d"]) -> None:
-        self.H += outer(h[None])[0]
-        self.G += (h.float().mT @ r.float()).double()
-        self.n += h.shape[0]
+    @classmethod
+    def empty(cls, k: int, d: int, device: torch.device) -> Normal:
+        return cls(
+            *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((k, k), (k, d), (k,)))
+        )
+
+    def add(self, h: Float[Tensor, "n k"], t: Float[Tensor, "n d"], w: Float[Tensor, "n 1"]) -> None:
+        root = w.sqrt()
+        scaled = (h.float() * root).to(h.dtype)
+        self.H += outer(scaled[None])[0]
+        self.G += (scaled.float().mT @ (t.float() * root)).double()
+        self.s += (scaled.float().mT @ root)[:, 0].double()
+        self.n, self.total = self.n + h.shape[0], self.total + w.double().sum().item()
 
     def __add__(self, other: Normal) -> Normal:
-        return Normal(self.H + other.H, self.G + other.G, self.n + other.n)
+        H, G, s = self.H + other.H, self.G + other.G, self.s + other.s
+        return Normal(H, G, s, self.n + other.n, self.total + other.total)
+
+    def along(self, narrow: Callable[[Tensor, int], Tensor]) -> Normal:
+        """The equations for narrower features; ``narrow(tensor, dim)`` maps one axis of features to theirs."""
+        H = narrow(narrow(self.H, 0), 1)
+        return replace(self, H=H, G=narrow(self.G, 0), s=narrow(self.s, 0))
+
+    def beyond(self, W: Float64[Tensor, "d k"], bias: Float64[Tensor, " d"]) -> Normal:
+        """The equations for what W h + bias leaves of the targets."""
+        return replace(self, G=self.G - self.H @ W.mT - self.s[:, None] * bias)
 
     def solve(self, shrinkage: float) -> Float64[Tensor, "k d"]:
-        """argmin Σ w‖r − Δᵀh‖² + λ‖Δ‖²."""
+        """argmin Σ w‖t − Δᵀh‖² + λ‖Δ‖²."""
         eye = torch.eye(self.H.shape[0], dtype=self.H.dtype, device=self.H.device)
         scale = self.H.diagonal().mean().clamp_min(torch.finfo(self.H.dtype).tiny)
         return torch.cholesky_solve(self.G, torch.linalg.cholesky(self.H + shrinkage * scale * eye))
 
     def loss(self, delta: Float64[Tensor, "k d"]) -> float:
-        """Σ w‖r − Δᵀh‖² less Σ w‖r‖²: negative where Δ helps."""
+        """Σ w‖t − Δᵀh‖² less Σ w‖t‖²: negative where Δ helps."""
         return ((self.H @ delta - 2 * self.G) * delta).sum().item()
 
 
-class Follower:
-    """Gathers one stage's regression while batches pass it, then changes the stage's writers in a model.
+@dataclass(frozen=True)
+class Writer:
+    """A weight that writes the stream, and the axis along which it reads."""
 
-    Writers W (of all branches together) become W + Δᵀ, where Δ regresses r, the dense stream after the stage minus
-    the stream that arrives, on h, what the writers read. Every token counts by 1/mean(x²) of its dense stream, as
-    the next norm sees it. λ is the one that predicts held-out batches best; none of them may help, then Δ = 0.
+    name: str
+    module: nn.Linear
+    axis: Axis
+    width: int
+
+
+class Follower:
+    """Gathers one stage's regression while batches pass it uncut, then changes the stage's writers in a model.
+
+    The features h are what the writers (of all branches together) read, the targets t what the dense stream after
+    the stage has beyond the sliced stream before it. Every token counts by w = 1/mean(x²) of its dense stream, as
+    the next norm sees it. Cut writers W become W + Δᵀ, where Δ regresses what W leaves of t on what h leaves of
+    itself. λ is the one that predicts held-out sequences best; none of them may help, then Δ = 0.
     """
 
-    def __init__(self, edge: Edge, stage: Stage) -> None:
-        self.edge, self.stage = edge, stage
-        self.read: list[Tensor] = []
+    def __init__(self, layout: Layout, edge: Edge, stage: Stage) -> None:
+        self.layout, self.edge, self.stage = layout, edge, stage
+        self.writers = [
+            Writer(f"{edge.stage}.{name}", module, axis, module.in_features)
+            for name, module in _writers(stage)
+            if (axis := layout.axes[f"{edge.stage}.{name}.weight"][1]) is not None
+        ]
+        self.read: list[Tensor] = []  # of the batch that passes now
+        self.kept: list[Tensor] = []  # of all batches
         self.sequences = 0
-        self.writers: list[tuple[str, nn.Linear]] = []
-        if stage.attention is not None:
-            self.writers.append(("attention.out", stage.attention.out))
-        if stage.mlp is not None:
-            self.writers.append(("mlp.down", stage.mlp.down))
         self.handles = [
-            w.register_forward_pre_hook(lambda _m, a: self.read.append(a[0])) for _, w in self.writers
+            w.module.register_forward_pre_hook(lambda _m, a: self.read.append(a[0])) for w in self.writers
         ]
-        width = sum(w.in_features for _, w in self.writers)
-        target = self.writers[0][1].out_features
-        device = self.writers[0][1].weight.device
-        self.parts = [
-            Normal(
-                torch.zeros(width, width, dtype=torch.float64, device=device),
-                torch.zeros(width, target, dtype=torch.float64, device=device),
-            )
-            for _ in range(2)
-        ]
+        shape = sum(w.width for w in self.writers), self.writers[0].module.out_features
+        self.parts = [Normal.empty(*shape, self.writers[0].module.weight.device) for _ in range(2)]
 
-    def add(self, arrived: Tensor, dense: Tensor, mask: Tensor | None) -> None:
-        """Take in a batch: the stream that arrived behind the stage, and the dense one."""
+    def add(self, batch: Batch, dense: Tensor) -> None:
+        """Run the stage on a batch and take it in; ``dense`` is the dense stream behind the stage."""
+        batch.through(self.stage, self.edge)
+        self.kept.append(torch.cat(self.read, dim=-1))
+        self.read.clear()
         held = torch.arange(self.sequences, self.sequences + len(dense)) % HELD_OUT == HELD_OUT - 1
         self.sequences += len(dense)
+        target = dense.float() - self._passed_by(batch.x).float()
         for part, chosen in zip(self.parts, (~held, held), strict=True):
-            if not chosen.any():
-                continue
-            real = None if mask is None else mask[chosen]
-            h = torch.cat([real_tokens(x[chosen], real) for x in self.read], dim=-1)
-            goal, have = (real_tokens(x[chosen], real).float() for x in (dense, arrived))
-            weight = torch.rsqrt(goal.square().mean(-1, keepdim=True).clamp_min(1e-12))
-            part.add((h.float() * weight).to(h.dtype), (goal - have) * weight)
-        self.read.clear()
+            if chosen.any():
+                real = None if batch.mask is None else batch.mask[chosen]
+                h, t, x = (real_tokens(y[chosen], real) for y in (self.kept[-1], target, dense))
+                part.add(h, t, 1 / x.float().square().mean(-1, keepdim=True).clamp_min(1e-12))
 
-    def refit(self, model: PreTrainedModel) -> None:
-        """Change the writers of the stage in the model."""
+    def _passed_by(self, x: Tensor) -> Tensor:
+        """What reaches the end of the stage beside its branches."""
+        return x if self.stage.shortcut is None else x @ self.stage.shortcut.to(x.dtype)
+
+    def close(self) -> None:
         for handle in self.handles:
             handle.remove()
-        train, held = self.parts
+
+    def moments(self) -> Moments:
+        """E[x xᵀ] of the spaces that the writers read, tokens weighted as in the regression."""
+        every = self.parts[0] + self.parts[1]
+        scale = every.n / max(every.total, 1e-300)
+        moments, start = Moments(), 0
+        for w in self.writers:
+            block = every.H[start : start + w.width, start : start + w.width] * scale
+            start += w.width
+            copies = self.layout.spaces[w.axis.space].copies
+            apart = rearrange(block, "(h d) (g e) -> h g d e", h=w.axis.heads, g=w.axis.heads)
+            heads = apart.diagonal(dim1=0, dim2=1).movedim(-1, 0)
+            total = reduce(heads, "(c r) d e -> c d e", "sum", c=copies)
+            moments.known[w.axis.space, Statistic.RAW] = Moment(total, every.n)
+        return moments
+
+    def refit(self, model: PreTrainedModel, changes: Mapping[str, Change], batches: list[Batch]) -> None:
+        """Change the writers of the stage, which were cut by ``changes``, and carry the batches behind it."""
+        self.close()
+
+        def narrow(T: Tensor, dim: int) -> Tensor:
+            parts = T.split([w.width for w in self.writers], dim)
+            return torch.cat(
+                [_cut(p, dim, w, changes) for p, w in zip(parts, self.writers, strict=True)], dim
+            )
+
+        train, held = (part.along(narrow) for part in self.parts)
+        cut = dict(_writers(model.get_submodule(self.edge.stage)))  # type: ignore[arg-type]
+        W = torch.cat([m.weight.double() for m in cut.values()], dim=1)
+        bias = torch.zeros_like(W[:, 0])
+        for module in cut.values():
+            bias = bias if module.bias is None else bias + module.bias.double()
+        train, held = train.beyond(W, bias), held.beyond(W, bias)
         shrinkage = best_shrinkage(train, held) if held.n else None
-        if shrinkage is None:
-            return
-        delta = (train + held).solve(shrinkage)
-        start = 0
-        for name, writer in self.writers:
-            rows = delta[start : start + writer.in_features]
-            start += writer.in_features
-            path = f"{self.edge.stage}.{name}.weight"
-            assign(model, path, model.get_parameter(path).double() + rows.mT)
+        if shrinkage is not None:
+            W = W + (train + held).solve(shrinkage).mT
+        parts = W.split([m.in_features for m in cut.values()], dim=1)
+        for w, part in zip(self.writers, parts, strict=True):
+            assign(model, f"{w.name}.weight", part)
+        whole = torch.cat([_uncut(p, w, changes) for p, w in zip(parts, self.writers, strict=True)], dim=1)
+        for batch, h in zip(batches, self.kept, strict=True):
+            written = nn.functional.linear(h, whole.to(h.dtype), bias.to(h.dtype))
+            batch.x = self._passed_by(batch.x) + written
+        self.kept.clear()
+
+
+def _writers(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:
+    if stage.attention is not None:
+        yield "attention.out", stage.attention.out
+    if stage.mlp is not None:
+        yield "mlp.down", stage.mlp.down
+
+
+def _cut(T: Tensor, dim: int, w: Writer, changes: Mapping[str, Change]) -> Tensor:
+    """Features before a cut → features after it, along one axis."""
+    change = changes.get(w.axis.space)
+    return T if change is None else contract(T, dim, replace(w.axis, role=Role.WRITE), change)
+
+
+def _uncut(W: Tensor, w: Writer, changes: Mapping[str, Change]) -> Tensor:
+    """A weight that reads features after a cut → the one that does the same to features before it."""
+    change = changes.get(w.axis.space)
+    if change is None:
+        return W
+    back = Change(change.encode.mT, change.encode.mT)
+    return contract(W, 1, replace(w.axis, role=Role.WRITE), back)
 
 
 def best_shrinkage(train: Normal, held: Normal, choices: Sequence[float] = SHRINKAGE) -> float | None:

@@ -139,28 +139,53 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
         uncut = fast_copy(model, edge, dtype) if follow else None
         basis = _cut_stream(model, layout, edge.source, batches, wanted, decide, basis)
         inner = [n for n in _inner(layout, edge) if n in wanted]
+        if uncut is not None:
+            for n, batch in enumerate(batches):
+                dense[n] = uncut(dense[n], **batch.contexts[edge.block])
+            _follow(model, layout, edge, batches, dense, {n: wanted[n] for n in inner}, dtype, decide)
+            continue
         if inner:
-            moments = Moments()
-            if any(wanted[n] for n in inner):
-                stage = fast_copy(model, edge, dtype)
-                with _probes(moments, layout, inner, stage, wanted) as probe:
-                    for batch in batches:
-                        probe.mask = batch.mask
-                        batch.through(stage, edge)
-            moments = moments.cpu()
+            moments = _measured(model, layout, edge, batches, {n: wanted[n] for n in inner}, dtype)
             changes = {n: c for n in inner if (c := decide(n, moments)) is not None}
             reparametrize(model, layout, changes)
         stage = fast_copy(model, edge, dtype)
-        if uncut is not None:
-            follower = Follower(edge, stage)
-            for n, batch in enumerate(batches):
-                dense[n] = uncut(dense[n], **batch.contexts[edge.block])
-                follower.add(batch.through(stage, edge), dense[n], batch.mask)
-            follower.refit(model)
-            stage = fast_copy(model, edge, dtype)
         for batch in batches:
             batch.x = batch.through(stage, edge)
     _cut_stream(model, layout, layout.points[-1], batches, wanted, decide, basis)
+
+
+def _measured(model: PreTrainedModel, layout: Layout, edge: Edge, batches: list[Batch], wanted: Wanted,
+              dtype: torch.dtype) -> Moments:  # fmt: skip
+    """Moments of spaces inside a stage, as it stands now; no pass where nothing is asked for."""
+    moments = Moments()
+    if any(wanted.values()):
+        stage = fast_copy(model, edge, dtype)
+        with _probes(moments, layout, list(wanted), stage, wanted) as probe:
+            for batch in batches:
+                probe.mask = batch.mask
+                batch.through(stage, edge)
+    return moments.cpu()
+
+
+def _follow(model: PreTrainedModel, layout: Layout, edge: Edge, batches: list[Batch], dense: list[Tensor],
+            wanted: Wanted, dtype: torch.dtype, decide: Callable[[str, Moments], Change | None]) -> None:  # fmt: skip
+    """Cut the spaces inside one stage and refit its writers to the dense stream behind it; carry the batches there.
+
+    What the writers read changes linearly when its space is cut, so one pass serves to measure, to cut and to
+    refit. Spaces that act through the softmax are cut before that pass.
+    """
+    scores = {n: w for n, w in wanted.items() if layout.spaces[n].kind == "qk"}
+    if scores:
+        moments = _measured(model, layout, edge, batches, scores, dtype)
+        reparametrize(model, layout, {n: c for n in scores if (c := decide(n, moments)) is not None})
+    stage = fast_copy(model, edge, dtype)
+    follower = Follower(layout, edge, stage)
+    for batch, target in zip(batches, dense, strict=True):
+        follower.add(batch, target)
+    moments = follower.moments().cpu()
+    changes = {n: c for n in wanted if n not in scores and (c := decide(n, moments)) is not None}
+    reparametrize(model, layout, changes)
+    follower.refit(model, changes, batches)
 
 
 def _cut_stream(model: PreTrainedModel, layout: Layout, point: str, batches: list[Batch], wanted: Wanted,
