@@ -39,9 +39,8 @@ class Normal:
 
     @classmethod
     def empty(cls, k: int, d: int, device: torch.device) -> Normal:
-        return cls(
-            *(torch.zeros(shape, dtype=torch.float64, device=device) for shape in ((k, k), (k, d), (k,)))
-        )
+        H, G, s = (torch.zeros(n, dtype=torch.float64, device=device) for n in ((k, k), (k, d), (k,)))
+        return cls(H, G, s)
 
     def add(self, h: Float[Tensor, "n k"], t: Float[Tensor, "n d"], w: Float[Tensor, "n 1"]) -> None:
         root = w.sqrt()
