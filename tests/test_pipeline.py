@@ -23,6 +23,7 @@ from invariance import files, pipeline, verify, walk
 from invariance.canonical import canonicalize
 from invariance.data import Tokens, load_tokens
 from invariance.errors import CertificateError, InputError
+from invariance.families import architecture
 from invariance.interfaces import Statistic
 from invariance.layout import Layout, label
 from invariance.models import weights_digest
@@ -516,7 +517,8 @@ def stream(model: nn.Module, ids: Tensor) -> Tensor:
     """What arrives before the final norm, where no basis of it has changed."""
     found: list[Tensor] = []
     inner = getattr(model, "inner", model)
-    handle = inner.model.norm.register_forward_pre_hook(lambda _m, a: found.append(a[0].detach().double()))
+    norm = inner.get_submodule(architecture(inner.config).final_norm)
+    handle = norm.register_forward_pre_hook(lambda _m, a: found.append(a[0].detach().double()))
     logits(model, ids)  # type: ignore[arg-type]
     handle.remove()
     return found[0]
@@ -532,6 +534,26 @@ def test_refitting_to_the_dense_stream_brings_the_sliced_one_nearer(held_out: bo
         for order in ("sequential", "dense_target")
     }
     assert errors["dense_target"] < errors["sequential"]
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+def test_the_stream_that_is_carried_is_the_refit_models_own(family: str) -> None:
+    """The walk multiplies what the writers read once, before the cut; the cut model must compute the same."""
+    model, layout = exact(family)
+    basis = {n: layout.spaces[n].element(seed=3) for n in layout.spaces}
+
+    def decide(name: str, _: Moments) -> Change | None:
+        whole = Change.rotation(basis[name])
+        kind, k = layout.spaces[name].kind, whole.width - 2
+        return whole if kind == "qk" else Change(whole.encode[..., :k], whole.decode[..., :k])
+
+    ids = tokens().ids
+    inner = {n: frozenset({RAW}) for n, s in layout.spaces.items() if s.kind != "residual"}
+    batches = walk.enter(model, layout, [real(part) for part in ids.split(8)], torch.float64)
+    walk.sequential(model, layout, batches, inner, torch.float64, decide, follow=True)
+    carried = torch.cat([b.x for b in batches])
+    assert close(stream(model, ids), carried, bound=1e-9)
+    assert not close(stream(exact(family)[0], ids), carried, bound=1e-2)
 
 
 def test_a_report_is_plain_json(tmp_path: Path) -> None:
