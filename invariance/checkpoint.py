@@ -22,15 +22,17 @@ SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "num_hid
 
 
 class InvarianceConfig(PretrainedConfig):
-    """The original model's config, and what was done to it: canonical form, widths, and where shortcuts lie."""
+    """The original model's config, and what was done to it: canonical form, widths, where shortcuts lie, new biases."""
 
     model_type = "invariance"
 
     def __init__(self, original: dict[str, Any] | None = None, folded: bool = False, tie: str = "untie",
-                 widths: dict[str, int] | None = None, shortcuts: list[str] | None = None, **kwargs: Any) -> None:  # fmt: skip
+                 widths: dict[str, int] | None = None, shortcuts: list[str] | None = None,
+                 biases: list[str] | None = None, **kwargs: Any) -> None:  # fmt: skip
         self.original = dict(original or {})
         self.folded, self.tie = folded, tie
         self.widths, self.shortcuts = dict(widths or {}), list(shortcuts or [])
+        self.biases = list(biases or [])
         for key in SHARED:
             kwargs.setdefault(key, self.original.get(key))
         super().__init__(**kwargs)
@@ -116,6 +118,7 @@ def wrap(
         tie=tie,
         widths={name: s.dim for name, s in now.spaces.items() if s.dim != layout.spaces[name].dim},
         shortcuts=sorted(now.shortcuts),
+        biases=now.added_biases(layout),
         dtype=str(inner.dtype).removeprefix("torch."),
     )
     config.architectures = [InvarianceForCausalLM.__name__]
@@ -131,6 +134,10 @@ def _shaped(config: InvarianceConfig) -> PreTrainedModel:
     layout = canonicalize(inner, fold=config.folded, tie=config.tie)
     changes = {name: Change.empty(layout.spaces[name], k) for name, k in config.widths.items()}
     reparametrize(inner, layout, changes)
+    for name in config.biases:
+        reader = inner.get_submodule(name.removesuffix(".bias"))
+        assert isinstance(reader, nn.Linear)
+        reader.bias = nn.Parameter(torch.empty_like(reader.weight[:, 0]))
     now = label(inner)
     for edge in now.edges:
         stage = inner.get_submodule(edge.stage)

@@ -26,7 +26,7 @@ def stock(
     """
     now = label(model)
     widths = {name: space.dim for name, space in now.spaces.items()}
-    why = obstacle(layout, widths, len(now.shortcuts), dense.centred)
+    why = obstacle(layout, widths, len(now.shortcuts), dense.centred, len(now.added_biases(layout)))
     if why is not None:
         return None, why
     config, why = _config(layout, widths, original)
@@ -51,10 +51,13 @@ def stock(
     return made, ""
 
 
-def obstacle(layout: Layout, widths: Mapping[str, int], shortcuts: int, centred: bool) -> str | None:
+def obstacle(
+    layout: Layout, widths: Mapping[str, int], shortcuts: int, centred: bool, biases: int = 0
+) -> str | None:
     """Why no stock config could hold a model of these widths, whatever its weights; None where one could.
 
-    ``layout`` is that of the canonical form, ``centred`` whether the original's norms subtract the mean.
+    ``layout`` is that of the canonical form, ``centred`` whether the original's norms subtract the mean, ``biases``
+    whether readers got biases that they had not.
     """
     for kind in KINDS:
         found = {widths.get(n, s.dim) for n, s in layout.spaces.items() if s.kind == kind}
@@ -62,6 +65,8 @@ def obstacle(layout: Layout, widths: Mapping[str, int], shortcuts: int, centred:
             return f"{kind} widths differ from layer to layer ({min(found)} to {max(found)})"
     if shortcuts:
         return f"two bases of the residual stream meet, at {shortcuts} of its edges, in a shortcut"
+    if biases:
+        return "what is gone is made up for by biases, which this family's linear layers have not"
     if layout.folded and centred:
         return "a rotated stream under LayerNorm needs norms that subtract no mean"
     if layout.folded and layout.tied:

@@ -32,6 +32,8 @@ class Statistic(Enum):
     RAW = "raw"  # E[x xᵀ] of the signal as it is
     NORMED = "normed"  # E[x xᵀ] of what the norm gives (its gain folded away), as readers of the residual stream see it
     SEEN = "seen"  # as the readers see it: NORMED on the residual stream, RAW elsewhere
+    MEAN = "mean"  # E[x] of the signal as it is
+    FISHER = "fisher"  # E[g gᵀ], g the gradient of a sampled label's log-likelihood: ½ E[eᵀFe] nats a token for errors e
     READERS = "readers"  # Σ WᵀW over the weights that read the space; no calibration needed
 
     def on(self, space: Space) -> Statistic:
@@ -78,6 +80,9 @@ class Rotator(Method, ABC):
     produces: ClassVar[Group]  # must be included in the space's group, or the plan is refused
     kinds: ClassVar[frozenset[str]] = frozenset({"residual", "mlp", "vo", "qk"})  # where it makes sense
     width_limit: ClassVar[WidthLimit | None] = None  # why a width cannot be served, or None where it can
+    nested: ClassVar[bool] = (
+        False  # whether an energy supposes that all behind it are gone; then it need not fall
+    )
 
     @abstractmethod
     def fit(self, space: Space, moments: Moments) -> Basis:
@@ -114,6 +119,8 @@ class Slicer(Method, ABC):
     """How a space is cut to its width, and who compensates for what is gone."""
 
     kind = "slice"
+    kinds: ClassVar[frozenset[str]] = frozenset({"residual", "mlp", "vo", "qk"})  # where it makes sense
+    offsets: ClassVar[bool] = False  # whether its changes have an offset, so that readers get biases
 
     @abstractmethod
     def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:

@@ -105,6 +105,26 @@ class Layout:
             if a is not None and a.space == space and a.role is Role.READ and len(axes) > 1
         ]
 
+    def written_behind(self, space: str) -> list[str]:
+        """The points of the stream that what reads a space writes; a point itself. None for queries and keys."""
+        if self.spaces[space].kind == "residual":
+            return [space]
+        return [
+            a.space
+            for name, i in self.readers(space)
+            for j, a in enumerate(self.axes[name])
+            if j != i and a is not None and a.role is Role.WRITE
+        ]
+
+    def missing_biases(self, space: str) -> dict[str, tuple[Axis | None, ...]]:
+        """The biases that the readers of a space could have and have not, with the labels that they would get."""
+        found = {name.removesuffix("weight") + "bias": self.axes[name][:1] for name, _ in self.readers(space)}
+        return {bias: axes for bias, axes in found.items() if bias not in self.axes}
+
+    def added_biases(self, before: Layout) -> list[str]:
+        """The biases that linear layers have got since an earlier layout of the model."""
+        return sorted(n for n in self.shapes.keys() - before.shapes.keys() if n.endswith(".bias"))
+
     def _size(self, name: str, widths: Mapping[str, int]) -> int:
         return prod(
             n if a is None else a.heads * widths.get(a.space, self.spaces[a.space].dim)

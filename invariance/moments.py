@@ -28,13 +28,13 @@ Key = tuple[str, Statistic]
 
 @dataclass
 class Moment:
-    """Σ x xᵀ over the tokens seen (float64, one matrix a copy) and how many they were."""
+    """Σ x xᵀ over the tokens seen, or Σ x for a MEAN (float64, one a copy), and how many they were."""
 
-    total: Float64[Tensor, "c d d"]
+    total: Float64[Tensor, "c d *d"]
     count: int
 
     @property
-    def mean(self) -> Float64[Tensor, "c d d"]:
+    def mean(self) -> Float64[Tensor, "c d *d"]:
         return self.total / max(self.count, 1)
 
     def __add__(self, other: Moment) -> Moment:
@@ -48,17 +48,22 @@ class Moments:
     known: dict[Key, Moment] = field(default_factory=dict)
 
     def second(self, space: Space, of: str | Statistic = Statistic.RAW) -> Float64[Tensor, "c d d"]:
-        """E[x xᵀ] of a space: ``raw``, ``normed`` or ``seen``; or Σ WᵀW of its ``readers``.
+        """E[x xᵀ] of a space: ``raw``, ``normed`` or ``seen``; Σ WᵀW of its ``readers``; or its ``fisher``.
 
         Raises KeyError when the method did not ask for that statistic in ``needs``.
         """
         return self.known[space.name, Statistic(of).on(space)].mean
 
+    def mean(self, space: Space) -> Float64[Tensor, "c d"]:
+        """E[x] of a space; over the heads too that share a copy. Raises KeyError as ``second`` does."""
+        return self.known[space.name, Statistic.MEAN].mean
+
     def add(self, key: Key, x: Float[Tensor, "n cd"], copies: int = 1, heads: int = 1) -> None:
         """Take in n tokens of a signal whose last axis holds ``heads`` runs of d, neighbours sharing a copy."""
-        moment = Moment(
-            outer(rearrange(x, "n (c r d) -> c (n r) d", c=copies, r=heads // copies)), x.shape[0]
-        )
+        r = heads // copies
+        runs = rearrange(x, "n (c r d) -> c (n r) d", c=copies, r=r)
+        total = runs.sum(1, dtype=torch.float64) / r if key[1] is Statistic.MEAN else outer(runs)
+        moment = Moment(total, x.shape[0])
         self.known[key] = self.known[key] + moment if key in self.known else moment
 
     def cpu(self) -> Moments:

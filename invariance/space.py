@@ -103,7 +103,8 @@ class Space:
 class Basis:
     """An exact change of basis: new coordinates are Aᵀx; ``energy`` is what is lost if a direction goes.
 
-    Directions come by falling energy, so slicers keep from the left.
+    Slicers keep from the left: what cutting to k loses is the sum of the energies from k on. They fall, unless the
+    rotator is ``nested``.
     """
 
     A: Float64[Tensor, "c d d"]
@@ -114,12 +115,13 @@ class Basis:
 class Change:
     """A change on a space: ``encode`` acts on everything that writes it, ``decode`` on everything that reads it.
 
-    A signal x becomes Eᵀx, and is read back as D Eᵀ x. With k = d, E = A and D = A⁻ᵀ it is a rotation: exact when A
-    is in the group. With k < d, E Dᵀ is a projector: a slice.
+    A signal x becomes Eᵀx, and is read back as D Eᵀ x + offset, if there is one. With k = d, E = A and D = A⁻ᵀ it is a
+    rotation: exact when A is in the group. With k < d, E Dᵀ is a projector: a slice.
     """
 
     encode: Float64[Tensor, "c d k"]
     decode: Float64[Tensor, "c d k"]
+    offset: Float64[Tensor, "c d"] | None = None  # in the coordinates of x; goes into the readers' biases
 
     @property
     def width(self) -> int:

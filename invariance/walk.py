@@ -224,7 +224,7 @@ def _measure_stream(moments: Moments, model: PreTrainedModel, layout: Layout, po
 
 def _add_stream(moments: Moments, point: str, statistics: frozenset[Statistic], x: Tensor, normed: Tensor,
                 mask: Tensor | None) -> None:  # fmt: skip
-    for statistic, signal in ((Statistic.RAW, x), (Statistic.NORMED, normed)):
+    for statistic, signal in ((Statistic.RAW, x), (Statistic.MEAN, x), (Statistic.NORMED, normed)):
         if statistic in statistics:
             moments.add((point, statistic), real_tokens(signal, mask))
 
@@ -263,8 +263,11 @@ def _probes(
         def stream(_: Any, args: Any, out: Tensor, name: str = name, which: Any = statistics) -> None:
             _add_stream(moments, name, which, args[0], out, probe.mask)
 
-        def add(signal: Tensor, space: Any = space, heads: int = space.copies) -> None:
-            moments.add((space.name, Statistic.RAW), real_tokens(signal, probe.mask), space.copies, heads)
+        def add(
+            signal: Tensor, space: Any = space, heads: int = space.copies, which: Any = statistics
+        ) -> None:
+            for statistic in which:
+                moments.add((space.name, statistic), real_tokens(signal, probe.mask), space.copies, heads)
 
         if space.kind == "residual":
             handles.append(stage.norm.register_forward_hook(stream))

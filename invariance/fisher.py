@@ -1,0 +1,109 @@
+"""The output-KL Fisher: what a small error of the signal on a space costs in nats, from gradients of sampled labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .data import Tokens
+from .interfaces import Statistic
+from .layout import Layout
+from .moments import Moment, Moments, real_tokens
+from .space import Space
+from .verify import copy_in
+from .walk import Progress, quiet
+
+SEQUENCES = 8  # the first of the calibration tokens; a sequence tells as many gradients as it has tokens
+SEED = 0  # of the labels
+
+
+def measure(
+    model: PreTrainedModel,
+    layout: Layout,
+    points: Iterable[str],
+    tokens: Tokens,
+    progress: Progress = quiet,
+    *,
+    seed: int = SEED,
+) -> Moments:
+    """E[g gᵀ] at points of the stream, g = ∂/∂x_t Σ_s log p(y_s), with a label y_s ~ p drawn for every real token s.
+
+    The labels are the model's own, so E[g] = 0, their cross terms vanish, and E[g gᵀ] = Σ_s J_stᵀ F_s J_st, with J_st
+    the derivative of the logits at s by x_t and F_s the softmax's Fisher: errors e_t of mean 0, uncorrelated between
+    tokens, cost ½ E[eᵀ F e] nats of KL a token, to second order. One backward pass a sequence, in float32 (bfloat16's
+    are slow on CPUs).
+
+    Source: Martens 2020, arXiv:1412.1193: the true Fisher, by labels that the model itself draws.
+    """
+    points = list(points)
+    twin = copy_in(torch.float32, model).requires_grad_(False)
+    g = torch.Generator().manual_seed(seed)
+    moments = Moments()
+    sequences = list(Tokens(tokens.ids[:SEQUENCES], tokens.mask[:SEQUENCES]).batches(1))
+    with _signals(twin, layout, points) as signals:
+        for ids, real in progress(sequences, "measure the Fisher", len(sequences)):
+            padded = None if bool(real.all()) else real.long().to(twin.device)
+            with torch.enable_grad():
+                logits = twin(input_ids=ids.to(twin.device), attention_mask=padded, use_cache=False).logits
+                likelihood = logits.log_softmax(-1).gather(-1, sample(logits.detach(), g).unsqueeze(-1))[
+                    ..., 0
+                ]
+                total = likelihood[real.to(twin.device)].sum()
+                gradients = torch.autograd.grad(total, [signals[p] for p in points])
+            for point, gradient in zip(points, gradients, strict=True):
+                moments.add(
+                    (point, Statistic.FISHER), real_tokens(gradient, None if padded is None else real)
+                )
+    return moments.cpu()
+
+
+def sample(logits: Float[Tensor, "B T V"], g: torch.Generator) -> Int[Tensor, "B T"]:
+    """A label from each prediction, by its inverse distribution function."""
+    distribution = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
+    u = torch.rand(*logits.shape[:-1], 1, generator=g, dtype=torch.float64).to(logits.device)
+    found = torch.searchsorted(distribution, u * distribution[..., -1:], right=True)
+    return found.squeeze(-1).clamp_max(logits.shape[-1] - 1)
+
+
+@contextmanager
+def _signals(model: PreTrainedModel, layout: Layout, points: list[str]) -> Iterator[dict[str, Tensor]]:
+    """What arrives at points of the stream when the model runs, ready to be differentiated by."""
+    signals: dict[str, Tensor] = {}
+    readers = {e.source: e.stage for e in layout.edges} | {layout.points[-1]: layout.architecture.final_norm}
+
+    def keep(point: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+        signals[point] = x
+        return (x, *args[1:])
+
+    handles = [
+        model.get_submodule(readers[p]).register_forward_pre_hook(lambda _, args, p=p: keep(p, args))
+        for p in points
+    ]
+    try:
+        yield signals
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def moment(model: PreTrainedModel, layout: Layout, space: Space, known: Moments) -> Moment:
+    """The Fisher of a space, per copy: a point's own; of a space inside a stage Σ Wᵀ F W over the weights W that read
+    it, F that of the point that they write. Raises KeyError where that one was not measured."""
+    if space.kind == "residual":
+        return known.known[space.name, Statistic.FISHER]
+    total = torch.zeros(space.copies, space.dim, space.dim, dtype=torch.float64)
+    for (name, i), point in zip(layout.readers(space.name), layout.written_behind(space.name), strict=True):
+        F = known.known[point, Statistic.FISHER].mean[0]
+        W = rearrange(model.get_parameter(name).double().movedim(i, -1).cpu(), "o (c r d) -> c r o d",
+                      c=space.copies, d=space.dim)  # fmt: skip
+        total += einsum(W, F @ W, "c r o d, c r o e -> c d e")
+    return Moment(total, 1)

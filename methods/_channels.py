@@ -1,0 +1,64 @@
+"""What rotators share that put channels in order: how an error is weighed, and what cutting an order loses."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float64, Int
+from torch import Tensor
+
+from invariance.interfaces import Statistic
+from invariance.moments import Moments
+from invariance.space import Basis, Space
+
+Metric = Literal["readers", "fisher"]
+NOISE = 1e-5  # of a channel's own energy: keeps the factor of a moment that rounding has made indefinite
+
+
+def statistics(metric: Metric) -> frozenset[Statistic]:
+    """What ``weighing`` needs."""
+    if metric == "fisher":
+        return frozenset({Statistic.RAW, Statistic.FISHER})
+    return frozenset({Statistic.SEEN, Statistic.READERS})
+
+
+def weighing(
+    space: Space, moments: Moments, metric: Metric
+) -> tuple[Float64[Tensor, "c d d"], Float64[Tensor, "c d d"]]:
+    """C and G such that an error e of the signal costs E[eᵀ G e]: behind the readers, or in nats a token."""
+    if metric == "fisher":
+        return moments.second(space), moments.second(space, Statistic.FISHER) / 2
+    return moments.second(space, Statistic.SEEN), moments.second(space, Statistic.READERS)
+
+
+def identity(space: Space) -> Float64[Tensor, "c d d"]:
+    return torch.eye(space.dim, dtype=torch.float64).repeat(space.copies, 1, 1)
+
+
+def damped(C: Float64[Tensor, "c d d"], ridge: float) -> Float64[Tensor, "c d d"]:
+    """C + λI, with λ = ridge × the mean diagonal entry."""
+    diagonal = C.diagonal(dim1=-2, dim2=-1)
+    scale = ridge * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(C.dtype).tiny)
+    return C + torch.diag_embed(scale.expand_as(diagonal))
+
+
+def ordered(order: Int[Tensor, "c d"], C: Float64[Tensor, "c d d"], G: Float64[Tensor, "c d d"],
+            noise: float = NOISE) -> Basis:  # fmt: skip
+    """The channels in an order, and as energy j what is lost in addition when, all behind it gone, j goes too, while
+    the readers are refit by least squares.
+
+    With C = L Lᵀ in that order, x = L z and E[zzᵀ] = I; the first k channels span z_1 … z_k, so the best prediction
+    of x from them leaves L_{k+1} z_{k+1} + … + L_d z_d, which costs Σ_{j>k} L_jᵀ G L_j: energy j is L_jᵀ G L_j.
+    """
+    A = permutation(order)
+    C, G = A.mT @ C @ A, A.mT @ G @ A
+    own = C.diagonal(dim1=-2, dim2=-1)
+    floor = own.amax(-1, keepdim=True).clamp_min(torch.finfo(C.dtype).tiny) * noise
+    L = torch.linalg.cholesky(C + torch.diag_embed(noise * torch.maximum(own, floor)))
+    return Basis(A, ((G @ L) * L).sum(-2).clamp_min(0))
+
+
+def permutation(order: Int[Tensor, "c d"]) -> Float64[Tensor, "c d d"]:
+    """The permutation whose column j picks channel order[j]."""
+    return torch.nn.functional.one_hot(order, order.shape[-1]).double().mT.contiguous()

@@ -1,0 +1,31 @@
+"""Rotator `fluctuation`: channels in order of how much they vary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from invariance.interfaces import Rotator, Statistic
+from invariance.moments import Moments
+from invariance.space import Basis, Group, Space
+
+from ._channels import identity
+from ._order import by_energy
+
+
+@dataclass(frozen=True)
+class Fluctuation(Rotator, name="fluctuation"):
+    """Channels by falling Var[x_j]·‖W_j‖²: the energy behind the readers that a constant in its place would lose.
+
+    Made for `slice: bias_compensation`, which puts that constant into the readers' biases.
+
+    Source: An et al. 2023 (FLAP), arXiv:2312.11983, its weighted input feature variance.
+    """
+
+    produces = Group.PERMUTATION
+    kinds = frozenset({"mlp"})
+    needs = frozenset({Statistic.RAW, Statistic.MEAN, Statistic.READERS})
+
+    def fit(self, space: Space, moments: Moments) -> Basis:
+        variance = moments.second(space).diagonal(dim1=-2, dim2=-1) - moments.mean(space).square()
+        readers = moments.second(space, Statistic.READERS).diagonal(dim1=-2, dim2=-1)
+        return by_energy(identity(space), variance.clamp_min(0) * readers)

@@ -1,0 +1,39 @@
+"""Rotator `ridge_leverage`: channels that others cannot stand in for come first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from invariance.interfaces import Rotator, Statistic
+from invariance.moments import Moments
+from invariance.space import Basis, Group, Space
+
+from ._channels import damped, ordered
+
+
+@dataclass(frozen=True)
+class RidgeLeverage(Rotator, name="ridge_leverage"):
+    """Channels by falling leverage [C (C + λI)⁻¹]_jj: how much of channel j the others do not know.
+
+    C = E[x xᵀ] and λ = ridge × its mean diagonal entry. What the readers do does not enter the order; an energy is
+    what they lose when a channel goes after all behind it, refit by least squares (made for `slice: least_squares`).
+
+    Source: Lin et al. 2024 (MoDeGPT), arXiv:2408.09632, algorithm 1.
+    """
+
+    ridge: float = 1e-2  # λ as a fraction of the mean energy of a channel
+    produces = Group.PERMUTATION
+    needs = frozenset({Statistic.SEEN, Statistic.READERS})
+    nested = True
+
+    def __post_init__(self) -> None:
+        if not self.ridge > 0:
+            raise ValueError("ridge must be above 0")
+
+    def fit(self, space: Space, moments: Moments) -> Basis:
+        C = moments.second(space, Statistic.SEEN)
+        score = torch.linalg.solve(damped(C, self.ridge), C).diagonal(dim1=-2, dim2=-1)
+        order = score.argsort(dim=-1, descending=True, stable=True)
+        return ordered(order, C, moments.second(space, Statistic.READERS))
