@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .errors import InputError
 from .space import Space
 
 Chosen = Mapping[Space, int]
+S = TypeVar("S")
+
+
+class Predicted(dict[S, int]):
+    """Widths with the loss that is predicted of them: nats per token beyond what the whole spaces lose."""
+
+    def __init__(self, widths: Mapping[S, int], loss: float) -> None:
+        super().__init__(widths)
+        self.loss = loss
 
 
 @dataclass(frozen=True)
@@ -18,13 +28,15 @@ class Bill:
     ``amounts`` counts each resource that the recipe limits, ``limits`` says how much of it there is. With one
     resource the bill is its amount, with several the largest share spent of any, and the limit is 1. Spaces left out
     of ``widths`` keep what they have. ``widths[space]`` are the widths that the recipe's constraints allow, ascending.
-    ``loss`` measures a choice on held-out tokens (nats per token), for selectors that declare ``measures``.
+    ``loss`` measures a choice on held-out tokens (nats per token), for selectors that declare ``measures``;
+    ``influence`` is 1 - E[cos(stream into, out of)] of each space's block, for those that need Statistic.COSINE.
     """
 
     amounts: Mapping[str, Callable[[Chosen], float]]
     limits: Mapping[str, float]
     widths: Mapping[Space, tuple[int, ...]]
     loss: Callable[[Chosen], float] | None = None
+    influence: Mapping[Space, float] | None = None
 
     def __call__(self, widths: Chosen) -> float:
         if len(self.amounts) == 1:
@@ -38,6 +50,11 @@ class Bill:
         if not self.limits:
             return None
         return next(iter(self.limits.values())) if len(self.limits) == 1 else 1.0
+
+    @property
+    def whole(self) -> dict[Space, int]:
+        """Every space at its widest."""
+        return {space: allowed[-1] for space, allowed in self.widths.items()}
 
     def rounded(self, space: Space, width: float) -> int:
         """The largest allowed width that is no more; the narrowest one where all are."""

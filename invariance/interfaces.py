@@ -35,6 +35,9 @@ class Statistic(Enum):
     MEAN = "mean"  # E[x] of the signal as it is
     FISHER = "fisher"  # E[g gᵀ], g the gradient of a sampled label's log-likelihood: ½ E[eᵀFe] nats a token for errors e
     READERS = "readers"  # Σ WᵀW over the weights that read the space; no calibration needed
+    COSINE = (
+        "cosine"  # mean cosine of the stream into a block and out of it; for selectors, in ``Bill.influence``
+    )
 
     def on(self, space: Space) -> Statistic:
         """Which statistic is measured where this one is asked of a space."""
@@ -83,6 +86,9 @@ class Rotator(Method, ABC):
     nested: ClassVar[bool] = (
         False  # whether an energy supposes that all behind it are gone; then it need not fall
     )
+    nats: bool = (
+        False  # whether its energies are losses in nats per token; a property where an option decides
+    )
 
     @abstractmethod
     def fit(self, space: Space, moments: Moments) -> Basis:
@@ -93,10 +99,9 @@ class Selector(Method, ABC):
     """How wide every space stays, under one budget."""
 
     kind = "select"
-    needs_spectra: ClassVar[bool] = False
-    needs_budget: bool = False  # a property where an option decides
-
-    measures: ClassVar[bool] = False  # whether it asks ``cost.loss`` for the held-out loss of widths
+    needs_spectra: bool = False  # these three are properties where an option decides
+    needs_budget: bool = False
+    measures: bool = False  # whether it asks ``cost.loss`` for the held-out loss of widths
 
     @abstractmethod
     def allocate(
@@ -111,7 +116,7 @@ class Selector(Method, ABC):
         counts what a choice of widths spends (spaces left out keep what they have), ``cost.widths`` lists the widths
         that are allowed, ``budget`` is the most that may be spent, or None when the recipe gives none; that the
         narrowest widths meet it has been checked. Plans ask once with flat spectra, so that what cannot be is refused
-        before calibration.
+        before calibration. A selector that knows what its choice loses returns it as ``Predicted``.
         """
 
 

@@ -49,6 +49,16 @@ class Edge:
         """The number of the block that the stage lies in."""
         return int(self.source.split(".")[1])
 
+    @property
+    def entry(self) -> str:
+        """The point of the stream where the block begins."""
+        return f"x.{self.block}.0"
+
+    @property
+    def leaves(self) -> bool:
+        """Whether the block ends behind the stage."""
+        return not self.target.startswith(f"x.{self.block}.")
+
 
 @dataclass(frozen=True)
 class Parameters:

@@ -66,6 +66,12 @@ class Moments:
         moment = Moment(total, x.shape[0])
         self.known[key] = self.known[key] + moment if key in self.known else moment
 
+    def compare(self, key: Key, x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> None:
+        """Take in the cosines of n pairs of tokens, as a moment of one dim."""
+        total = torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).double().sum()
+        moment = Moment(total.reshape(1, 1, 1), x.shape[0])
+        self.known[key] = self.known[key] + moment if key in self.known else moment
+
     def cpu(self) -> Moments:
         """The same on the CPU, where bases are fitted and changes made whatever device the model is on."""
         return Moments({key: Moment(m.total.cpu(), m.count) for key, m in self.known.items()})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,9 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import fisher, walk
+from .budget import Predicted
 from .canonical import canonicalize
 from .data import Tokens
 from .errors import CertificateError, InputError, InvarianceError
+from .heldout import HeldOut, split
 from .interfaces import Statistic
 from .layout import Layout
 from .models import weights_digest
@@ -42,6 +46,8 @@ class Sliced:
     spectra: dict[str, Float64[Tensor, "c d"]]
     certificate: Certificate
     seconds: dict[str, float] = field(default_factory=dict)
+    predicted: float | None = None  # the loss in nats per token, where selectors or energies tell
+    search: dict[str, float] | None = None  # what a selector that measures asked for
 
 
 @contextmanager
@@ -83,6 +89,11 @@ class _Run:
                  progress: walk.Progress) -> None:  # fmt: skip
         self.original, self.plan, self.tokens, self.progress = model, plan, tokens, progress
         self.store = store
+        self.held: Tokens | None = None
+        self.search: dict[str, float] | None = None
+        if plan.measures:
+            assert tokens is not None
+            self.tokens, self.held = split(tokens, plan.recipe.where("calibrate"))
         self.seconds: dict[str, float] = {}
         self.unit_of = {m: u for u in plan.units for m in u.members}
         self.bases: dict[str, Basis] = {}  # by a unit's first member
@@ -96,9 +107,9 @@ class _Run:
         plan = self.plan
         self.fisher = self._stored([(p, Statistic.FISHER) for p in plan.fisher_points], self._measure_fisher)
         if plan.recipe.order == "oneshot":
-            moments = self._calibrate(plan.wanted())
+            moments = self._calibrate(walk.together(plan.wanted(), plan.compared))
             self._fit(plan.units, moments)
-            chosen = self._allocate()
+            chosen = self._allocate(moments, self._influence(moments))
             certificate = self._certify()
             with timed(self.seconds, "slice"):
                 for unit in plan.units:
@@ -106,16 +117,20 @@ class _Run:
                     self.changes |= dict.fromkeys(unit.members, change)
                 reparametrize(self.model, self.layout, self.changes)
         else:
-            widths: Widths | None = plan.allocate(None)
+            influence = self._influence(self._calibrate(plan.compared))
+            widths: Widths | None = plan.allocate(None, influence=influence)
             ahead = [u for u in plan.units if widths is None or len(u.members) > 1]
             moments = self._calibrate({m: n for m, n in plan.wanted().items() if self.unit_of[m] in ahead})
             self._fit(ahead, moments)
-            chosen = self._allocate() if widths is None else widths
+            chosen = self._allocate(moments, influence) if widths is None else widths
             self._forget_all_but_shared()
             self._walk_sequentially(moments, chosen)
             certificate = self._certify()
         spectra = {name: basis.energy for name, basis in self.bases.items()}
-        return Sliced(self.model, self.layout, chosen, spectra, certificate, self.seconds)
+        predicted = chosen.loss if isinstance(chosen, Predicted) else self._predicted(chosen)
+        return Sliced(
+            self.model, self.layout, chosen, spectra, certificate, self.seconds, predicted, self.search
+        )
 
     def _forget_all_but_shared(self) -> None:
         """Bases of one space alone are fitted again, behind the cuts before it; shared ones must stand beforehand."""
@@ -227,11 +242,45 @@ class _Run:
             )
         return basis
 
-    def _allocate(self) -> Widths:
+    def _influence(self, moments: Moments) -> list[float] | None:
+        """1 - E[cos(stream into, stream out of)] of every block, where a selector asks for it."""
+        asked = self.plan.compared
+        return [1 - moments.known[p, Statistic.COSINE].mean.item() for p in asked] if asked else None
+
+    def _allocate(self, moments: Moments, influence: list[float] | None) -> Widths:
+        spectra = {name: basis.energy for name, basis in self.bases.items()}
+        loss = None if self.held is None else self._held_out(self.held, moments)
+        start = time.perf_counter()
         with timed(self.seconds, "select"):
-            widths = self.plan.allocate({name: basis.energy for name, basis in self.bases.items()})
+            widths = self.plan.allocate(spectra, loss, influence)
+        if loss is not None:
+            counts = {"evaluations": len(loss.losses), "measured": loss.measured}
+            self.search = {**counts, "seconds": round(time.perf_counter() - start, 3)}
         assert widths is not None
         return widths
+
+    def _held_out(self, tokens: Tokens, moments: Moments) -> HeldOut:
+        store, path = self._keyed_store(), None
+        calibrate = self.plan.recipe.calibrate
+        assert calibrate is not None
+        if store is not None:
+            methods = [[*u.members, u.rotate.spec(), u.slice and u.slice.spec()] for u in self.plan.units]
+            identity = json.dumps([tokens.digest(), self.plan.recipe.tie, methods])
+            path = store.folder / f"losses.{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
+
+        def cut(unit: Unit, k: int) -> Change:
+            return self._cut(unit, moments, {unit.space.name: k})
+
+        return HeldOut(
+            self.model, self.layout, self.plan.units, cut, tokens, calibrate.batch, self.progress, path
+        )
+
+    def _predicted(self, widths: Widths) -> float | None:
+        """The energies that widths lose, where those of all spaces that are cut are losses in nats per token."""
+        cut = [u for u in self.plan.units if widths[u.space.name] < u.space.dim]
+        if not all(u.rotate.nats for u in cut):
+            return None
+        return sum(self.bases[u.space.name].energy[:, widths[u.space.name] :].sum().item() for u in cut)
 
     def _cut(self, unit: Unit, moments: Moments, widths: Widths) -> Change:
         basis = self.bases[unit.space.name]

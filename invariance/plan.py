@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import TypeVar
@@ -12,7 +12,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from .budget import Bill
+from .budget import Bill, Predicted
 from .errors import InputError
 from .export import obstacle
 from .interfaces import Method, Rotator, Selector, Slicer, Statistic
@@ -73,6 +73,11 @@ class Demand:
             if len(self.units) > 1
             else spectra[self.space.name]
         )
+
+    def mean(self, influence: Sequence[float]) -> float:
+        """The mean influence of the blocks that its spaces lie in; the last point of the stream lies in the last."""
+        found = [influence[min(int(m.split(".")[1]), len(influence) - 1)] for m in self.members]
+        return sum(found) / len(found)
 
     def allowed(self, blocks: int) -> tuple[int, ...]:
         """The widths that a selector may choose, ascending."""
@@ -135,7 +140,18 @@ class Plan:
     @property
     def reads_tokens(self) -> bool:
         """Whether a run needs tokens to calibrate on."""
-        return self.follows or bool(self.wanted()) or bool(self.fisher_points)
+        return self.follows or self.measures or bool(self.wanted() or self.compared or self.fisher_points)
+
+    @property
+    def measures(self) -> bool:
+        """Whether a selector asks for held-out losses."""
+        return any(u.select is not None and u.select.measures for u in self.units)
+
+    @property
+    def compared(self) -> dict[str, frozenset[Statistic]]:
+        """What calibration measures for selectors that ask for the influence of blocks, at the point of their entry."""
+        asked = any(u.select is not None and Statistic.COSINE in u.select.needs for u in self.units)
+        return {e.entry: frozenset({Statistic.COSINE}) for e in self.layout.edges} if asked else {}
 
     def wanted(self) -> dict[str, frozenset[Statistic]]:
         """What calibration measures, by space; empty when nothing is asked of the data."""
@@ -167,20 +183,22 @@ class Plan:
         k = widths.get(self.layout.points[-1], self.layout.spaces[self.layout.points[-1]].dim)
         return replace(count, blocks=count.blocks + self.layout.depth * k, head=count.head + k)
 
-    def amounts(self, widths: Widths) -> dict[str, int]:
-        """What a choice of widths spends of every resource that a budget can limit."""
-        return {
-            "parameters": self.parameters(widths).total,
-            "flops": self.layout.flops(widths, self.segments),
-            "kv_cache": self.layout.kv_entries(widths),
-        }
+    def amount(self, resource: str, widths: Widths) -> int:
+        """What a choice of widths spends of a resource that a budget can limit."""
+        if resource == "flops":
+            return self.layout.flops(widths, self.segments)
+        return self.layout.kv_entries(widths) if resource == "kv_cache" else self.parameters(widths).total
 
-    def allocate(self, spectra: Spectra | None, loss: Loss | None = None) -> Widths | None:
+    def allocate(
+        self, spectra: Spectra | None, loss: Loss | None = None, influence: Sequence[float] | None = None
+    ) -> Widths | None:
         """The width of every unit's members, or None where a selector asks for what is not there yet.
 
-        ``loss`` measures widths on held-out tokens, for selectors that declare ``measures``.
+        ``loss`` measures widths on held-out tokens, for selectors that declare ``measures``; ``influence`` is that of
+        every block. The widths are ``Predicted`` where all selectors that cut predict their loss.
         """
         kept: dict[str, int] = {}
+        losses: list[float | None] = []
         demands: dict[Selector, list[Demand]] = {}
         for demand in self.demands:
             if demand.select is None:
@@ -188,12 +206,16 @@ class Plan:
             else:
                 demands.setdefault(demand.select, []).append(demand)
         for selector, found in sorted(demands.items(), key=lambda item: item[0].needs_budget):
-            if (selector.needs_spectra and spectra is None) or (selector.measures and loss is None):
-                return None
             try:
-                bill = self._bill(found, kept, loss)
+                bill = self._bill(found, kept, loss, influence)
                 if selector.needs_budget:
                     bill.check()
+                if (
+                    (selector.needs_spectra and spectra is None)
+                    or (selector.measures and loss is None)
+                    or (Statistic.COSINE in selector.needs and influence is None)
+                ):
+                    return None
                 energies = {d.space: None if spectra is None else d.pooled(spectra) for d in found}
                 widths = selector.allocate(energies, bill, bill.limit)
                 for demand in found:
@@ -203,16 +225,20 @@ class Plan:
                     f"{self.recipe.where('steps', found[0].units[0].step, 'select')}: {e}"
                 ) from None
             kept |= {m: widths[d.space] for d in found for m in d.members}
-        return kept
+            cuts = any(widths[d.space] < d.space.dim for d in found)
+            losses.append(widths.loss if isinstance(widths, Predicted) else None if cuts else 0.0)
+        known = [n for n in losses if n is not None]
+        return Predicted(kept, sum(known)) if len(known) == len(losses) else kept
 
-    def _bill(self, demands: list[Demand], kept: Widths, loss: Loss | None) -> Bill:
+    def _bill(self, demands: list[Demand], kept: Widths, loss: Loss | None,
+              influence: Sequence[float] | None) -> Bill:  # fmt: skip
         """What widths of some demands cost, all others as they are kept."""
 
         def named(widths: Mapping[Space, int]) -> dict[str, int]:
             return {**kept, **{m: widths[d.space] for d in demands if d.space in widths for m in d.members}}
 
         def spent(resource: str, widths: Mapping[Space, int]) -> float:
-            return self.amounts(named(widths))[resource]
+            return self.amount(resource, named(widths))
 
         limits = self.recipe.budget.limits if self.recipe.budget else {}
         dense = {
@@ -225,6 +251,7 @@ class Plan:
             limits={r: int(share * dense[r]) for r, share in limits.items()},
             widths={d.space: d.allowed(self.blocks) for d in demands},
             loss=None if loss is None else lambda w: loss(named(w)),
+            influence=None if influence is None else {d.space: d.mean(influence) for d in demands},
         )
 
     @property

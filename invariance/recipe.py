@@ -229,6 +229,9 @@ class Recipe(_Part):
                 if not self.calibrate and method.needs - {Statistic.READERS}:
                     what = f"'{method.name}' reads moments, and there is no data to measure them on"
                     raise Problem(f"{what}. Add `calibrate: {{data: ...}}`, or choose another method", *at)
+                if not self.calibrate and isinstance(method, Selector) and method.measures:
+                    what = f"'{method.name}' measures losses, and there is no data to measure them on"
+                    raise Problem(f"{what}. Add `calibrate: {{data: ...}}`, or choose another method", *at)
                 if not self.budget and isinstance(method, Selector) and method.needs_budget:
                     raise Problem(f"'{method.name}' spends a budget. Add `budget: {{parameters: ...}}`", *at)
         if self.budget and not any(step.select and step.select.needs_budget for step in self.steps):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import tempfile
@@ -160,6 +161,8 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
             "sliced": stored.itemsize * layout.kv_entries(widths),
         },
         "perplexity": {},
+        "predicted": {"loss": sliced.predicted, "measured": None},
+        "search": sliced.search,
         "exactness": sliced.certificate.to_dict(),
         "widths": {name: widths.get(name, s.dim) for name, s in layout.spaces.items()},
         "dims": {name: s.dim for name, s in layout.spaces.items()},
@@ -182,6 +185,8 @@ def _measure(report: dict[str, Any], seconds: dict[str, float], dense: PreTraine
                 for side, m in models.items()
             }
             report["perplexity"][name] = {**found, "recovered": None, "tokens": int(tokens.mask[:, 1:].sum())}
+        for found in list(report["perplexity"].values())[:1]:
+            report["predicted"]["measured"] = log_ratio(found["dense"], found["sliced"])
     with timed(seconds, "speed"):
         length = min(256, positions(dense.config) or 256)
         report["tokens_per_second"] = tokens_per_second(models, length)
@@ -189,6 +194,11 @@ def _measure(report: dict[str, Any], seconds: dict[str, float], dense: PreTraine
         with timed(seconds, "sample"):
             text = {side: sample(m, tokenizer, PROMPT) for side, m in models.items()}
             report["samples"] = [{"prompt": PROMPT, **text}]
+
+
+def log_ratio(dense: float, sliced: float) -> float | None:
+    """By how many nats per token a perplexity is above another; None where it is no finite number."""
+    return math.log(sliced / dense) if math.isfinite(sliced / dense) else None
 
 
 def check_output(output: Path, overwrite: bool) -> None:

@@ -23,6 +23,12 @@ from .space import Change
 Wanted = Mapping[str, frozenset[Statistic]]
 """Which statistics to measure of which spaces, by name."""
 
+
+def together(*asked: Wanted) -> Wanted:
+    """What any of several asks for."""
+    return {n: frozenset().union(*(a.get(n, frozenset()) for a in asked)) for a in asked for n in a}
+
+
 Progress = Callable[[Iterable[Any], str, int], Iterable[Any]]
 
 
@@ -112,12 +118,23 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
             progress: Progress = quiet) -> Moments:  # fmt: skip
     """All moments from the model as it is, in one pass. The batches end before the final norm."""
     moments = Moments()
+    entered: list[
+        Tensor
+    ] = []  # the stream where the block began, as long as it is compared with what leaves it
     for edge in progress(layout.edges, "calibrate", layout.depth):
         stage = fast_copy(model, edge, dtype)
+        compared = Statistic.COSINE in wanted.get(edge.entry, ())
+        if compared and edge.source == edge.entry:
+            entered = [batch.x for batch in batches]
         with _probes(moments, layout, [edge.source, *_inner(layout, edge)], stage, wanted) as probe:
             for batch in batches:
                 probe.mask = batch.mask
                 batch.x = batch.through(stage, edge)
+        if compared and edge.leaves:
+            for x, batch in zip(entered, batches, strict=True):
+                both = (real_tokens(s, batch.mask) for s in (x, batch.x))
+                moments.compare((edge.entry, Statistic.COSINE), *both)
+            entered = []
     _measure_stream(moments, model, layout, layout.points[-1], batches, wanted)
     return moments.cpu()
 

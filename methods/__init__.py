@@ -2,11 +2,15 @@
 
 from . import (
     bias_compensation,
+    cma_es,
+    dynamic_programming,
     fluctuation,
     global_energy,
+    greedy,
     hadamard,
     head_svd,
     identity,
+    influence,
     least_squares,
     obs,
     output_aware,
@@ -15,17 +19,22 @@ from . import (
     random_orthogonal,
     reader_weighted,
     ridge_leverage,
+    sensitivity,
     truncate,
     uniform,
 )
 
 __all__ = [
     "bias_compensation",
+    "cma_es",
+    "dynamic_programming",
     "fluctuation",
     "global_energy",
+    "greedy",
     "hadamard",
     "head_svd",
     "identity",
+    "influence",
     "least_squares",
     "obs",
     "output_aware",
@@ -34,6 +43,7 @@ __all__ = [
     "random_orthogonal",
     "reader_weighted",
     "ridge_leverage",
+    "sensitivity",
     "truncate",
     "uniform",
 ]

@@ -49,6 +49,9 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside the defaults, where an op
     "obs": [{"metric": "fisher"}, {"rounds": 1}, {"rounds": 1000, "ridge": 0.1}],
     "output_aware": [{"of": "normed", "tau": 0.1}],
     "reader_weighted": [{"damping": 0.1}],
+    "global_energy": [{"of": "absolute"}],
+    "greedy": [{"of": "absolute", "step": 0.2}, {"loss": "measured"}],
+    "dynamic_programming": [{"of": "absolute"}, {"curves": "measured", "points": 2}],
     "uniform": [{"keep": 0.7}, {"keep": 0.7, "multiple_of": 4}, {"width": 4}],
 }
 
@@ -241,7 +244,10 @@ def stored(widths: Mapping[Space, int]) -> int:
 
 def bill(multiple: int = 1, limit: int | None = None) -> Bill:
     allowed = {s: tuple(sorted({*range(multiple, s.dim, multiple), s.dim})) for s in SPACES}
-    return Bill({"parameters": stored}, {} if limit is None else {"parameters": limit}, allowed)
+    limits = {} if limit is None else {"parameters": limit}
+    return Bill(
+        {"parameters": stored}, limits, allowed, influence=dict(zip(SPACES, (0.1, 0.4, 0.2), strict=True))
+    )
 
 
 def spectra(seed: int) -> dict[Space, Tensor]:

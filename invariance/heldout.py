@@ -1,0 +1,95 @@
+"""The held-out loss of widths, for selectors that measure; remembered on disk, so that a search goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from .data import Tokens
+from .errors import InputError
+from .evaluate import perplexity
+from .files import write_json
+from .layout import Layout
+from .plan import Unit
+from .reparametrize import reparametrize
+from .space import Change
+from .verify import copy_in
+from .walk import Progress
+
+HELD_OUT = (
+    8  # the last one of so many calibration sequences measures widths, and takes no part in the calibration
+)
+
+
+def split(tokens: Tokens, where: str) -> tuple[Tokens, Tokens]:
+    """The sequences to calibrate on, and those to measure losses on. Raises InputError where they are too few."""
+    count = len(tokens.ids)
+    if count < HELD_OUT or tokens.ids.shape[1] < 2:
+        raise InputError(
+            f"{where}: {count} sequences of {tokens.ids.shape[1]} tokens, and a selector that measures losses holds "
+            f"out one sequence in {HELD_OUT}. Calibrate on {HELD_OUT} sequences of 2 tokens at least; 64 and more are better."
+        )
+    n = count - count // HELD_OUT
+    return Tokens(tokens.ids[:n], tokens.mask[:n]), Tokens(tokens.ids[n:], tokens.mask[n:])
+
+
+@dataclass
+class HeldOut:
+    """The mean next-token cross-entropy, in nats, of a model cut at some widths, whatever the order of the recipe:
+    a float32 copy of the canonical model is cut by the bases and moments of the dense one.
+
+    ``cut(unit, k)`` is the change of a unit to width k. ``path`` is a file that remembers every loss: a search with a
+    seed asks the same again, so an interrupted one is replayed from there up to where it stopped.
+    """
+
+    model: PreTrainedModel
+    layout: Layout
+    units: Sequence[Unit]
+    cut: Callable[[Unit, int], Change]
+    tokens: Tokens
+    batch: int
+    progress: Progress
+    path: Path | None = None
+    losses: dict[str, float] = field(default_factory=dict)  # of all choices that were asked for
+    measured: int = 0  # how many of them were computed, not remembered
+
+    def __post_init__(self) -> None:
+        self.remembered: dict[str, float | None] = {}
+        if self.path is not None:
+            try:
+                found = json.loads(self.path.read_text(encoding="utf-8"))
+                known = found.items() if isinstance(found, dict) else ()
+                self.remembered = {k: v for k, v in known if v is None or isinstance(v, float)}
+            except (OSError, ValueError):
+                pass  # a file that cannot be read counts as missing
+
+    def __call__(self, widths: Mapping[str, int]) -> float:
+        """The loss at widths by space name; spaces left out stay whole. Infinite where it overflows."""
+        kept = {u: widths.get(u.space.name, u.space.dim) for u in self.units if u.slice is not None}
+        cut = {u: k for u, k in kept.items() if k < u.space.dim}
+        choice = " ".join(f"{u.space.name}={k}" for u, k in cut.items())
+        if choice not in self.losses:
+            if choice in self.remembered:
+                known = self.remembered[choice]
+                self.losses[choice] = math.inf if known is None else known
+            else:
+                self.losses[choice] = self._measure(cut)
+                self.measured += 1
+                if self.path is not None:
+                    self.remembered[choice] = self.losses[choice]
+                    write_json(self.path, self.remembered)
+        return self.losses[choice]
+
+    def _measure(self, cut: Mapping[Unit, int]) -> float:
+        twin = copy_in(torch.float32, self.model)
+        changes = {u: self.cut(u, k) for u, k in cut.items()}
+        reparametrize(twin, self.layout, {m: change for u, change in changes.items() for m in u.members})
+        what = f"held-out loss of choice {len(self.losses) + 1}"
+        loss = math.log(perplexity(twin, self.tokens, self.batch, self.progress, what))
+        return loss if math.isfinite(loss) else math.inf
