@@ -92,6 +92,7 @@ def _perplexity(report: Report) -> list[Element]:
     return [
         heading,
         charts.table("exp of the mean next-token cross-entropy; lower is better.", columns, rows),
+        *(el("p", said) for said in words.predicted(report)),
     ]
 
 

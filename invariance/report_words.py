@@ -138,6 +138,16 @@ def perplexities(report: Report) -> list[Row]:
     ]
 
 
+def predicted(report: Report) -> list[str]:
+    """One sentence on the loss that was predicted, where one was."""
+    found = report.get("predicted") or {}
+    if found.get("loss") is None:
+        return []
+    measured = found.get("measured")
+    beside = "" if measured is None else f"; measured, on the first of these data: {measured:+.3f}"
+    return [f"Predicted when the widths were chosen: {found['loss']:+.3f} nats per token{beside}."]
+
+
 def exactness(report: Report) -> str:
     """One sentence on what the certificate shows."""
     found = report.get("exactness")
