@@ -197,9 +197,13 @@ def _follow(model: PreTrainedModel, layout: Layout, edge: Edge, batches: list[Ba
         reparametrize(model, layout, {n: c for n in scores if (c := decide(n, moments)) is not None})
     stage = fast_copy(model, edge, dtype)
     follower = Follower(layout, edge, stage)
-    for batch, target in zip(batches, dense, strict=True):
-        follower.add(batch, target)
-    moments = follower.moments().cpu()
+    measured = Moments()
+    beside = {n: w - {Statistic.RAW} for n, w in wanted.items() if n not in scores}  # those it does not gather
+    with _probes(measured, layout, list(beside), stage, beside) as probe:
+        for batch, target in zip(batches, dense, strict=True):
+            probe.mask = batch.mask
+            follower.add(batch, target)
+    moments = follower.moments().merge(measured).cpu()
     changes = {n: c for n in wanted if n not in scores and (c := decide(n, moments)) is not None}
     reparametrize(model, layout, changes)
     follower.refit(model, changes, batches)

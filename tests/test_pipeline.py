@@ -597,3 +597,9 @@ def test_a_checkpoint_keeps_its_dtype(tmp_path: Path) -> None:
     report = run(tmp_path / "recipe.yaml", tmp_path / "out", [])
     assert report["model"]["dtype"] == "bfloat16"
     assert {t.dtype for t in load_file(tmp_path / "out/model/model.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("rotate", ["fluctuation", "obs", "ridge_leverage", "permute"])
+def test_every_choice_of_channels_can_follow_the_dense_stream(rotate: str) -> None:
+    step = MLP | {"rotate": rotate}
+    assert sliced(recipe(step, order="dense_target")).widths["mlp.1"] == 40
