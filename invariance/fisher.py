@@ -52,22 +52,19 @@ def measure(
             padded = None if bool(real.all()) else real.long().to(twin.device)
             with torch.enable_grad():
                 logits = twin(input_ids=ids.to(twin.device), attention_mask=padded, use_cache=False).logits
-                likelihood = logits.log_softmax(-1).gather(-1, sample(logits.detach(), g).unsqueeze(-1))[
-                    ..., 0
-                ]
-                total = likelihood[real.to(twin.device)].sum()
-                gradients = torch.autograd.grad(total, [signals[p] for p in points])
+                logits = real_tokens(logits, real)
+                labels = sample(logits.detach(), g)
+                likelihood = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).sum()
+                gradients = torch.autograd.grad(likelihood, [signals[p] for p in points])
             for point, gradient in zip(points, gradients, strict=True):
-                moments.add(
-                    (point, Statistic.FISHER), real_tokens(gradient, None if padded is None else real)
-                )
+                moments.add((point, Statistic.FISHER), real_tokens(gradient, real))
     return moments.cpu()
 
 
-def sample(logits: Float[Tensor, "B T V"], g: torch.Generator) -> Int[Tensor, "B T"]:
+def sample(logits: Float[Tensor, "n V"], g: torch.Generator) -> Int[Tensor, " n"]:
     """A label from each prediction, by its inverse distribution function."""
     distribution = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
-    u = torch.rand(*logits.shape[:-1], 1, generator=g, dtype=torch.float64).to(logits.device)
+    u = torch.rand(len(logits), 1, generator=g, dtype=torch.float64).to(logits.device)
     found = torch.searchsorted(distribution, u * distribution[..., -1:], right=True)
     return found.squeeze(-1).clamp_max(logits.shape[-1] - 1)
 

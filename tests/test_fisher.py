@@ -72,6 +72,8 @@ def many() -> tuple[PreTrainedModel, Layout, Moments]:
     model, layout = canonical_copy(model_of("llama"), fold=True, tie="untie")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fisher, "SEQUENCES", 1500)
+        batches = Tokens.batches
+        patch.setattr(Tokens, "batches", lambda self, size: batches(self, 500))  # one by one takes minutes
         return model, layout, fisher.measure(model, layout, layout.points, tokens(IDS, 1500))
 
 
