@@ -35,7 +35,7 @@ from invariance.run import compress, outcome, run
 from invariance.space import Change
 from invariance.verify import logits, relative_error, tolerance
 
-RAW, NORMED = Statistic.RAW, Statistic.NORMED
+RAW, NORMED, MEAN = Statistic.RAW, Statistic.NORMED, Statistic.MEAN
 RESIDUAL = {"spaces": "residual", "rotate": "pca", "select": {"uniform": {"width": 24}}}
 MLP = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"width": 40}}, "slice": "least_squares"}
 HEADS = {"spaces": "vo", "rotate": "head_svd", "select": {"uniform": {"width": 6}}}
@@ -84,7 +84,8 @@ def exact(family: str, fold: bool = True, **options: Any) -> tuple[PreTrainedMod
 
 def everything(layout: Layout) -> dict[str, frozenset[Statistic]]:
     return {
-        n: frozenset({RAW, *([NORMED] if s.kind == "residual" else [])}) for n, s in layout.spaces.items()
+        n: frozenset({RAW, MEAN, *([NORMED] if s.kind == "residual" else [])})
+        for n, s in layout.spaces.items()
     }
 
 
@@ -110,14 +111,15 @@ def same(one: Moments, other: Moments, bound: float = ROUNDING) -> None:
 
 
 @given(
-    seed=st.integers(0, 999), cuts=st.lists(st.integers(0, 40), max_size=4), heads=st.sampled_from([(1, 1), (2, 4)])
+    seed=st.integers(0, 999), cuts=st.lists(st.integers(0, 40), max_size=4), heads=st.sampled_from([(1, 1), (2, 4)]),
+    statistic=st.sampled_from([RAW, MEAN]),
 )  # fmt: skip
 def test_taking_tokens_in_by_parts_is_taking_them_in_at_once(
-    seed: int, cuts: list[int], heads: tuple[int, int]
+    seed: int, cuts: list[int], heads: tuple[int, int], statistic: Statistic
 ) -> None:
     x = torch.randn(40, 12, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     whole, parts, merged = Moments(), Moments(), Moments()
-    key = ("vo.0", RAW)
+    key = ("vo.0", statistic)
     whole.add(key, x, *heads)
     for part in x.tensor_split(sorted(cuts)):
         parts.add(key, part, *heads)
@@ -137,6 +139,17 @@ def test_a_moment_is_the_sum_of_outer_products_of_each_copys_heads() -> None:
         rows = torch.cat([x[:, 4 * copy : 4 * copy + 2], x[:, 4 * copy + 2 : 4 * copy + 4]])
         assert close(found.total[copy], rows.T @ rows)
     assert found.count == 5
+
+
+def test_a_mean_is_over_tokens_and_the_heads_that_share_a_copy() -> None:
+    x = torch.randn(5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    moments = Moments()
+    moments.add(("vo.0", MEAN), x, copies=2, heads=4)
+    found = moments.mean(Space("vo.0", "vo", 2, Group.INVERTIBLE, 2))
+    assert close(found, x.reshape(5, 2, 2, 2).mean((0, 2)))
+    assert not close(
+        found, x.reshape(5, 2, 2, 2).mean((0, 1))
+    )  # the control: neighbours share, not every second
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
