@@ -314,7 +314,8 @@ class _Run:
         if self.plan.reads_tokens:
             batches, dtype = self._batches()
         walk.sequential(self.model, self.layout, batches, wanted, dtype, decide,
-                        follow=self.plan.follows, progress=self.progress)  # fmt: skip
+                        follow=self.plan.follows,
+                        readers=self.plan.recipe.refit == "both", progress=self.progress)  # fmt: skip
         spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
 

@@ -192,6 +192,7 @@ class Evaluate(_Part):
 Steps = Annotated[tuple[Step, ...], Field(min_length=1), BeforeValidator(_tuple)]
 Evaluations = Annotated[tuple[Evaluate, ...], BeforeValidator(_tuple)]
 Order = Literal["oneshot", "sequential", "dense_target"]
+Refit = Literal["writers", "both"]
 
 
 class Recipe(_Part):
@@ -200,6 +201,9 @@ class Recipe(_Part):
     model: Word  # a hub id, a folder, a GGUF file or packaged:NAME
     calibrate: Calibrate | None = None  # the data on which moments are measured, as in {data: wikitext2}
     order: Order = "oneshot"  # calibrate before cutting, behind earlier cuts, or towards the dense stream
+    refit: Refit = (
+        "both"  # in order dense_target: what writes the stream (writers), or its readers too (both)
+    )
     budget: Budget | None = None  # what `select` may spend over all steps, as in {parameters: 0.8}
     tie: Literal["keep", "untie"] = "untie"  # whether tied embeddings stay tied
     seed: Seed = 0  # the seed of all that is random, a whole number from 0

@@ -1,4 +1,4 @@
-"""Refit what writes the residual stream, so that the sliced stream follows the dense one and errors stop adding up."""
+"""Refit what writes and what reads the residual stream, so that the sliced model follows the dense one."""
 
 from __future__ import annotations
 
@@ -114,14 +114,13 @@ class Follower:
         batch.through(self.stage, self.edge)
         self.kept.append(torch.cat(self.read, dim=-1))
         self.read.clear()
-        held = torch.arange(self.sequences, self.sequences + len(dense)) % HELD_OUT == HELD_OUT - 1
-        self.sequences += len(dense)
         target = dense.float() - self._passed_by(batch.x).float()
-        for part, chosen in zip(self.parts, (~held, held), strict=True):
+        for part, chosen in zip(self.parts, halves(self.sequences, len(dense)), strict=True):
             if chosen.any():
                 real = None if batch.mask is None else batch.mask[chosen]
                 h, t, x = (real_tokens(y[chosen], real) for y in (self.kept[-1], target, dense))
                 part.add(h, t, 1 / x.float().square().mean(-1, keepdim=True).clamp_min(1e-12))
+        self.sequences += len(dense)
 
     def _passed_by(self, x: Tensor) -> Tensor:
         """What reaches the end of the stage beside its branches."""
@@ -174,6 +173,48 @@ class Follower:
             written = nn.functional.linear(h, whole.to(h.dtype), bias.to(h.dtype))
             batch.x = self._passed_by(batch.x) + written
         self.kept.clear()
+
+
+def refit_readers(model: PreTrainedModel, layout: Layout, edge: Edge, batches: Sequence[Batch],
+                  dense: Sequence[Tensor], uncut: Stage, change: Change | None) -> None:  # fmt: skip
+    """Let what reads the stream at the beginning of a stage make up for what the stream has become.
+
+    A reader W takes the normed signal n' of the sliced stream where it took n of the dense one. It becomes
+    W (D + Δᵀ), where Δ regresses n − D n' on n', all tokens alike, and D is the decode of the cut that the point has
+    just had (``change``; else the identity). λ as in ``Follower``.
+    """
+    norm = model.get_submodule(f"{edge.stage}.norm")
+    D = None if change is None else change.decode[0].mT
+    parts: tuple[Normal, Normal] | None = None
+    sequences = 0
+    for batch, x in zip(batches, dense, strict=True):
+        h, goal = norm(batch.x).float(), uncut.norm(x).float()
+        if parts is None:
+            shape = h.shape[-1], goal.shape[-1]
+            parts = Normal.empty(*shape, h.device), Normal.empty(*shape, h.device)
+        target = goal - (h if D is None else h @ D.to(h))
+        for part, chosen in zip(parts, halves(sequences, len(x)), strict=True):
+            if chosen.any():
+                real = None if batch.mask is None else batch.mask[chosen]
+                rows = real_tokens(h[chosen], real)
+                part.add(rows, real_tokens(target[chosen], real), torch.ones_like(rows[:, :1]))
+        sequences += len(x)
+    assert parts is not None
+    train, held = parts
+    shrinkage = best_shrinkage(train, held) if held.n else None
+    if shrinkage is None:
+        return
+    delta = (train + held).solve(shrinkage)
+    for name, _ in layout.readers(edge.source):
+        if name.startswith(f"{edge.stage}."):
+            W = uncut.get_parameter(name.removeprefix(f"{edge.stage}.")).double()
+            assign(model, name, model.get_parameter(name).double() + W @ delta.mT)
+
+
+def halves(first: int, count: int) -> tuple[Tensor, Tensor]:
+    """Which of ``count`` sequences from number ``first`` fit, and which are held out to choose the shrinkage."""
+    held = torch.arange(first, first + count) % HELD_OUT == HELD_OUT - 1
+    return ~held, held
 
 
 def _writers(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:

@@ -16,7 +16,7 @@ from .interfaces import Statistic
 from .layout import Edge, Layout
 from .modules import Stage
 from .moments import Moments, real_tokens
-from .refit import Follower
+from .refit import Follower, refit_readers
 from .reparametrize import reparametrize
 from .space import Change
 
@@ -142,13 +142,14 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
 @torch.no_grad()
 def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted: Wanted, dtype: torch.dtype,
                decide: Callable[[str, Moments], Change | None], *, follow: bool = False,
-               progress: Progress = quiet) -> None:  # fmt: skip
+               readers: bool = True, progress: Progress = quiet) -> None:  # fmt: skip
     """Measure, decide and cut one space after the other, so that later bases see earlier cuts. Changes the model.
 
     ``decide(space, moments)`` gives the change of a space from its own moments. A point of the stream is measured
     on what arrives there, its writers not yet cut; spaces inside a stage on the stage's cut input. A stage whose
     inner spaces change runs twice. With ``follow``, the dense model walks beside, and after each stage is cut, what
-    writes the stream is refit to bring it back to the dense one (refit.py).
+    writes the stream is refit to bring it back to the dense one, and, with ``readers``, before it is cut, what reads
+    the stream to make up for what it has become (refit.py).
     """
     dense = [batch.x for batch in batches] if follow else []
     basis: Change | None = None  # of the point before, in which the stream is now
@@ -157,6 +158,10 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
         basis = _cut_stream(model, layout, edge.source, batches, wanted, decide, basis)
         inner = [n for n in _inner(layout, edge) if n in wanted]
         if uncut is not None:
+            if readers:
+                refit_readers(
+                    model, layout, edge, batches, dense, uncut, basis if edge.source in wanted else None
+                )
             for n, batch in enumerate(batches):
                 dense[n] = uncut(dense[n], **batch.contexts[edge.block])
             _follow(model, layout, edge, batches, dense, {n: wanted[n] for n in inner}, dtype, decide)
@@ -198,7 +203,9 @@ def _follow(model: PreTrainedModel, layout: Layout, edge: Edge, batches: list[Ba
     stage = fast_copy(model, edge, dtype)
     follower = Follower(layout, edge, stage)
     measured = Moments()
-    beside = {n: w - {Statistic.RAW} for n, w in wanted.items() if n not in scores}  # those it does not gather
+    beside = {
+        n: w - {Statistic.RAW} for n, w in wanted.items() if n not in scores
+    }  # those it does not gather
     with _probes(measured, layout, list(beside), stage, beside) as probe:
         for batch, target in zip(batches, dense, strict=True):
             probe.mask = batch.mask

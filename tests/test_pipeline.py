@@ -32,7 +32,7 @@ from invariance.pipeline import Sliced, slice_model
 from invariance.plan import plan
 from invariance.recipe import Recipe
 from invariance.run import compress, outcome, run
-from invariance.space import Change
+from invariance.space import Change, Group, Space
 from invariance.verify import logits, relative_error, tolerance
 
 RAW, NORMED, MEAN = Statistic.RAW, Statistic.NORMED, Statistic.MEAN
@@ -610,6 +610,27 @@ def test_a_checkpoint_keeps_its_dtype(tmp_path: Path) -> None:
     report = run(tmp_path / "recipe.yaml", tmp_path / "out", [])
     assert report["model"]["dtype"] == "bfloat16"
     assert {t.dtype for t in load_file(tmp_path / "out/model/model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_refitting_readers_too_brings_predictions_nearer() -> None:
+    """By what they predict on tokens that were not seen: KL from the dense model, three layers deep."""
+    ids = torch.from_numpy(np.load(save_tokens(Path("unseen.npy"), 16, seed=11)))
+    model = dense(num_hidden_layers=4)
+    goal = logits(model, ids).double().log_softmax(-1)
+    loss = {}
+    for refit in ("writers", "both"):
+        small = compress(model, recipe(MLP, HEADS, order="dense_target", refit=refit))
+        loss[refit] = (goal.exp() * (goal - logits(small, ids).double().log_softmax(-1))).sum(-1).mean()
+    assert loss["both"] < loss["writers"]
+
+
+def test_readers_of_an_untouched_stream_stay_as_they_are() -> None:
+    """Nothing is cut before block 1, so what is refit there has nothing to make up for."""
+    step = {"spaces": "mlp.1", "rotate": "permute", "select": {"uniform": {"width": 40}}}
+    found = sliced(recipe(step, order="dense_target")).model
+    before = dense().get_parameter("model.layers.1.self_attn.q_proj.weight")
+    after = found.get_parameter("model.layers.1.stages.0.attention.q.weight")
+    assert relative_error(before, after) < 1e-5
 
 
 @pytest.mark.parametrize("rotate", ["fluctuation", "obs", "ridge_leverage", "permute"])

@@ -421,7 +421,9 @@ def test_an_override_reaches_its_key_and_leaves_the_others(
 ) -> None:
     recipe = parse_recipe(GOOD, overrides=assignments)
     assert at(recipe, path) == value
-    untouched = {"model", "calibrate", "order", "budget", "seed", "steps", "evaluate"} - {path.split(".")[0]}
+    untouched = {"model", "calibrate", "order", "refit", "budget", "seed", "steps", "evaluate"} - {
+        path.split(".")[0]
+    }
     if len(assignments) == 1:
         assert all(getattr(recipe, key) == getattr(BASE, key) for key in untouched)
 
@@ -660,7 +662,17 @@ def test_what_is_read_can_be_written_and_read_again(data: dict[str, Any]) -> Non
 def test_a_recipe_is_written_in_full_and_in_the_order_of_its_fields() -> None:
     written = parse_recipe(GOOD).to_dict()
     assert written["evaluate"] == [{"perplexity": {"data": "wikitext2", "split": "validation", "batch": 8}}]
-    assert list(written) == ["model", "calibrate", "order", "budget", "tie", "seed", "steps", "evaluate"]
+    assert list(written) == [
+        "model",
+        "calibrate",
+        "order",
+        "refit",
+        "budget",
+        "tie",
+        "seed",
+        "steps",
+        "evaluate",
+    ]
     assert written["steps"][1] == {
         "spaces": ["mlp", "vo.*"],
         "segments": "global",
