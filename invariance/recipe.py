@@ -201,9 +201,7 @@ class Recipe(_Part):
     model: Word  # a hub id, a folder, a GGUF file or packaged:NAME
     calibrate: Calibrate | None = None  # the data on which moments are measured, as in {data: wikitext2}
     order: Order = "oneshot"  # calibrate before cutting, behind earlier cuts, or towards the dense stream
-    refit: Refit = (
-        "both"  # in order dense_target: what writes the stream (writers), or its readers too (both)
-    )
+    refit: Refit = "both"  # in order dense_target: the stream's writers, or its readers too
     budget: Budget | None = None  # what `select` may spend over all steps, as in {parameters: 0.8}
     tie: Literal["keep", "untie"] = "untie"  # whether tied embeddings stay tied
     seed: Seed = 0  # the seed of all that is random, a whole number from 0
