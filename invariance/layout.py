@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import prod
 
 from torch import nn
@@ -141,6 +142,23 @@ class Layout:
             for n, a in zip(self.shapes[name], self.axes[name], strict=True)
         )
 
+    def _now(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Every space's width."""
+        return {name: space.dim for name, space in self.spaces.items()} | {**widths}
+
+    @cached_property
+    def _products(self) -> Mapping[tuple[str, bool, tuple[str, ...]], int]:
+        """Sizes as products, shortcuts left out: part, whether a matrix, the spaces whose widths multiply → by what."""
+        found: dict[tuple[str, bool, tuple[str, ...]], int] = {}
+        for name, axes in self.axes.items():
+            if not name.endswith(".shortcut"):
+                factor = prod(
+                    n if a is None else a.heads for n, a in zip(self.shapes[name], axes, strict=True)
+                )
+                key = self.part(name), len(axes) == 2, tuple(a.space for a in axes if a is not None)
+                found[key] = found.get(key, 0) + factor
+        return found
+
     def part(self, name: str) -> str:
         """Which of Parameters' fields a weight counts towards."""
         if name.startswith(tuple(f"{e}." for e in self.architecture.embed)):
@@ -155,9 +173,9 @@ class Layout:
         """What a choice of widths stores. ``segments``: which points of the stream share a basis, by equal values."""
         segments = segments or {}
         count = dict.fromkeys(("embedding", "blocks", "shortcuts", "head"), 0)
-        for name in self.axes:
-            if not name.endswith(".shortcut"):
-                count[self.part(name)] += self._size(name, widths)
+        now = self._now(widths)
+        for (part, _, spaces), factor in self._products.items():
+            count[part] += factor * prod(map(now.__getitem__, spaces))
         for e in self.shortcut_stages(segments):
             count["shortcuts"] += prod(widths.get(p, self.spaces[p].dim) for p in (e.source, e.target))
         return Parameters(**count)
@@ -172,10 +190,11 @@ class Layout:
 
     def flops(self, widths: Mapping[str, int], segments: Mapping[str, object] | None = None) -> int:
         """Per token: two for every entry of a matrix that multiplies it; attention scores and norms are left out."""
+        now = self._now(widths)
         matrices = sum(
-            self._size(name, widths)
-            for name, axes in self.axes.items()
-            if len(axes) == 2 and self.part(name) in ("blocks", "head")
+            factor * prod(map(now.__getitem__, spaces))
+            for (part, matrix, spaces), factor in self._products.items()
+            if matrix and part in ("blocks", "head")
         )
         if self.tied:
             matrices += self._size(f"{self.architecture.embed[0]}.weight", widths)

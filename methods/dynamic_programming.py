@@ -17,6 +17,7 @@ from invariance.space import Space
 from ._spend import Curves, Of, Spectra, fill, measured, predicted, spectral
 
 BINS = 30_000  # into how many steps the savings are divided where whole numbers do not do
+GRID = 128  # of how many widths a space the recursion chooses, evenly spread over those allowed
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class DynamicProgramming(Selector, name="dynamic_programming"):
     is spent where it lowers the loss most.
 
     Guarantee: where one resource is limited, its cost is a sum over the spaces (so: MLPs and heads, no residual stream),
-    and the savings are multiples of 1/30000 of all that can be saved, the widths are optimal for the curves. Savings that
-    are no such multiples are rounded down to them. Where the stream is cut too, or several resources are limited, the
-    widths meet the budget, and are optimal at the prices that the whole model has, resources counted by shares.
+    its savings share a unit that is 1/30000 of all that can be saved or more, and no space has more than 128 allowed
+    widths, the widths are optimal for the curves. Else savings are rounded down to such units, and 128 widths of each
+    space are compared. Where the stream is cut too, or several resources are limited, the widths meet the budget, and are
+    optimal at the prices that the whole model has, resources counted by shares.
 
     Source: the allocation problem of Shoham and Gersho 1988 (rate-distortion with arbitrary curves), solved by Bellman's
     recursion, as ZipLM, Kurtic et al. 2023, arXiv:2302.04089, section 3.2, does for structures of a network.
@@ -69,7 +71,7 @@ class DynamicProgramming(Selector, name="dynamic_programming"):
 
 def _cheapest(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
     """The widths of the smallest saving that meets the budget, by the recursion."""
-    allowed = {s: cost.widths[s][::-1] for s in curves}  # the widest first: it wins ties
+    allowed = {s: _grid(cost.widths[s][::-1]) for s in curves}  # the widest first: it wins ties
     saved = _savings(allowed, cost)
     most = sum(max(column) for column in saved.values())
     least_loss = np.full(most + 1, np.inf)
@@ -95,6 +97,13 @@ def _cheapest(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
 
     widths = at(bisect_left(range(most), True, key=lambda S: cost(at(S)) <= budget))
     return widths if cost(widths) <= budget else {s: ks[-1] for s, ks in allowed.items()}
+
+
+def _grid(widths: tuple[int, ...]) -> tuple[int, ...]:
+    """All of the widths, or as many as the grid has, both ends among them."""
+    if len(widths) <= GRID:
+        return widths
+    return tuple(widths[n * (len(widths) - 1) // (GRID - 1)] for n in range(GRID))
 
 
 def _savings(allowed: Mapping[Space, tuple[int, ...]], cost: Bill) -> dict[Space, list[int]]:

@@ -25,8 +25,8 @@ class Greedy(Selector, name="greedy"):
     when a step comes up and only then: a step whose price fell since is taken late, one whose price rose is not taken
     early. The last step is no longer than the budget asks.
 
-    Source: Ashkboos et al. 2024 (SliceGPT), arXiv:2401.15024, as reviewers of it describe its non-uniform variant:
-    truncation error per parameter removed, or a scan with validation in the loop.
+    Source: the non-uniform variant that a review of SliceGPT (Ashkboos et al. 2024, arXiv:2401.15024) proposes: least
+    truncation error per parameter removed, or a scan with validation in the loop. Lazy prices: Minoux 1978.
     """
 
     loss: Literal["spectra", "measured"] = (

@@ -43,6 +43,10 @@ class OBS(Rotator, name="obs"):
     def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
         return statistics(self.metric)
 
+    @property
+    def nats(self) -> bool:  # type: ignore[override]
+        return self.metric == "fisher"
+
     def fit(self, space: Space, moments: Moments) -> Basis:
         C, G = weighing(space, moments, self.metric)
         inverse = torch.linalg.inv(damped(C, self.ridge))

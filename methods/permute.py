@@ -29,6 +29,10 @@ class Permute(Rotator, name="permute"):
     def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
         return statistics(self.metric)
 
+    @property
+    def nats(self) -> bool:  # type: ignore[override]
+        return self.metric == "fisher"
+
     def fit(self, space: Space, moments: Moments) -> Basis:
         C, G = weighing(space, moments, self.metric)
         energy = C.diagonal(dim1=-2, dim2=-1) * G.diagonal(dim1=-2, dim2=-1)
