@@ -102,10 +102,11 @@ class Architecture:
             model.get_submodule(self.head).weight = model.get_parameter(f"{self.embed[0]}.weight")
         return model
 
-    def origin(self, i: int, s: int) -> dict[str, str]:
-        """Our full name of each weight's module in stage s of block i → the family's."""
+    def origin(self, i: int, s: int, layer: int | None = None) -> dict[str, str]:
+        """Our full name of each weight's module in stage s of block i → the family's, in layer i or another."""
+        layer = i if layer is None else layer
         return {
-            f"{self.blocks}.{i}.stages.{s}.{ours}": f"{self.blocks}.{i}.{theirs}"
+            f"{self.blocks}.{i}.stages.{s}.{ours}": f"{self.blocks}.{layer}.{theirs}"
             for ours, theirs in self.stages[s].names().items()
         }
 

@@ -40,6 +40,8 @@ def canonicalize(model: PreTrainedModel, *, fold: bool, tie: str = "untie") -> L
         for edge in layout.edges:
             stage = model.get_submodule(edge.stage)
             assert isinstance(stage, Stage)
+            if stage.norm is None:
+                continue
             readers = [
                 getattr(b, n) for b in stage.branches for n in ("q", "k", "v", "gate", "up") if hasattr(b, n)
             ]

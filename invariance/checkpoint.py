@@ -112,11 +112,19 @@ def wrap(
 ) -> InvarianceForCausalLM:
     """A restructured, changed model as one that saves and loads; ``original`` is the config it came with."""
     now = label(inner)
+
+    def kept(name: str, k: int) -> bool:  # spaces of a branch that is gone go without saying
+        return k > 0 or name in layout.branches.values()
+
     config = InvarianceConfig(
         original=original.to_dict(),
         folded=layout.folded,
         tie=tie,
-        widths={name: s.dim for name, s in now.spaces.items() if s.dim != layout.spaces[name].dim},
+        widths={
+            name: k
+            for name, k in layout.widths(now).items()
+            if k != layout.spaces[name].dim and kept(name, k)
+        },
         shortcuts=sorted(now.shortcuts),
         biases=now.added_biases(layout),
         dtype=str(inner.dtype).removeprefix("torch."),
@@ -143,7 +151,7 @@ def _shaped(config: InvarianceConfig) -> PreTrainedModel:
         stage = inner.get_submodule(edge.stage)
         assert isinstance(stage, Stage)
         shape = (now.spaces[edge.source].dim, now.spaces[edge.target].dim)
-        like = next(stage.parameters())
+        like = next(inner.parameters())
         empty = torch.empty(shape, dtype=like.dtype, device=like.device)
         stage.shortcut = nn.Parameter(empty) if edge.stage in config.shortcuts else None
     return inner

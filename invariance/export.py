@@ -25,7 +25,7 @@ def stock(
     the result computes anything else: give it the model in float64, before the one cast.
     """
     now = label(model)
-    widths = {name: space.dim for name, space in now.spaces.items()}
+    widths = layout.widths(now)
     why = obstacle(layout, widths, len(now.shortcuts), dense.centred, len(now.added_biases(layout)))
     if why is not None:
         return None, why
@@ -59,8 +59,14 @@ def obstacle(
     ``layout`` is that of the canonical form, ``centred`` whether the original's norms subtract the mean, ``biases``
     whether readers got biases that they had not.
     """
+    blocks = layout.blocks(widths)
+    for branch, space in layout.branches.items():
+        if not layout.width(space, widths) and int(space.split(".")[1]) in blocks:
+            return f"block {space.split('.')[1]} has lost its {branch.rpartition('.')[2]} and not all else"
+    if not blocks:
+        return "no block is left"
     for kind in KINDS:
-        found = {widths.get(n, s.dim) for n, s in layout.spaces.items() if s.kind == kind}
+        found = _widths(layout, widths, kind, blocks)
         if len(found) > 1:
             return f"{kind} widths differ from layer to layer ({min(found)} to {max(found)})"
     if shortcuts:
@@ -78,7 +84,17 @@ def obstacle(
 
 
 def _by_kind(layout: Layout, widths: Mapping[str, int]) -> dict[str, int]:
-    return {s.kind: widths.get(n, s.dim) for n, s in layout.spaces.items()}
+    blocks = layout.blocks(widths)
+    return {kind: k for kind in KINDS for k in _widths(layout, widths, kind, blocks)}
+
+
+def _widths(layout: Layout, widths: Mapping[str, int], kind: str, blocks: list[int]) -> set[int]:
+    """The widths that spaces of a kind have in the blocks that are left, and along the whole stream."""
+    return {
+        layout.width(n, widths)
+        for n, s in layout.spaces.items()
+        if s.kind == kind and (kind == "residual" or int(n.split(".")[1]) in blocks)
+    }
 
 
 def _config(
@@ -92,6 +108,14 @@ def _config(
         values.pop(key, None)
     values |= {key: each[kind] for kind, key in layout.architecture.widths}
     values["head_dim"] = each["vo"]
+    group = next(s for s in layout.spaces.values() if s.kind == "heads")
+    values["num_attention_heads"] = values["num_attention_heads"] * each["heads"] // group.dim
+    if values.get("num_key_value_heads"):
+        values["num_key_value_heads"] = each["heads"]
+    blocks = layout.blocks(widths)
+    values["num_hidden_layers"] = len(blocks)
+    if values.get("layer_types"):
+        values["layer_types"] = [values["layer_types"][i] for i in blocks]
     values["tie_word_embeddings"] = layout.tied
     if layout.folded:
         values["rms_norm_eps"] = original.rms_norm_eps * d / k
@@ -108,22 +132,22 @@ def _weights(model: PreTrainedModel, layout: Layout, now: Layout) -> dict[str, T
     """The model's weights under the family's own names."""
     arch = layout.architecture
     names: dict[str, str] = {}
-    for edge in layout.edges:
-        names |= arch.origin(edge.block, int(edge.source.split(".")[2]))
+    stages = now.stages({})
+    edges, blocks = [e for e in now.edges if e.stage in stages], now.blocks({})
+    for edge in edges:
+        names |= arch.origin(edge.block, int(edge.source.split(".")[2]), blocks.index(edge.block))
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         if leaf in ("weight", "bias"):
             weights[f"{names.get(path, path)}.{leaf}"] = parameter.detach()
-    norms = {f"{e.stage}.norm": names[f"{e.stage}.norm"] for e in layout.edges} | {
-        arch.final_norm: arch.final_norm
-    }
+    norms = {f"{e.stage}.norm": names[f"{e.stage}.norm"] for e in edges} | {arch.final_norm: arch.final_norm}
     for path, theirs in norms.items():
         norm = model.get_submodule(path)
         assert isinstance(norm, Norm)
         weights.pop(f"{theirs}.bias", None)
         k = now.spaces[layout.points[-1]].dim
-        like = next(model.get_submodule(layout.edges[0].stage).parameters())
+        like = next(model.parameters())
         if norm.gain is not None:
             weights[f"{theirs}.weight"] = norm.gain.detach()
         elif layout.folded:

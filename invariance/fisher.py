@@ -97,10 +97,10 @@ def moment(model: PreTrainedModel, layout: Layout, space: Space, known: Moments)
     it, F that of the point that they write. Raises KeyError where that one was not measured."""
     if space.kind == "residual":
         return known.known[space.name, Statistic.FISHER]
-    total = torch.zeros(space.copies, space.dim, space.dim, dtype=torch.float64)
+    total = torch.zeros(space.copies, space.seen, space.seen, dtype=torch.float64)
     for (name, i), point in zip(layout.readers(space.name), layout.written_behind(space.name), strict=True):
         F = known.known[point, Statistic.FISHER].mean[0]
         W = rearrange(model.get_parameter(name).double().movedim(i, -1).cpu(), "o (c r d) -> c r o d",
-                      c=space.copies, d=space.dim)  # fmt: skip
+                      c=space.copies, d=space.seen)  # fmt: skip
         total += einsum(W, F @ W, "c r o d, c r o e -> c d e")
     return Moment(total, 1)

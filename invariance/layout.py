@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
-from functools import cached_property
 from math import prod
 
 from torch import nn
@@ -17,7 +16,7 @@ from .architecture import Architecture
 from .families import architecture
 from .space import Group, Space
 
-KINDS = ("residual", "mlp", "vo", "qk")
+KINDS = ("residual", "mlp", "vo", "qk", "heads")
 
 
 class Role(Enum):
@@ -30,11 +29,20 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis of a weight: ``heads`` runs of the space's dim; with more heads than copies, neighbours share one."""
+    """One axis of a weight: ``heads`` runs of the space's dim; with more heads than copies, neighbours share one.
+
+    ``outer`` is the same axis as one of the space whose directions are the runs, neighbours making one direction.
+    """
 
     space: str
     role: Role
     heads: int = 1
+    outer: Axis | None = None
+
+    @property
+    def spaces(self) -> tuple[Axis, ...]:
+        """The axis as one of each space that it lies in."""
+        return (self,) if self.outer is None else (self, self.outer)
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,7 @@ class Layout:
     axes: Mapping[str, tuple[Axis | None, ...]]
     shapes: Mapping[str, tuple[int, ...]]
     edges: tuple[Edge, ...]
+    branches: Mapping[str, str]  # a branch of a stage → the space that it vanishes with
     shortcuts: frozenset[str]  # stages that carry one already
     tied: bool
     centred: bool
@@ -112,9 +121,54 @@ class Layout:
         return [
             (name, i)
             for name, axes in self.axes.items()
-            for i, a in enumerate(axes)
-            if a is not None and a.space == space and a.role is Role.READ and len(axes) > 1
+            for i, axis in enumerate(axes)
+            for a in (axis.spaces if axis is not None else ())
+            if a.space == space and a.role is Role.READ and len(axes) > 1
         ]
+
+    def width(self, space: str, widths: Mapping[str, int]) -> int:
+        """The width of a space in a choice of widths, which leaves out those that keep theirs."""
+        return widths.get(space, self.spaces[space].dim)
+
+    def widths(self, now: Layout) -> dict[str, int]:
+        """The widths of this model's spaces in a later layout of it, 0 where their branch is gone."""
+        return {n: now.spaces[n].dim if n in now.spaces else 0 for n in self.spaces}
+
+    def blocks(self, widths: Mapping[str, int]) -> list[int]:
+        """The numbers of the blocks that still have a branch."""
+        left = self.stages(widths)
+        return sorted({e.block for e in self.edges if e.stage in left})
+
+    def stages(self, widths: Mapping[str, int]) -> list[str]:
+        """The stages that still have a branch."""
+        left = {b.rpartition(".")[0] for b, space in self.branches.items() if self.width(space, widths)}
+        return [e.stage for e in self.edges if e.stage in left]
+
+    def gone(self, widths: Mapping[str, int]) -> tuple[str, ...]:
+        """How the names of weights begin that go: branches of width 0, and the norms of stages with no other."""
+        lost = [f"{b}." for b, space in self.branches.items() if not self.width(space, widths)]
+        left = self.stages(widths) if lost else ()
+        return (*lost, *(f"{e.stage}.norm." for e in self.edges if lost and e.stage not in left))
+
+    def _length(self, axis: Axis, widths: Mapping[str, int]) -> int:
+        """How long an axis is: its runs, fewer where their groups are fewer, times the width of each."""
+        runs = axis.heads
+        if axis.outer is not None:
+            groups = self.spaces[axis.outer.space].dim
+            runs = runs // groups * self.width(axis.outer.space, widths)
+        return runs * self.width(axis.space, widths)
+
+    def _sizes(self, widths: Mapping[str, int]) -> dict[str, int]:
+        """Weight → how many numbers it stores; those that go are left out."""
+        gone = self.gone(widths)
+        return {
+            name: prod(
+                n if a is None else self._length(a, widths)
+                for n, a in zip(self.shapes[name], axes, strict=True)
+            )
+            for name, axes in self.axes.items()
+            if not name.startswith(gone)
+        }
 
     def written_behind(self, space: str) -> list[str]:
         """The points of the stream that what reads a space writes; a point itself. None for queries and keys."""
@@ -136,29 +190,6 @@ class Layout:
         """The biases that linear layers have got since an earlier layout of the model."""
         return sorted(n for n in self.shapes.keys() - before.shapes.keys() if n.endswith(".bias"))
 
-    def _size(self, name: str, widths: Mapping[str, int]) -> int:
-        return prod(
-            n if a is None else a.heads * widths.get(a.space, self.spaces[a.space].dim)
-            for n, a in zip(self.shapes[name], self.axes[name], strict=True)
-        )
-
-    def _now(self, widths: Mapping[str, int]) -> dict[str, int]:
-        """Every space's width."""
-        return {name: space.dim for name, space in self.spaces.items()} | {**widths}
-
-    @cached_property
-    def _products(self) -> Mapping[tuple[str, bool, tuple[str, ...]], int]:
-        """Sizes as products, shortcuts left out: part, whether a matrix, the spaces whose widths multiply → by what."""
-        found: dict[tuple[str, bool, tuple[str, ...]], int] = {}
-        for name, axes in self.axes.items():
-            if not name.endswith(".shortcut"):
-                factor = prod(
-                    n if a is None else a.heads for n, a in zip(self.shapes[name], axes, strict=True)
-                )
-                key = self.part(name), len(axes) == 2, tuple(a.space for a in axes if a is not None)
-                found[key] = found.get(key, 0) + factor
-        return found
-
     def part(self, name: str) -> str:
         """Which of Parameters' fields a weight counts towards."""
         if name.startswith(tuple(f"{e}." for e in self.architecture.embed)):
@@ -173,9 +204,9 @@ class Layout:
         """What a choice of widths stores. ``segments``: which points of the stream share a basis, by equal values."""
         segments = segments or {}
         count = dict.fromkeys(("embedding", "blocks", "shortcuts", "head"), 0)
-        now = self._now(widths)
-        for (part, _, spaces), factor in self._products.items():
-            count[part] += factor * prod(map(now.__getitem__, spaces))
+        for name, size in self._sizes(widths).items():
+            if not name.endswith(".shortcut"):
+                count[self.part(name)] += size
         for e in self.shortcut_stages(segments):
             count["shortcuts"] += prod(widths.get(p, self.spaces[p].dim) for p in (e.source, e.target))
         return Parameters(**count)
@@ -190,19 +221,26 @@ class Layout:
 
     def flops(self, widths: Mapping[str, int], segments: Mapping[str, object] | None = None) -> int:
         """Per token: two for every entry of a matrix that multiplies it; attention scores and norms are left out."""
-        now = self._now(widths)
+        sizes = self._sizes(widths)
         matrices = sum(
-            factor * prod(map(now.__getitem__, spaces))
-            for (part, matrix, spaces), factor in self._products.items()
-            if matrix and part in ("blocks", "head")
+            size
+            for name, size in sizes.items()
+            if len(self.axes[name]) == 2 and self.part(name) in ("blocks", "head")
         )
         if self.tied:
-            matrices += self._size(f"{self.architecture.embed[0]}.weight", widths)
+            matrices += sizes[f"{self.architecture.embed[0]}.weight"]
         return 2 * (matrices + self.parameters(widths, segments).shortcuts)
 
     def kv_entries(self, widths: Mapping[str, int]) -> int:
         """How many numbers a cache holds per token: keys and values of every layer."""
-        return sum(s.copies * widths.get(n, s.dim) for n, s in self.spaces.items() if s.kind in ("vo", "qk"))
+        gone = self.gone(widths)
+        return sum(
+            self._length(a, widths)
+            for name, axes in self.axes.items()
+            for a in axes
+            if a is not None and a.outer is not None and a.role is Role.WRITE and len(axes) == 2
+            if not name.startswith(gone)
+        )
 
 
 def label(model: PreTrainedModel) -> Layout:
@@ -213,6 +251,7 @@ def label(model: PreTrainedModel) -> Layout:
     spaces: dict[str, Space] = {}
     axes: dict[str, tuple[Axis | None, ...]] = {}
     edges: list[Edge] = []
+    branches: dict[str, str] = {}
     rotary = 0 if arch.rotary is None else 2 * model.get_submodule(arch.rotary).inv_freq.numel()  # type: ignore
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}  # each tied tensor once
 
@@ -232,6 +271,10 @@ def label(model: PreTrainedModel) -> Layout:
         spaces[point] = Space(point, "residual", width, group)
 
     points = [(i, s) for i, b in enumerate(blocks) for s in range(len(b.stages))]  # type: ignore[arg-type]
+    head = model.get_submodule(arch.head)
+    assert isinstance(head, nn.Linear)
+    end: int = final[1].in_features if isinstance(final, nn.Sequential) else head.in_features  # type: ignore
+    width = _stream_widths([model.get_submodule(f"{arch.blocks}.{i}.stages.{s}") for i, s in points], end)
     for n, (i, s) in enumerate(points):
         path, point = f"{arch.blocks}.{i}.stages.{s}", f"x.{i}.{s}"
         after = "x.{}.{}".format(*points[n + 1]) if n + 1 < len(points) else f"x.{len(blocks)}.0"
@@ -244,40 +287,41 @@ def label(model: PreTrainedModel) -> Layout:
                 axes[f"{path}.{name}"] = (None,)
         if f"{path}.shortcut" in shapes:
             axes[f"{path}.shortcut"] = (read, write)
+        stream(point, width[n])
         if (a := stage.attention) is not None:
-            stream(point, a.q.in_features)
             qk, vo = a.k.out_features // a.kv_heads, a.v.out_features // a.kv_heads
             group = Group.ROTARY if rotary else Group.INVERTIBLE
             spaces[f"qk.{i}"] = Space(f"qk.{i}", "qk", qk, group, a.kv_heads, rotary)
             spaces[f"vo.{i}"] = Space(f"vo.{i}", "vo", vo, Group.INVERTIBLE, a.kv_heads)
-            put(f"{path}.attention.q", Axis(f"qk.{i}", Role.READ, a.heads), read)
-            put(f"{path}.attention.k", Axis(f"qk.{i}", Role.WRITE, a.kv_heads), read)
-            put(f"{path}.attention.v", Axis(f"vo.{i}", Role.WRITE, a.kv_heads), read)
-            put(f"{path}.attention.out", write, Axis(f"vo.{i}", Role.READ, a.heads))
+            name, grain = f"heads.{i}", a.heads // a.kv_heads * vo
+            spaces[name] = Space(name, "heads", a.kv_heads, Group.PERMUTATION, grain=grain)
+            branches[f"{path}.attention"] = name
+            made, mixed = Axis(name, Role.WRITE), Axis(name, Role.READ)
+            put(f"{path}.attention.q", Axis(f"qk.{i}", Role.READ, a.heads, made), read)
+            put(f"{path}.attention.k", Axis(f"qk.{i}", Role.WRITE, a.kv_heads, made), read)
+            put(f"{path}.attention.v", Axis(f"vo.{i}", Role.WRITE, a.kv_heads, made), read)
+            put(f"{path}.attention.out", write, Axis(f"vo.{i}", Role.READ, a.heads, mixed))
         if (m := stage.mlp) is not None:
-            stream(point, m.up.in_features)
+            branches[f"{path}.mlp"] = f"mlp.{i}"
             spaces[f"mlp.{i}"] = Space(f"mlp.{i}", "mlp", m.up.out_features, _mlp_group(m))
             put(f"{path}.mlp.gate", Axis(f"mlp.{i}", Role.GATE), read)
             put(f"{path}.mlp.up", Axis(f"mlp.{i}", Role.WRITE), read)
             put(f"{path}.mlp.down", write, Axis(f"mlp.{i}", Role.READ))
     first, last = edges[0].source, edges[-1].target
-    head = model.get_submodule(arch.head)
-    assert isinstance(head, nn.Linear)
+    stream(last, end)
     for embedding in arch.embed:
         axes[f"{embedding}.weight"] = (None, Axis(first, Role.WRITE))
     tied = f"{arch.head}.weight" not in shapes
-    mixed = isinstance(
+    behind = isinstance(
         final, nn.Sequential
     )  # a tied head behind a k×k matrix: the table's own basis is x.0.0's
     if isinstance(final, nn.Sequential):
-        stream(last, final[1].in_features)  # type: ignore[arg-type]
         put(f"{arch.final_norm}.1", Axis(first, Role.READ), Axis(last, Role.READ))
     else:
-        stream(last, head.in_features)
         for name in ("gain", "bias"):
             if f"{arch.final_norm}.{name}" in shapes:
                 axes[f"{arch.final_norm}.{name}"] = (None,)
-    put(arch.head, None, None if mixed else Axis(last, Role.READ))
+    put(arch.head, None, None if behind else Axis(last, Role.READ))
     missing = shapes.keys() - axes.keys()
     assert not missing, f"weights without a label: {sorted(missing)}"
     return Layout(
@@ -286,11 +330,27 @@ def label(model: PreTrainedModel) -> Layout:
         axes=axes,
         shapes=shapes,
         edges=tuple(edges),
+        branches=branches,
         shortcuts=frozenset(e.stage for e in edges if f"{e.stage}.shortcut" in shapes),
         tied=tied,
         centred=norm.centred,
         folded=folded,
     )
+
+
+def _stream_widths(stages: Sequence[nn.Module], end: int) -> list[int]:
+    """The stream's width before each stage, behind all of which it is ``end``; a stage may have no branch left."""
+    widths: list[int] = []
+    for stage in reversed(stages):
+        assert isinstance(stage, modules.Stage)
+        if stage.attention is not None:
+            end = stage.attention.q.in_features
+        elif stage.mlp is not None:
+            end = stage.mlp.up.in_features
+        elif stage.shortcut is not None:
+            end = stage.shortcut.shape[0]
+        widths.append(end)
+    return widths[::-1]
 
 
 def layout_of(config: PretrainedConfig, *, fold: bool = False, tie: str = "untie") -> Layout:

@@ -62,6 +62,10 @@ class Attention(nn.Module):
         self.dropout: float = float(getattr(origin, "attention_dropout", 0.0))
         self.is_causal = True
 
+    def keep_groups(self, k: int) -> None:
+        """As many KV groups as its weights have now."""
+        self.heads, self.kv_heads = k * self.num_key_value_groups, k
+
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, position_embeddings: Any = None,
                 past_key_values: Any = None, **kwargs: Any) -> Tensor:  # fmt: skip
         q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.heads)
@@ -116,10 +120,10 @@ class Stage(nn.Module):
     """x ↦ shortcut(x) + Σ branch(norm(x)): one step of the residual stream. A parallel block has one, of two branches.
 
     ``shortcut`` (source width, target width) carries x from this stage's basis to the next one's; None where the
-    two are the same.
+    two are the same. A stage without branches has no norm either and passes the stream on.
     """
 
-    def __init__(self, norm: Norm, attention: Attention | None, mlp: Mlp | None) -> None:
+    def __init__(self, norm: Norm | None, attention: Attention | None, mlp: Mlp | None) -> None:
         super().__init__()
         self.norm, self.attention, self.mlp = norm, attention, mlp
         self.shortcut: nn.Parameter | None = None
@@ -128,14 +132,22 @@ class Stage(nn.Module):
     def branches(self) -> list[nn.Module]:
         return [b for b in (self.attention, self.mlp) if b is not None]
 
+    def drop(self, branch: str) -> None:
+        """Let a branch go, by its name, and with the last one the norm."""
+        setattr(self, branch, None)
+        if not self.branches:
+            self.norm = None
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the branches compute in; the stream itself may be kept in a finer one."""
         return next(self.branches[0].parameters()).dtype
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        h = self.norm(x).to(self.dtype)
         y = x if self.shortcut is None else x @ self.shortcut.to(x.dtype)
+        if self.norm is None:
+            return y
+        h = self.norm(x).to(self.dtype)
         for branch in self.branches:
             y = y + branch(h, **kwargs)
         return y

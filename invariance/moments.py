@@ -130,12 +130,10 @@ def real_tokens(x: Float[Tensor, "B T d"], mask: Bool[Tensor, "B T"] | None) -> 
 @torch.no_grad()
 def reader_moment(model: PreTrainedModel, layout: Layout, space: Space) -> Moment:
     """Σ WᵀW over the weights that read a space, per copy: how much each direction weighs with its readers."""
-    total = torch.zeros(space.copies, space.dim, space.dim, dtype=torch.float64)
+    total = torch.zeros(space.copies, space.seen, space.seen, dtype=torch.float64)
     for name, i in layout.readers(space.name):
-        axis = layout.axes[name][i]
-        assert axis is not None
         W = model.get_parameter(name).double().movedim(i, -1).flatten(0, -2).cpu()
-        total += outer(rearrange(W, "n (c r d) -> c (n r) d", c=space.copies, r=axis.heads // space.copies))
+        total += outer(rearrange(W, "n (c r d) -> c (n r) d", c=space.copies, d=space.seen))
     return Moment(total, 1)
 
 

@@ -110,6 +110,7 @@ class _Run:
             moments = self._calibrate(walk.together(plan.wanted(), plan.compared))
             self._fit(plan.units, moments)
             chosen = self._allocate(moments, self._influence(moments))
+            plan.check_attention(chosen)
             certificate = self._certify()
             with timed(self.seconds, "slice"):
                 for unit in plan.units:
@@ -123,6 +124,7 @@ class _Run:
             moments = self._calibrate({m: n for m, n in plan.wanted().items() if self.unit_of[m] in ahead})
             self._fit(ahead, moments)
             chosen = self._allocate(moments, influence) if widths is None else widths
+            plan.check_attention(chosen)
             self._forget_all_but_shared()
             self._walk_sequentially(moments, chosen)
             certificate = self._certify()
@@ -142,11 +144,11 @@ class _Run:
         assert self.plan.recipe.calibrate is not None and self.tokens is not None
         where = self.plan.recipe.where("calibrate")
         count, sequences = int(self.tokens.mask.sum()), len(self.tokens.ids)
-        widest = max((self.unit_of[n].space for n in self.plan.wanted()), key=lambda s: s.dim, default=None)
-        if widest is not None and count < widest.dim:
+        widest = max((self.unit_of[n].space for n in self.plan.wanted()), key=lambda s: s.seen, default=None)
+        if widest is not None and count < widest.seen:
             raise InputError(
-                f"{where}: {count} tokens cannot tell the {widest.dim} directions of space "
-                f"'{widest.name}' apart. Calibrate on at least {widest.dim} tokens; {8 * widest.dim} and more are better."
+                f"{where}: {count} tokens cannot tell the {widest.seen} directions of space "
+                f"'{widest.name}' apart. Calibrate on at least {widest.seen} tokens; {8 * widest.seen} and more are better."
             )
         if self.plan.follows and sequences < HELD_OUT:
             raise InputError(
@@ -285,6 +287,8 @@ class _Run:
     def _cut(self, unit: Unit, moments: Moments, widths: Widths) -> Change:
         basis = self.bases[unit.space.name]
         k = widths[unit.space.name]
+        if not k:
+            return Change.empty(unit.space, 0)
         if unit.slice is None or k == unit.space.dim:
             return Change.rotation(basis.A)  # what was certified
         return unit.slice.cut(unit.space, basis, k, self._moments_of(unit, moments))
@@ -314,8 +318,8 @@ class _Run:
         if self.plan.reads_tokens:
             batches, dtype = self._batches()
         walk.sequential(self.model, self.layout, batches, wanted, dtype, decide,
-                        follow=self.plan.follows,
-                        readers=self.plan.recipe.refit == "both", progress=self.progress)  # fmt: skip
+                        follow=self.plan.follows, readers=self.plan.recipe.refit == "both",
+                        stay=self.layout.stages(widths), progress=self.progress)  # fmt: skip
         spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import TypeVar
@@ -79,12 +79,17 @@ class Demand:
         found = [influence[min(int(m.split(".")[1]), len(influence) - 1)] for m in self.members]
         return sum(found) / len(found)
 
-    def allowed(self, blocks: int) -> tuple[int, ...]:
-        """The widths that a selector may choose, ascending."""
+    def allowed(self, blocks: int, vanishing: Container[str]) -> tuple[int, ...]:
+        """The widths that a selector may choose, ascending; 0 for ``vanishing`` spaces alone."""
         c, d = self.constraints, self.space.dim
         if any(_protected(m, blocks, c) for m in self.members):
             return (d,)
         low, high = (int(x * d + 1e-9) if isinstance(x, float) else min(x, d) for x in (c.min, c.max))
+        if c.min == 0 and any(m not in vanishing for m in self.members):
+            raise InputError(
+                f"no branch vanishes with space '{self.space.name}', so its width cannot be 0. Use `min: 1`, or limit "
+                "the step to `mlp` and `heads`."
+            )
         found = {k for k in range(0, d + 1, c.multiple_of) if low <= k <= high and (k or c.min == 0)}
         found |= {d} if high == d else set()
         if not found:
@@ -181,7 +186,7 @@ class Plan:
         if not (stock and self.layout.folded):
             return count
         k = widths.get(self.layout.points[-1], self.layout.spaces[self.layout.points[-1]].dim)
-        return replace(count, blocks=count.blocks + self.layout.depth * k, head=count.head + k)
+        return replace(count, blocks=count.blocks + len(self.layout.stages(widths)) * k, head=count.head + k)
 
     def amount(self, resource: str, widths: Widths) -> int:
         """What a choice of widths spends of a resource that a budget can limit."""
@@ -230,6 +235,16 @@ class Plan:
         known = [n for n in losses if n is not None]
         return Predicted(kept, sum(known)) if len(known) == len(losses) else kept
 
+    def check_attention(self, widths: Widths) -> None:
+        """Raises InputError where no attention would be left, on whose cache generation counts its tokens."""
+        heads = [n for n, s in self.layout.spaces.items() if s.kind == "heads"]
+        if not any(self.layout.width(n, widths) for n in heads):
+            step = next(u.step for u in self.units if u.space.name in heads)
+            raise InputError(
+                f"{self.recipe.where('steps', step, 'select')}: no attention would be left, and a model that mixes no "
+                "tokens cannot generate. Keep one: `widths: {protect: {first: 1}}`."
+            )
+
     def _bill(self, demands: list[Demand], kept: Widths, loss: Loss | None,
               influence: Sequence[float] | None) -> Bill:  # fmt: skip
         """What widths of some demands cost, all others as they are kept."""
@@ -249,7 +264,7 @@ class Plan:
         return Bill(
             amounts={r: partial(spent, r) for r in limits or ("parameters",)},
             limits={r: int(share * dense[r]) for r, share in limits.items()},
-            widths={d.space: d.allowed(self.blocks) for d in demands},
+            widths={d.space: d.allowed(self.blocks, self.layout.branches.values()) for d in demands},
             loss=None if loss is None else lambda w: loss(named(w)),
             influence=None if influence is None else {d.space: d.mean(influence) for d in demands},
         )
@@ -312,9 +327,9 @@ def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
             f"{recipe.where('steps', min(spending.values()), 'select')}: this selector spends a budget, and the "
             "recipe has none. Add `budget: {parameters: 0.8}`, or give a width."
         )
-    if (
-        result.allocate(None) is None
-    ):  # whether a budget can be met hangs on no spectrum: ask before calibrating
+    if (fixed := result.allocate(None)) is not None:
+        result.check_attention(fixed)
+    else:  # whether a budget can be met hangs on no spectrum: ask before calibrating
         result.allocate({u.space.name: torch.ones(u.space.copies, u.space.dim) for u in units})
     return result
 
@@ -361,7 +376,7 @@ def _check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
     if not space.admits(rotator.produces):
         raise InputError(
             f"{where}: rotator '{rotator.name}' makes bases of the group '{rotator.produces.value}'; space "
-            f"'{space.name}' admits '{space.group.value}' only, because {space.group.why}. "
+            f"'{space.name}' admits '{space.group.value}' only, because {space.why}. "
             f"Use a rotator of that group for this step, or limit it to other spaces."
         )
     if space.kind not in rotator.kinds:

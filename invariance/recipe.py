@@ -27,7 +27,13 @@ from .named_methods import METHODS, choices, described, named
 from .overrides import override
 from .yaml_text import MAX_BYTES, Located, located, parse, safe_yaml, show
 
-SPACES = {"residual": "x", "mlp": "mlp", "vo": "vo", "qk": "qk"}  # a kind, and how names of its spaces begin
+SPACES = {
+    "residual": "x",
+    "mlp": "mlp",
+    "vo": "vo",
+    "qk": "qk",
+    "heads": "heads",
+}  # a kind, and how names of its spaces begin
 
 # The comment that ends a field's line is its description, in messages and in the JSON Schema.
 
@@ -134,7 +140,7 @@ Segments = Annotated[
 class Step(_Part):
     """Spaces, the exact basis they get, and how they are cut."""
 
-    spaces: Spaces  # kinds (residual, mlp, vo, qk), names such as mlp.0, or patterns such as mlp.*
+    spaces: Spaces  # kinds (residual, mlp, vo, qk, heads), names such as mlp.0, or patterns such as mlp.*
     segments: Segments = "global"  # where the stream changes basis: global, block, stage or {every: N}
     slice_head: bool = True  # whether the residual stream is also cut before the head, true or false
     rotate: Rotate = Field(default="identity", validate_default=True)  # which exact basis

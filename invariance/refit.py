@@ -17,7 +17,7 @@ from .interfaces import Statistic
 from .layout import Axis, Edge, Layout, Role
 from .modules import Stage
 from .moments import Moment, Moments, outer, real_tokens
-from .reparametrize import contract
+from .reparametrize import along, contract
 from .space import Change
 
 if TYPE_CHECKING:
@@ -143,11 +143,25 @@ class Follower:
             heads = apart.diagonal(dim1=0, dim2=1).movedim(-1, 0)
             total = reduce(heads, "(c r) d e -> c d e", "sum", c=copies)
             moments.known[w.axis.space, Statistic.RAW] = Moment(total, every.n)
+            if w.axis.outer is not None:
+                moments.known[w.axis.outer.space, Statistic.RAW] = Moment(block[None], every.n)
         return moments
 
     def refit(self, model: PreTrainedModel, changes: Mapping[str, Change], batches: list[Batch]) -> None:
-        """Change the writers of the stage, which were cut by ``changes``, and carry the batches behind it."""
+        """Change the writers of the stage, which were cut by ``changes``, and carry the batches behind it.
+
+        A stage that has no writers left passes them on.
+        """
         self.close()
+        cut = {
+            f"{self.edge.stage}.{name}": module
+            for name, module in _writers(model.get_submodule(self.edge.stage))  # type: ignore[arg-type]
+        }
+        if not cut:
+            for batch in batches:
+                batch.x = self._passed_by(batch.x)
+            self.kept.clear()
+            return
 
         def narrow(T: Tensor, dim: int) -> Tensor:
             parts = T.split([w.width for w in self.writers], dim)
@@ -156,7 +170,6 @@ class Follower:
             )
 
         train, held = (part.along(narrow) for part in self.parts)
-        cut = dict(_writers(model.get_submodule(self.edge.stage)))  # type: ignore[arg-type]
         W = torch.cat([m.weight.double() for m in cut.values()], dim=1)
         bias = torch.zeros_like(W[:, 0])
         for module in cut.values():
@@ -165,10 +178,16 @@ class Follower:
         shrinkage = best_shrinkage(train, held) if held.n else None
         if shrinkage is not None:
             W = W + (train + held).solve(shrinkage).mT
-        parts = W.split([m.in_features for m in cut.values()], dim=1)
-        for w, part in zip(self.writers, parts, strict=True):
-            assign(model, f"{w.name}.weight", part)
-        whole = torch.cat([_uncut(p, w, changes) for p, w in zip(parts, self.writers, strict=True)], dim=1)
+        parts = dict(zip(cut, W.split([m.in_features for m in cut.values()], dim=1), strict=True))
+        for name, part in parts.items():
+            assign(model, f"{name}.weight", part)
+        whole = torch.cat(
+            [
+                _uncut(parts[w.name], w, changes) if w.name in parts else W.new_zeros(len(W), w.width)
+                for w in self.writers
+            ],
+            dim=1,
+        )
         for batch, h in zip(batches, self.kept, strict=True):
             written = nn.functional.linear(h, whole.to(h.dtype), bias.to(h.dtype))
             batch.x = self._passed_by(batch.x) + written
@@ -226,17 +245,17 @@ def _writers(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:
 
 def _cut(T: Tensor, dim: int, w: Writer, changes: Mapping[str, Change]) -> Tensor:
     """Features before a cut → features after it, along one axis."""
-    change = changes.get(w.axis.space)
-    return T if change is None else contract(T, dim, replace(w.axis, role=Role.WRITE), change)
+    for axis, change in along(w.axis, changes):
+        T = contract(T, dim, replace(axis, role=Role.WRITE), change)
+    return T
 
 
 def _uncut(W: Tensor, w: Writer, changes: Mapping[str, Change]) -> Tensor:
     """A weight that reads features after a cut → the one that does the same to features before it."""
-    change = changes.get(w.axis.space)
-    if change is None:
-        return W
-    back = Change(change.encode.mT, change.encode.mT)
-    return contract(W, 1, replace(w.axis, role=Role.WRITE), back)
+    for axis, change in reversed(along(w.axis, changes)):
+        back = Change(change.encode.mT, change.encode.mT)
+        W = contract(W, 1, replace(axis, role=Role.WRITE), back)
+    return W
 
 
 def best_shrinkage(train: Normal, held: Normal, choices: Sequence[float] = SHRINKAGE) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from einops import einsum, rearrange, repeat
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from .canonical import assign
 from .errors import InvarianceError
 from .layout import Axis, Edge, Layout, Role
-from .modules import Stage
+from .modules import Attention, Stage
 from .space import RTOL, Change, Space
 
 _NO_OFFSET = {
@@ -27,24 +28,31 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
 
     Each labelled axis is contracted with the change of its space: writers with ``encode``, readers with ``decode``;
     readers' biases take up W·``offset``. A residual edge whose ends change differently carries D_sᵀ E_t. Applying one
-    change after another is applying their product, so spaces can be changed one at a time.
+    change after another is applying their product, so spaces can be changed one at a time. Changes speak of the copies
+    that the layout has: where KV groups move or go in the same call, the changes of their copies move and go with them.
+    A branch that is cut to width 0 goes with all its weights, and with a stage's last branch its norm; the residual
+    edge stays.
 
     Raises InvarianceError, with nothing changed, for a space that the layout has not, a change of another shape, an
-    offset whose readers do not add it up, or a cut among the pairs that carry rotary positions.
+    offset whose readers do not add it up, a cut among the pairs that carry rotary positions, or KV groups that are mixed.
     """
     _check(layout, changes)
+    _check_cache(model, layout, changes)
+    gone = layout.gone({name: change.width for name, change in changes.items()})
     with torch.no_grad():
         for name, change in changes.items():
             if change.offset is not None:
                 _shift_readers(model, layout, layout.spaces[name], change.offset)
         for name, axes in {**layout.axes, **_new_biases(model, layout)}.items():
-            if name.endswith(".shortcut") or not any(a is not None and a.space in changes for a in axes):
+            changed = any(a.space in changes for axis in axes if axis is not None for a in axis.spaces)
+            if not changed or name.endswith(".shortcut") or name.startswith(gone):
                 continue
             W = model.get_parameter(name).double()
             for i, axis in enumerate(axes):
-                if axis is not None and axis.space in changes:
-                    W = contract(W, i, axis, changes[axis.space])
+                for part, change in [] if axis is None else along(axis, changes):
+                    W = contract(W, i, part, change)
             assign(model, name, W)
+        _resize(model, layout, changes)
         if layout.tied:
             table = model.get_parameter(f"{layout.architecture.embed[0]}.weight")
             head = model.get_submodule(layout.architecture.head)
@@ -61,13 +69,16 @@ def _check(layout: Layout, changes: Mapping[str, Change]) -> None:
             raise InvarianceError(
                 f"the layout has no space '{name}'. `invariance inspect` lists a model's spaces."
             )
-        shape = (space.copies, space.dim, change.width)
-        if change.encode.shape != shape or change.decode.shape != shape:
+        shape, g = (space.copies, space.dim, change.width), space.grain
+        seen = (space.copies, g * space.dim, g * change.width)
+        if change.encode.shape != shape or change.decode.shape not in (shape, seen):
             raise InvarianceError(
                 f"a change of space '{name}' has the shapes {tuple(change.encode.shape)} and "
                 f"{tuple(change.decode.shape)}, where {shape} would fit: (copies, dim, width)."
             )
-        if change.offset is not None and (space.kind in _NO_OFFSET or change.offset.shape != shape[:2]):
+        if change.offset is not None and (
+            space.kind in _NO_OFFSET or change.offset.shape != (space.copies, space.seen)
+        ):
             raise InvarianceError(
                 f"a change of space '{name}' has an offset of shape {tuple(change.offset.shape)}, which cannot be: "
                 f"{_NO_OFFSET.get(space.kind, f'{shape[:2]} would fit')}. Leave it out, or choose another space."
@@ -77,6 +88,40 @@ def _check(layout: Layout, changes: Mapping[str, Change]) -> None:
                 f"a change cuts space '{name}' to {change.width} of the {space.rotary} dims that carry rotary "
                 "positions; the model would turn the wrong pairs. Keep them all."
             )
+        if not change.width and name not in layout.branches.values():
+            raise InvarianceError(
+                f"a change cuts space '{name}' to width 0, and no branch vanishes with it. Keep one direction at least."
+            )
+        E = change.encode
+        if space.kind == "heads" and not (E.is_meta or bool((support(E).sum(-2) == 1).all())):
+            raise InvarianceError(
+                f"a change of space '{name}' mixes KV groups, because {space.why}. Choose among them."
+            )
+
+
+def _check_cache(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
+    """A cache counts the tokens that it holds in its first slot, which a window may make another kind than the rest."""
+    found = [
+        (a.layer_idx, a.sliding_window, changes.get(layout.branches[b]))
+        for b, a in _attentions(model, layout)
+    ]
+    if found and not any(w == min(found)[1] for _, w, change in found if change is None or change.width):
+        raise InvarianceError(
+            "changes take every attention that fills the first slot of a cache (of its window, where windows differ), "
+            "and the model could not count its tokens. Keep one of them."
+        )
+
+
+def along(axis: Axis, changes: Mapping[str, Change]) -> list[tuple[Axis, Change]]:
+    """What an axis is contracted with, in turn: first the runs of it move or go, then what is in each changes."""
+    found = []
+    inner = changes.get(axis.space)
+    if axis.outer is not None and (groups := changes.get(axis.outer.space)) is not None:
+        found.append((axis.outer, groups))
+        kept = support(groups.encode[0]).int().argmax(0)
+        axis = replace(axis, heads=axis.heads // groups.encode.shape[1] * groups.width)
+        inner = Change(inner.encode[kept], inner.decode[kept]) if inner is not None and len(kept) else None
+    return found if inner is None else [*found, (axis, inner)]
 
 
 def _shift_readers(
@@ -88,7 +133,7 @@ def _shift_readers(
         reader = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(reader, nn.Linear) and axis is not None and i == 1
         W = reader.weight.double()
-        shift = W @ repeat(offset.to(W.device), "c d -> (c r d)", r=axis.heads // space.copies)
+        shift = W @ repeat(offset.to(W.device), "c d -> (c r d)", r=W.shape[1] // offset.numel())
         bias = shift if reader.bias is None else shift + reader.bias.double()
         reader.bias = nn.Parameter(bias.to(reader.weight.dtype), requires_grad=reader.weight.requires_grad)
 
@@ -107,8 +152,14 @@ def _new_biases(model: PreTrainedModel, layout: Layout) -> dict[str, tuple[Axis 
 
 
 def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor, ...]:
-    """One axis of a weight, in ``heads`` runs of d, against the change's d × k of the copy that each head uses."""
+    """One axis of a weight, in ``heads`` runs of d, against the change's d × k of the copy that each head uses.
+
+    A direction may stand for several numbers of the axis, neighbours all.
+    """
     X = (change.decode if axis.role is Role.READ else change.encode).to(W.device)
+    grain = W.shape[dim] // (axis.heads * X.shape[-2])
+    if grain > 1:
+        X = torch.kron(X.contiguous(), torch.eye(grain, dtype=X.dtype, device=X.device))
     if axis.role is Role.GATE:
         X = support(X).to(X.dtype)
     if axis.heads == 1:
@@ -128,13 +179,41 @@ def support(X: Float64[Tensor, "*c d k"]) -> Bool[Tensor, "*c d k"]:
     return X.abs() > RTOL * X.abs().amax() if X.numel() and not X.is_meta else X != 0
 
 
+def _resize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
+    """Tell the branches how many KV groups they have, and let those of width 0 go."""
+    slots: dict[int | None, list[int]] = {}
+    for _, attention in _attentions(model, layout):
+        slots.setdefault(attention.sliding_window, []).append(attention.layer_idx)
+    for branch, space in layout.branches.items():
+        if space not in changes:
+            continue
+        path, _, name = branch.rpartition(".")
+        resized = model.get_submodule(path)
+        assert isinstance(resized, Stage)
+        if not changes[space].width:
+            resized.drop(name)
+        elif layout.spaces[space].kind == "heads":
+            assert resized.attention is not None
+            resized.attention.keep_groups(changes[space].width)
+    for _, attention in _attentions(model, layout):  # a cache counts its tokens in the first slot of a kind
+        attention.layer_idx = slots[attention.sliding_window].pop(0)
+
+
+def _attentions(model: PreTrainedModel, layout: Layout) -> list[tuple[str, Attention]]:
+    """The attentions that a model still has, and their names, in order."""
+    found = [(e.stage, model.get_submodule(e.stage)) for e in layout.edges]
+    return [
+        (f"{n}.attention", s.attention) for n, s in found if isinstance(s, Stage) and s.attention is not None
+    ]
+
+
 def _change_edge(model: PreTrainedModel, layout: Layout, edge: Edge, changes: Mapping[str, Change]) -> None:
     source, target = changes.get(edge.source), changes.get(edge.target)
     stage = model.get_submodule(edge.stage)
     assert isinstance(stage, Stage)
     if source is target and stage.shortcut is None:
         return  # one basis on both sides
-    like = next(stage.parameters())
+    like = next(model.parameters())
     if stage.shortcut is None:
         d = layout.spaces[edge.source].dim
         M = torch.eye(d, dtype=torch.float64, device=like.device)

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 NONE = "–"
-KINDS = {"residual": "residual stream", "mlp": "MLP", "vo": "value/output heads", "qk": "query/key heads"}
+KINDS = {
+    "residual": "residual stream",
+    "mlp": "MLP",
+    "vo": "value/output heads",
+    "qk": "query/key heads",
+    "heads": "KV groups",
+}
 
 Report = Mapping[str, Any]  # what report.json holds
 

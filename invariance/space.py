@@ -67,15 +67,27 @@ class Space:
     """A vector space that activations live in, between the weights that write and read it.
 
     ``dim`` is the width of one copy, ``copies`` the number of independent ones (KV heads), ``rotary`` how many
-    leading dims carry rotary positions, as pairs (j, j + rotary/2).
+    leading dims carry rotary positions, as pairs (j, j + rotary/2). ``grain`` is how many numbers stand for one
+    direction in what readers see: of a KV group, the values of all its query heads.
     """
 
     name: str
-    kind: str  # residual, mlp, vo or qk
+    kind: str  # residual, mlp, vo, qk or heads
     dim: int
     group: Group
     copies: int = 1
     rotary: int = 0
+    grain: int = 1
+
+    @property
+    def seen(self) -> int:
+        """The width of one copy as readers see it."""
+        return self.dim * self.grain
+
+    @property
+    def why(self) -> str:
+        """The reason that its group is no wider, for error messages."""
+        return "every head has a softmax of its own" if self.kind == "heads" else self.group.why
 
     def admits(self, group: Group) -> bool:
         return group <= self.group
@@ -116,12 +128,14 @@ class Change:
     """A change on a space: ``encode`` acts on everything that writes it, ``decode`` on everything that reads it.
 
     A signal x becomes Eᵀx, and is read back as D Eᵀ x + offset, if there is one. With k = d, E = A and D = A⁻ᵀ it is a
-    rotation: exact when A is in the group. With k < d, E Dᵀ is a projector: a slice.
+    rotation: exact when A is in the group. With k < d, E Dᵀ is a projector: a slice. On a space with a grain g,
+    ``decode`` may also act on all numbers that readers see, (c, d·g, k·g): directions that stay then make up for those
+    that go. ``offset`` always speaks of what readers see.
     """
 
     encode: Float64[Tensor, "c d k"]
-    decode: Float64[Tensor, "c d k"]
-    offset: Float64[Tensor, "c d"] | None = None  # in the coordinates of x; goes into the readers' biases
+    decode: Float64[Tensor, "c d k"] | Float64[Tensor, "c dg kg"]
+    offset: Float64[Tensor, "c dg"] | None = None  # in the coordinates of x; goes into the readers' biases
 
     @property
     def width(self) -> int:
@@ -133,8 +147,10 @@ class Change:
 
     @classmethod
     def empty(cls, space: Space, k: int) -> Change:
-        """Of the right shape and no content, to build a model that is then loaded from disk."""
-        return cls(*(torch.empty(space.copies, space.dim, k, dtype=torch.float64) for _ in range(2)))
+        """Of the right shape and no content: readers get zeros. To build a model that is then loaded from disk, and
+        with k = 0 to let a branch go."""
+        E = torch.eye(space.dim, k, dtype=torch.float64).repeat(space.copies, 1, 1)
+        return cls(E, torch.zeros_like(E))
 
 
 def in_group(group: Group, A: Float64[Tensor, "c d d"], rotary: int = 0, rtol: float = RTOL) -> bool:

@@ -133,7 +133,8 @@ def canonical_layout(model: PreTrainedModel) -> Layout:
 def half(layout: Layout, names: Mapping[str, Any], seed: int) -> dict[str, Change]:
     """Random elements of the named spaces' groups, on the writers alone: no rotation of anything.
 
-    Spaces of one shape and group take the same element; it is wrong in each of them.
+    Spaces of one shape and group take the same element, not the identity; it is wrong in each of them. A space that
+    has no other element has its writers doubled.
     """
     made: dict[Any, Change] = {}
     changes = {}
@@ -142,7 +143,10 @@ def half(layout: Layout, names: Mapping[str, Any], seed: int) -> dict[str, Chang
         shape = (space.dim, space.copies, space.group, space.rotary)
         if shape not in made:
             eye = torch.eye(space.dim, dtype=torch.float64).expand(space.copies, -1, -1)
-            made[shape] = Change(space.element(seed), eye)
+            A = space.element(seed)
+            if torch.equal(A, eye):
+                A = A.roll(1, -1) if space.dim > 1 else 2 * A
+            made[shape] = Change(A, eye)
         changes[name] = replace(made[shape])
     return changes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -142,28 +142,35 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
 @torch.no_grad()
 def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted: Wanted, dtype: torch.dtype,
                decide: Callable[[str, Moments], Change | None], *, follow: bool = False,
-               readers: bool = True, progress: Progress = quiet) -> None:  # fmt: skip
+               readers: bool = True, stay: Container[str] | None = None, progress: Progress = quiet) -> None:  # fmt: skip
     """Measure, decide and cut one space after the other, so that later bases see earlier cuts. Changes the model.
 
     ``decide(space, moments)`` gives the change of a space from its own moments. A point of the stream is measured
     on what arrives there, its writers not yet cut; spaces inside a stage on the stage's cut input. A stage whose
     inner spaces change runs twice. With ``follow``, the dense model walks beside, and after each stage is cut, what
     writes the stream is refit to bring it back to the dense one, and, with ``readers``, before it is cut, what reads
-    the stream to make up for what it has become (refit.py).
+    the stream to make up for what it has become (refit.py). ``stay`` names the stages that keep a branch; the last one
+    before some that go is refit to the dense stream behind all those, whose work it takes over.
     """
     dense = [batch.x for batch in batches] if follow else []
+    reached = 0  # how many stages the dense stream has passed
     basis: Change | None = None  # of the point before, in which the stream is now
-    for edge in progress(layout.edges, "calibrate and cut", layout.depth):
-        uncut = fast_copy(model, edge, dtype) if follow else None
+    for i, edge in enumerate(progress(layout.edges, "calibrate and cut", layout.depth)):
+        if follow:
+            reached = max(reached, i)
+            ahead = layout.edges[reached : _behind(layout.edges, i, stay)]
+            reached += len(ahead)
+            uncut = [fast_copy(model, e, dtype) for e in ahead]
         basis = _cut_stream(model, layout, edge.source, batches, wanted, decide, basis)
         inner = [n for n in _inner(layout, edge) if n in wanted]
-        if uncut is not None:
-            if readers:
+        if follow:
+            if uncut and readers:
                 refit_readers(
-                    model, layout, edge, batches, dense, uncut, basis if edge.source in wanted else None
+                    model, layout, edge, batches, dense, uncut[0], basis if edge.source in wanted else None
                 )
-            for n, batch in enumerate(batches):
-                dense[n] = uncut(dense[n], **batch.contexts[edge.block])
+            for e, stage in zip(ahead, uncut, strict=True):
+                for n, batch in enumerate(batches):
+                    dense[n] = stage(dense[n], **batch.contexts[e.block])
             _follow(model, layout, edge, batches, dense, {n: wanted[n] for n in inner}, dtype, decide)
             continue
         if inner:
@@ -174,6 +181,12 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
         for batch in batches:
             batch.x = batch.through(stage, edge)
     _cut_stream(model, layout, layout.points[-1], batches, wanted, decide, basis)
+
+
+def _behind(edges: Sequence[Edge], i: int, stay: Container[str] | None) -> int:
+    """The next stage after i that stays, by its number."""
+    following = range(i + 1, len(edges))
+    return next((n for n in following if stay is None or edges[n].stage in stay), len(edges))
 
 
 def _measured(model: PreTrainedModel, layout: Layout, edge: Edge, batches: list[Batch], wanted: Wanted,
@@ -266,7 +279,14 @@ def _norm_at(model: PreTrainedModel, layout: Layout, point: str) -> nn.Module:
 
 def _inner(layout: Layout, edge: Edge) -> list[str]:
     """The spaces that lie inside a stage."""
-    found = {a.space for n, axes in layout.axes.items() if n.startswith(edge.stage + ".") for a in axes if a}
+    found = {
+        a.space
+        for n, axes in layout.axes.items()
+        if n.startswith(edge.stage + ".")
+        for axis in axes
+        if axis
+        for a in axis.spaces
+    }
     return [n for n in layout.spaces if n in found and layout.spaces[n].kind != "residual"]
 
 
@@ -298,11 +318,12 @@ def _probes(
                 moments.add((space.name, statistic), real_tokens(signal, probe.mask), space.copies, heads)
 
         if space.kind == "residual":
+            assert stage.norm is not None
             handles.append(stage.norm.register_forward_hook(stream))
         elif space.kind == "qk" and stage.attention is not None:
             handles.append(stage.attention.k.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
-        elif space.kind == "vo" and stage.attention is not None:
-            heads = stage.attention.heads
+        elif space.kind in ("vo", "heads") and stage.attention is not None:
+            heads = stage.attention.heads if space.kind == "vo" else 1
             hook = lambda _m, a, add=add, heads=heads: add(a[0], heads=heads)  # noqa: E731
             handles.append(stage.attention.out.register_forward_pre_hook(hook))
         elif stage.mlp is not None:

@@ -20,6 +20,8 @@ from . import (
     reader_weighted,
     ridge_leverage,
     sensitivity,
+    shortgpt,
+    sleb,
     truncate,
     uniform,
 )
@@ -44,6 +46,8 @@ __all__ = [
     "reader_weighted",
     "ridge_leverage",
     "sensitivity",
+    "shortgpt",
+    "sleb",
     "truncate",
     "uniform",
 ]

@@ -19,6 +19,7 @@ class Identity(Rotator, name="identity"):
     """
 
     produces = Group.IDENTITY
+    kinds = Rotator.kinds | {"heads"}
 
     def fit(self, space: Space, moments: Moments) -> Basis:
         eye = torch.eye(space.dim, dtype=torch.float64).repeat(space.copies, 1, 1)

@@ -17,7 +17,8 @@ class LeastSquares(Slicer, name="least_squares"):
 
     With E the kept columns of A and C the second moment that the readers see, D = C E (EᵀC E + λI)⁻¹ minimises
     E‖x − D Eᵀx‖² + λ‖D‖², with λ = ridge × the mean diagonal entry of EᵀC E. On an MLP, where E picks channels, this
-    is Nyström's and OBS's compensation; with principal axes it is `truncate`.
+    is Nyström's and OBS's compensation; with principal axes it is `truncate`. On `heads` E picks KV groups, and every
+    number that the kept ones give stands in for what all gave.
 
     Source: Lin et al. 2024 (MoDeGPT), arXiv:2408.09632, theorem 1; Hassibi and Stork 1992 for one channel at a time.
     """
@@ -34,8 +35,9 @@ class LeastSquares(Slicer, name="least_squares"):
             return Change.rotation(basis.A)
         C = moments.second(space, Statistic.SEEN)
         E = basis.A[..., :k].contiguous()
-        CE = C @ E
-        S = E.mT @ CE
+        whole = torch.kron(E, torch.eye(space.grain, dtype=E.dtype))  # E ⊗ I, on all that a direction gives
+        CE = C @ whole
+        S = whole.mT @ CE
         scale = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(torch.finfo(S.dtype).tiny)
-        S = S + max(self.ridge, 1e-14) * scale * torch.eye(k, dtype=S.dtype)
+        S = S + max(self.ridge, 1e-14) * scale * torch.eye(S.shape[-1], dtype=S.dtype)
         return Change(E, torch.linalg.solve(S, CE.mT).mT.contiguous())

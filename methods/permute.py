@@ -14,16 +14,18 @@ from ._order import by_energy
 
 @dataclass(frozen=True)
 class Permute(Rotator, name="permute"):
-    """Channels by falling E[x_j²]·‖W_j‖²: the energy that channel j sends through its readers' columns W_j.
+    """Channels by falling E‖W_j x_j‖² = E[x_j²]·‖W_j‖²: what channel j sends through its readers' columns W_j.
 
     The one change that an elementwise activation admits; with `slice: least_squares` the readers make up for the
     channels that go. ``metric: fisher`` weighs by nats a token in place of ‖W_j‖²: ½F_jj, F the output-KL Fisher.
+    On `heads`, x_j is all that KV group j gives to the output projection, and its energy tr(C_jj W_jᵀW_j).
 
     Source: the score of Wanda, Sun et al. 2023, arXiv:2306.11695, equation 1, squared and summed over a column.
     """
 
     metric: Metric = "readers"  # what an error costs: its energy behind the readers, or nats by the fisher
     produces = Group.PERMUTATION
+    kinds = Rotator.kinds | {"heads"}
 
     @property
     def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
@@ -35,5 +37,6 @@ class Permute(Rotator, name="permute"):
 
     def fit(self, space: Space, moments: Moments) -> Basis:
         C, G = weighing(space, moments, self.metric)
-        energy = C.diagonal(dim1=-2, dim2=-1) * G.diagonal(dim1=-2, dim2=-1)
+        groups = (space.dim, space.grain)
+        energy = torch.einsum("ciaib->ci", (C * G).unflatten(-1, groups).unflatten(-3, groups)).clamp_min(0)
         return by_energy(identity(space), energy)

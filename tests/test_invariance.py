@@ -73,7 +73,10 @@ def project(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change
     def signal(x: Tensor, space: str) -> Tensor:
         if space not in changes:
             return x
-        P = einsum(changes[space].encode, changes[space].decode, "c d k, c e k -> c d e")
+        E, D = changes[space].encode, changes[space].decode
+        if layout.spaces[space].kind == "heads":
+            E, D = (torch.kron(X, torch.eye(x.shape[-1] // X.shape[1], dtype=X.dtype)) for X in (E, D))
+        P = einsum(E, D, "c d k, c e k -> c d e")
         heads = x.shape[-1] // P.shape[-1]
         P = repeat(P, "c d e -> (c r) d e", r=heads // P.shape[0])
         x = rearrange(x, "... (h d) -> ... h d", h=heads)
@@ -87,6 +90,7 @@ def project(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change
         before(stage, edge.source)
         if stage.attention is not None:
             before(stage.attention.out, f"vo.{i}")
+            before(stage.attention.out, f"heads.{i}")
             stage.attention.k.register_forward_hook(lambda _, args, k, space=f"qk.{i}": signal(k, space))
         if stage.mlp is not None:
             before(stage.mlp.down, f"mlp.{i}")
@@ -222,10 +226,13 @@ def test_one_space_at_a_time_equals_all_at_once(model, data):
     apart = copy.deepcopy(together)
     changes = rotations(draw_bases(data, layout, least=2))
     reparametrize(together, layout, changes)
-    *others, last = data.draw(st.permutations(list(changes)), label="order")
+    drawn = data.draw(st.permutations(list(changes)), label="order")
+    *others, last = sorted(
+        drawn, key=lambda n: n.startswith("heads.")
+    )  # the copies of the others move with them
     for name in others:
         reparametrize(apart, label(apart), {name: changes[name]})
-    assert difference(together, apart) > MOVED
+    assert (difference(together, apart) > MOVED) != trivial(changes[last].encode)
     reparametrize(apart, label(apart), {last: changes[last]})
     assert difference(together, apart) <= tolerance(torch.float64, layout.depth)
 
@@ -237,10 +244,39 @@ def test_an_element_then_its_inverse_gives_the_weights_back(model, data):
     before = copy.deepcopy(changed)
     bases = draw_bases(data, layout, least=1)
     reparametrize(changed, layout, rotations(bases))
-    assert difference(before, changed) > MOVED
+    assert (difference(before, changed) > MOVED) != all(trivial(A) for A in bases.values())
     inverses = {id(A): torch.linalg.inv(A) for A in bases.values()}
-    reparametrize(changed, label(changed), rotations({n: inverses[id(A)] for n, A in bases.items()}))
+    back = {n: moved(layout, bases, n, inverses[id(A)]) for n, A in bases.items()}
+    reparametrize(changed, label(changed), rotations(back))
     assert difference(before, changed) <= tolerance(torch.float64, layout.depth)
+
+
+def trivial(A: Tensor) -> bool:
+    """Whether an element is the identity, as permutations of few things often are."""
+    return torch.equal(A, torch.eye(A.shape[-1], dtype=A.dtype).expand_as(A))
+
+
+def moved(layout: Layout, bases: Mapping[str, Tensor], name: str, A: Tensor) -> Tensor:
+    """What changes a space's copies, for the order in which a permutation of KV groups has put them."""
+    groups = bases.get(f"heads.{name.split('.')[1]}")
+    return A if groups is None or layout.spaces[name].kind not in ("vo", "qk") else A[groups[0].argmax(0)]
+
+
+@fewer
+@given(model=tiny_models(), seed=seeds)
+def test_kv_groups_may_move_before_their_copies_change_or_in_the_same_step(model, seed):
+    together, layout = canonical_copy(model, fold=True, tie="untie")
+    apart, wrong = copy.deepcopy(together), copy.deepcopy(together)
+    bases = elements(layout, layout.select(["heads", "vo", "qk"]), seed)
+    reparametrize(together, layout, rotations(bases))
+    for changed, follow in ((apart, True), (wrong, False)):
+        reparametrize(changed, layout, rotations({n: bases[n] for n in layout.select(["heads"])}))
+        inner = {n: bases[n] for n in layout.select(["vo", "qk"])}
+        then = {n: moved(layout, bases, n, A) if follow else A for n, A in inner.items()}
+        reparametrize(changed, label(changed), rotations(then))
+    assert difference(together, apart) <= tolerance(torch.float64, layout.depth)
+    still = all(trivial(bases[n]) for n in layout.select(["heads"]))
+    assert (difference(together, wrong) > MOVED) != still
 
 
 def difference(one: nn.Module, other: nn.Module) -> float:
@@ -341,6 +377,113 @@ def test_counted_parameters_are_the_stored_ones(model, data):
     assert (layout.parameters({}, shared).total != stored(model)) == narrowed
 
 
+# Depth: branches that go
+
+
+def draw_drops(data: st.DataObject, model: PreTrainedModel, layout: Layout) -> dict[str, Change]:
+    """Any branches to width 0, but for one attention, of the first one's window."""
+    names = list(layout.branches.values())
+    (_, first), *others = attentions(model, layout)
+    same = ["heads.0", *(layout.branches[b] for b, a in others if a.sliding_window == first.sliding_window)]
+    safe = data.draw(st.sampled_from(same), label="stays")
+    gone = subset(data, [n for n in names if n != safe], 0)
+    return {n: Change.empty(layout.spaces[n], 0) for n in gone}
+
+
+def silence(model: PreTrainedModel, layout: Layout, gone: Mapping[str, Any]) -> None:
+    """Make branches of a dense model write nothing."""
+    for branch, space in layout.branches.items():
+        if space in gone:
+            model.get_submodule(branch).register_forward_hook(lambda _m, _a, y: torch.zeros_like(y))
+
+
+@given(model=tiny_models(), data=st.data())
+def test_a_model_without_branches_is_the_dense_one_in_which_they_write_nothing(model, data):
+    ids = tokens(data.draw(seeds, label="tokens"))
+    short, layout = canonical_copy(model, fold=True, tie="untie")
+    dense = copy.deepcopy(short)
+    whole = logits(dense, ids)
+    changes, _ = draw_slices(data, layout)
+    # A stream that is cut also cuts what a silent branch would have read: slices elsewhere, rotations there.
+    changes = {n: c for n, c in changes.items() if layout.spaces[n].kind != "residual"}
+    gone = draw_drops(data, short, layout)
+    points = rotations(share(elements(layout, layout.points, 0), segments(layout, data.draw(bys))))
+    kept = {n: c for n, c in changes.items() if n not in gone}
+    reparametrize(short, layout, kept | gone | points)
+    project(dense, layout, kept)
+    silence(dense, layout, gone)
+    bound = tolerance(torch.float64, layout.depth)
+    assert relative_error(logits(dense, ids), logits(short, ids)) <= bound
+    if gone:
+        assert relative_error(whole, logits(short, ids)) > MOVED
+    now = label(short)
+    widths = {n: c.width for n, c in (kept | gone).items()}
+    assert layout.parameters(widths, {n: id(c) for n, c in points.items()}).total == stored(short)
+    assert layout.flops(widths, {n: id(c) for n, c in points.items()}) == now.flops({})
+    assert layout.kv_entries(widths) == now.kv_entries({})
+    assert now.points == layout.points and now.stages({}) == layout.stages(widths)
+    dead = [e.stage for e in layout.edges if e.stage not in now.stages({})]
+    assert all(short.get_submodule(s).norm is None for s in dead)
+    again = label(short)  # a shortened model's stream can be turned again
+    reparametrize(short, again, rotations(elements(again, again.points, 5)))
+    assert relative_error(logits(dense, ids), logits(short, ids)) <= bound
+
+
+@fewer
+@given(model=tiny_models(layers=(2, 3)), data=st.data())
+def test_generation_with_and_without_a_cache_agrees_where_branches_are_gone(model, data):
+    ids = tokens(data.draw(seeds, label="tokens"))
+    short, layout = canonical_copy(model, fold=True, tie="untie")
+    gone = draw_drops(data, short, layout)
+    dense = copy.deepcopy(short)
+    silence(dense, layout, gone)
+    reparametrize(short, layout, gone)
+    one, scores = generate(short, ids, cache=True)
+    for other, cache in ((short, False), (dense, False)):
+        same, close = generate(other, ids, cache)
+        assert torch.equal(one, same)
+        assert relative_error(scores, close) <= tolerance(torch.float64, layout.depth)
+
+
+def attentions(model: PreTrainedModel, layout: Layout) -> list[tuple[str, Any]]:
+    return [(b, model.get_submodule(b)) for b, s in layout.branches.items() if s.startswith("heads")]
+
+
+def test_a_cache_counts_its_tokens_in_the_first_attention_that_is_left():
+    model, layout = canonical_copy(tiny("opt", num_hidden_layers=3), fold=True, tie="untie")
+    reparametrize(model, layout, {"heads.0": Change.empty(layout.spaces["heads.0"], 0)})
+    left = attentions(model, label(model))
+    assert [a.layer_idx for _, a in left] == [0, 1]
+    _, scores = generate(model, tokens(), cache=True)
+    bound = tolerance(torch.float64, layout.depth)
+    assert relative_error(scores, generate(model, tokens(), cache=False)[1]) <= bound
+    for _, attention in left:  # the control: the slots that they had
+        attention.layer_idx += 1
+    assert relative_error(scores, generate(model, tokens(), cache=True)[1]) > MOVED
+
+
+def test_windows_that_differ_keep_their_own_slots_of_the_cache():
+    options = {
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "max_window_layers": 2,
+        "num_hidden_layers": 4,
+    }
+    model, layout = canonical_copy(tiny("qwen2", **options), fold=False, tie="untie")
+    gone = {n: Change.empty(layout.spaces[n], 0) for n in ("heads.0", "heads.2")}
+    reparametrize(model, layout, gone)
+    left = [(a.layer_idx, a.sliding_window) for _, a in attentions(model, label(model))]
+    assert left == [(0, None), (2, 3)]
+    _, scores = generate(model, tokens(), cache=True)
+    other = generate(model, tokens(), cache=False)[1]
+    assert relative_error(scores, other) <= tolerance(torch.float64, layout.depth)
+    last = {"heads.1": gone["heads.0"]}
+    before = weights(model)
+    with pytest.raises(InvarianceError, match="every attention that fills the first slot"):
+        reparametrize(model, label(model), last)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
 # Generation
 
 
@@ -381,7 +524,7 @@ def test_generation_works_at_different_widths_in_every_space(family):
     model = tiny(family, num_hidden_layers=2)
     sliced, layout = canonical_copy(model, fold=True, tie="untie")
     changes = rotations(elements(layout, layout.spaces, 0))
-    kept = {n: s.dim if n.startswith("qk") and s.rotary else s.dim - 1 - i % 3 for i, (n, s) in
+    kept = {n: s.dim if n.startswith("qk") and s.rotary else max(1, s.dim - 1 - i % 3) for i, (n, s) in
             enumerate(layout.spaces.items())}  # fmt: skip
     if family == "phi":
         kept |= {"qk.0": 3, "qk.1": 2}  # two rotary dims stay, one or none of the others
@@ -425,7 +568,7 @@ def test_certify_passes_with_random_bases_and_its_control_fails(model, data):
 def test_certify_fails_on_a_basis_outside_its_group(model, data):
     _, layout = canonical_copy(model, fold=True, tie="untie")
     bases = elements(layout, layout.spaces, data.draw(seeds, label="seed"))
-    kinds = [k for k in KINDS if k != "vo" and not (k == "qk" and rotary(layout) == 0)]
+    kinds = [k for k in KINDS if k not in ("vo", "heads") and not (k == "qk" and rotary(layout) == 0)]
     name = data.draw(st.sampled_from(layout.select([data.draw(st.sampled_from(kinds))])), label="space")
     noise = torch.randn(bases[name].shape, generator=layout.spaces[name].generator(0), dtype=torch.float64)
     bases[name] = bases[name] + 0.1 * noise
@@ -443,6 +586,13 @@ def rotary(layout: Layout) -> int:
     [
         ("mlp.7", Change(torch.ones(1, 8, 8), torch.ones(1, 8, 8)), "no space 'mlp.7'"),
         ("vo.0", Change(torch.ones(1, 4, 2), torch.ones(1, 4, 2)), r"would fit: \(copies, dim, width\)"),
+        ("heads.0", Change(torch.ones(1, 2, 1), torch.ones(1, 2, 1)), "mixes KV groups, because every head"),
+        ("heads.0", Change(torch.eye(2)[None], torch.ones(1, 8, 8)), r"would fit: \(copies, dim, width\)"),
+        (
+            "vo.0",
+            Change(torch.ones(2, 4, 0), torch.ones(2, 4, 0)),
+            "cuts space 'vo.0' to width 0, and no branch",
+        ),
         ("qk.0", Change(torch.ones(2, 4, 1), torch.ones(2, 4, 1)), "cuts space 'qk.0' to 1 of the 4 dims"),
     ],
 )

@@ -36,7 +36,8 @@ def test_spaces_are_selected_by_kind_by_name_and_by_glob():
     assert layout.select(["x.*.1"]) == ["x.0.1", "x.1.1"]
     assert layout.select(["vo.[1-9]", "qk", "qk.0"]) == ["qk.0", "qk.1", "vo.1"]
     assert layout.select(["*"]) == list(layout.spaces)
-    assert layout.select(["heads", "mlp.7", "MLP"]) == []
+    assert layout.select(["heads"]) == ["heads.0", "heads.1"]
+    assert layout.select(["head", "mlp.7", "MLP"]) == []
 
 
 def test_edges_run_from_each_point_to_the_next():
@@ -70,6 +71,9 @@ def test_groups_follow_from_activation_and_positions(family, options, mlp, qk, c
     assert spaces["x.2.0"].group is Group.IDENTITY  # its norms have gains still
     folded = layout_of(tiny(family, **options).config, fold=True)
     assert folded.spaces["x.2.0"].group is Group.ORTHOGONAL
+    heads = spaces["heads.1"]
+    assert (heads.group, heads.dim, heads.copies) == (Group.PERMUTATION, copies, 1)
+    assert heads.grain == 4 // copies * spaces["vo.1"].dim  # of four query heads, those of one group
     assert spaces["vo.0"].dim == spaces["qk.0"].dim == options.get("head_dim", 4)
 
 
@@ -77,15 +81,17 @@ def test_weights_meet_their_spaces_on_the_right_axes():
     _, layout = llama(attention_bias=True)
     stage = "model.layers.1.stages"
     read = Axis("x.1.0", Role.READ)
-    assert layout.axes[f"{stage}.0.attention.q.weight"] == (Axis("qk.1", Role.READ, 4), read)
-    assert layout.axes[f"{stage}.0.attention.k.bias"] == (Axis("qk.1", Role.WRITE, 2),)
+    made, mixed = Axis("heads.1", Role.WRITE), Axis("heads.1", Role.READ)
+    assert layout.axes[f"{stage}.0.attention.q.weight"] == (Axis("qk.1", Role.READ, 4, made), read)
+    assert layout.axes[f"{stage}.0.attention.k.bias"] == (Axis("qk.1", Role.WRITE, 2, made),)
     assert layout.axes[f"{stage}.0.attention.out.weight"] == (
         Axis("x.1.1", Role.WRITE),
-        Axis("vo.1", Role.READ, 4),
+        Axis("vo.1", Role.READ, 4, mixed),
     )
     assert layout.axes[f"{stage}.1.mlp.gate.weight"] == (Axis("mlp.1", Role.GATE), Axis("x.1.1", Role.READ))
     assert layout.axes["lm_head.weight"] == (None, Axis("x.2.0", Role.READ))
     assert layout.axes["model.embed_tokens.weight"] == (None, Axis("x.0.0", Role.WRITE))
+    assert layout.readers("heads.1") == layout.readers("vo.1") == [(f"{stage}.0.attention.out.weight", 1)]
     assert layout.readers("mlp.1") == [(f"{stage}.1.mlp.down.weight", 1)]
     assert layout.readers("x.1.1") == [(f"{stage}.1.mlp.gate.weight", 1), (f"{stage}.1.mlp.up.weight", 1)]
 
@@ -141,6 +147,29 @@ def test_parameters_at_other_widths_by_hand():
     assert layout.parameters(dict.fromkeys(layout.points, 10), dict.fromkeys(layout.points, 1)).shortcuts == 0
     assert layout.flops(kept, own) == 2 * (blocks + shortcuts + V * d)
     assert layout.kv_entries(kept) == 2 * (2 + 3) + 2 * (4 + 4)
+
+
+def test_heads_and_branches_that_go_cost_nothing_by_hand():
+    _, layout = llama(attention_bias=True, mlp_bias=True)
+    biases = (d + 8 + 8 + d) + (m + m + d)
+    one_group = {"heads.0": 1, "vo.0": 3}  # two of four query heads stay, with one of two key and value heads
+    first = (8 * d + 4 * d + 3 * d + 6 * d) + (8 + 4 + 3 + d)
+    saved = ATTENTION + (d + 8 + 8 + d) - first
+    whole = 2 * (ATTENTION + MLP + 2 * d + biases)
+    assert layout.parameters(one_group).blocks == whole - saved
+    assert layout.kv_entries(one_group) == 1 * (4 + 3) + 2 * (4 + 4)
+    assert layout.stages(one_group) == [e.stage for e in layout.edges] and layout.blocks(one_group) == [0, 1]
+    no_mlp = {"mlp.1": 0}  # its norm goes with it
+    assert layout.parameters(no_mlp).blocks == whole - MLP - (m + m + d) - d
+    assert layout.flops(no_mlp) == layout.flops({}) - 2 * MLP
+    assert layout.stages(no_mlp) == [e.stage for e in layout.edges[:3]] and layout.blocks(no_mlp) == [0, 1]
+    no_block = {"mlp.1": 0, "heads.1": 0}
+    assert layout.parameters(no_block).blocks == whole / 2 and layout.blocks(no_block) == [0]
+    assert layout.kv_entries(no_block) == layout.kv_entries({}) / 2
+    parallel = label_of("phi")
+    assert parallel.stages({"mlp.0": 0}) == parallel.stages({})  # the other branch needs the norm
+    norm = parallel.parameters({"heads.0": 0}).blocks - parallel.parameters({"heads.0": 0, "mlp.0": 0}).blocks
+    assert norm == 2 * d * m + m + d + 2 * d  # the branch, its biases, and a LayerNorm
 
 
 def test_flops_and_cache_of_a_llama_by_hand():

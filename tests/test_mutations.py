@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from invariance import canonical, verify
 from invariance import reparametrize as operator
 from invariance.canonical import assign, canonicalize
-from invariance.layout import Layout, Role, label
+from invariance.layout import Axis, Layout, Role, label
 from invariance.modules import Norm, Stage
 from invariance.reparametrize import reparametrize
 from invariance.space import Change, Group, haar
@@ -302,6 +302,64 @@ def test_query_heads_grouped_across_key_value_heads(monkeypatch):
     repeat = operator.repeat
     monkeypatch.setattr(operator, "repeat", lambda X, _, r: repeat(X, "c d k -> (r c) d k", r=r))
     assert error(model, of("vo")) > FAR and error(model, of("qk")) > FAR
+
+
+def test_query_heads_that_do_not_move_with_their_group(monkeypatch):
+    model = tiny("llama", num_key_value_heads=2)
+    assert error(model, swapped) <= 1
+    contract = operator.contract
+
+    def leave_queries(W: Tensor, dim: int, axis: Axis, change: Change) -> Tensor:
+        queries = axis.space.startswith("heads.") and axis.role is Role.WRITE and len(W) == 16
+        return W if queries else contract(W, dim, axis, change)
+
+    monkeypatch.setattr(operator, "contract", leave_queries)
+    assert error(model, swapped) > FAR
+
+
+def test_query_heads_that_move_one_by_one_and_not_as_groups(monkeypatch):
+    model = tiny("llama", num_key_value_heads=2)
+    kron = torch.kron
+    assert error(model, swapped) <= 1
+    monkeypatch.setattr(torch, "kron", lambda X, eye: kron(eye[None], X[0]))  # every second one
+    assert error(model, swapped) > FAR
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_keys_or_values_left_in_their_old_order(name):
+    model = tiny("llama", num_key_value_heads=2)
+    twin, _ = canonical_copy(model, fold=True, tie="untie")
+
+    def forget(changed: PreTrainedModel, layout: Layout) -> None:
+        path = f"{layout.edges[0].stage}.attention.{name}.weight"
+        assign(changed, path, twin.get_parameter(path))
+
+    assert error(model, swapped) <= 1
+    assert error(model, swapped, after=forget) > FAR
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_copies_forgotten_when_their_groups_move(family, monkeypatch):
+    model = tiny(family)
+
+    def changes(layout: Layout) -> dict[str, Change]:
+        return swapped(layout) | of("vo")(layout) | of("qk")(layout)
+
+    assert error(model, changes) <= 1
+    along = operator.along
+
+    def forget(axis: Axis, all_of_them: Mapping[str, Change]) -> list[tuple[Axis, Change]]:
+        found = along(axis, all_of_them)
+        return [*found[:-1], (axis, all_of_them[axis.space])] if axis.role is Role.READ and found else found
+
+    monkeypatch.setattr(operator, "along", forget)
+    assert error(model, changes) > FAR
+
+
+def swapped(layout: Layout) -> dict[str, Change]:
+    """Every KV group in its neighbour's place."""
+    eyes = {n: torch.eye(layout.spaces[n].dim, dtype=torch.float64)[None] for n in layout.select(["heads"])}
+    return {n: Change.rotation(eye.roll(1, -1)) for n, eye in eyes.items()}
 
 
 def test_a_gate_left_behind_when_its_channels_move():

@@ -1,0 +1,49 @@
+"""What selectors of depth share: blocks whose branches may all go, and how many of them must."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from invariance.budget import Bill
+from invariance.errors import InputError
+from invariance.space import Space
+
+
+def candidates(cost: Bill) -> dict[int, list[Space]]:
+    """Block → its spaces, of those blocks that may go. Raises InputError where the recipe allows no width 0."""
+    found: dict[int, list[Space]] = {}
+    for space in cost.widths:
+        found.setdefault(int(space.name.split(".")[1]), []).append(space)
+    free = {b: spaces for b, spaces in found.items() if all(0 in cost.widths[s] for s in spaces)}
+    for block, spaces in found.items():
+        for space in spaces:
+            if block not in free and cost.widths[space] != (space.dim,):
+                raise InputError(
+                    f"blocks go as wholes, and space '{space.name}' may not be cut to width 0. Give the step "
+                    "`spaces: [heads, mlp]` and `widths: {min: 0}`."
+                )
+    return free
+
+
+def drop(
+    cost: Bill, blocks: int | None, budget: float | None, least: Callable[[dict[Space, int], list[int]], int]
+) -> dict[Space, int]:
+    """Let blocks go one by one, ``least(widths, blocks left)`` first: so many, or until the budget is met.
+
+    One block stays. Raises InputError where so many cannot go.
+    """
+    free, widths = candidates(cost), cost.whole
+    total = len({s.name.split(".")[1] for s in cost.widths})
+    most = min(len(free), total - 1)
+    if blocks is not None and blocks > most:
+        raise InputError(
+            f"{blocks} blocks cannot go: of {total}, {most} may. Let fewer go, or protect fewer."
+        )
+    for n in range(most):
+        if n == blocks or (blocks is None and budget is not None and cost(widths) <= budget):
+            break
+        block = least(widths, list(free))
+        widths |= dict.fromkeys(free.pop(block), 0)
+    if blocks is None and budget is not None and cost(widths) > budget:
+        raise InputError(f"the budget cannot be met by letting {most} of {total} blocks go. Raise it.")
+    return widths

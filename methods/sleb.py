@@ -1,0 +1,50 @@
+"""Selector `sleb`: the blocks that the model misses least go, one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Float64
+from torch import Tensor
+
+from invariance.budget import Bill
+from invariance.interfaces import Selector
+from invariance.space import Space
+
+from ._depth import candidates, drop
+
+
+@dataclass(frozen=True)
+class SLEB(Selector, name="sleb"):
+    """Let blocks go one by one, each time the one without which the held-out loss is least; all others stay whole.
+
+    The loss is that of the model without the blocks that went before, so that blocks which stand in for each other do
+    not both go. ``blocks`` of them go, or with null as many as the budget asks for: n of N blocks cost n (2N - n + 1) / 2
+    evaluations. Takes `spaces: [heads, mlp]` and `widths: {min: 0}`.
+
+    Source: Song et al. 2024 (SLEB), arXiv:2402.09025, algorithm 1 with its third metric (the loss of the model as it
+    is cut so far).
+    """
+
+    blocks: int | None = None  # how many go; null for as many as the budget asks for
+    measures = True
+
+    def __post_init__(self) -> None:
+        if self.blocks is not None and self.blocks < 1:
+            raise ValueError("blocks must be at least 1")
+
+    @property
+    def needs_budget(self) -> bool:  # type: ignore[override]
+        return self.blocks is None
+
+    def allocate(
+        self, spectra: Mapping[Space, Float64[Tensor, "c d"] | None], cost: Bill, budget: float | None
+    ) -> Mapping[Space, int]:
+        assert cost.loss is not None
+        loss, spaces = cost.loss, candidates(cost)
+
+        def least(widths: dict[Space, int], left: list[int]) -> int:
+            return min(left, key=lambda block: loss({**widths, **dict.fromkeys(spaces[block], 0)}))
+
+        return drop(cost, self.blocks, budget, least)

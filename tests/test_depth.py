@@ -1,0 +1,314 @@
+"""KV groups and depth through whole runs: choices by brute force, what is saved loads, what goes is made up for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from folders import VOCABULARY, model_of, save_tokens, stored_numbers
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from invariance import walk
+from invariance.budget import Bill
+from invariance.canonical import canonicalize
+from invariance.checkpoint import InvarianceForCausalLM
+from invariance.errors import InputError
+from invariance.interfaces import Statistic, find
+from invariance.moments import Moments, reader_moment
+from invariance.plan import plan
+from invariance.recipe import Recipe
+from invariance.reparametrize import reparametrize
+from invariance.run import Outcome, outcome
+from invariance.space import Change, Group, Space
+from invariance.verify import exact_copy, logits, relative_error, tolerance
+
+IDS = torch.arange(1, 25)[None] % VOCABULARY
+DEPTH = {"spaces": ["heads", "mlp"], "widths": {"min": 0}}
+SHORT = DEPTH | {"select": {"shortgpt": {"blocks": 2}}}
+GROUPS = {
+    "spaces": "heads",
+    "rotate": "permute",
+    "select": {"uniform": {"width": 1}},
+    "slice": "least_squares",
+}
+GONE = {"select": {"uniform": {"width": 1}}, "widths": {"min": 0, "max": 0}}
+STREAM = {"spaces": "residual", "rotate": "pca", "select": {"uniform": {"width": 24}}}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    root = tmp_path_factory.mktemp("depth")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INVARIANCE_CACHE", str(root / "cache"))
+        patch.chdir(root)
+        save_tokens(root / "tokens.npy")
+        yield
+
+
+@cache
+def dense(family: str = "llama") -> PreTrainedModel:
+    return model_of(family, num_hidden_layers=4)
+
+
+def recipe(*steps: Mapping[str, Any], **keys: Any) -> Recipe:
+    calibrate = {"data": "tokens.npy", "dtype": "float32"}
+    return Recipe.from_dict({"model": "m", "calibrate": calibrate, "steps": list(steps)} | keys)
+
+
+def made(*steps: Mapping[str, Any], family: str = "llama", **keys: Any) -> Outcome:
+    return outcome(dense(family), recipe(*steps, **keys), evaluate=False)
+
+
+def gone(report: Mapping[str, Any]) -> set[str]:
+    return {n for n, k in report["widths"].items() if k == 0}
+
+
+# Choices
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+def test_shortgpt_drops_the_blocks_whose_streams_turn_least_by_brute_force(family: str) -> None:
+    model, ids = dense(family), torch.from_numpy(np.load("tokens.npy"))
+    blocks = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
+    found: dict[int, Tensor] = {}
+
+    def turn(i: int, x: Tensor, y: Any) -> None:
+        y = y[0] if isinstance(y, tuple) else y
+        found[i] = 1 - cosine_similarity(x, y, dim=-1).mean()
+
+    for i, block in enumerate(blocks):
+        block.register_forward_hook(lambda _m, a, y, i=i: turn(i, a[0], y))
+    logits(model, ids)
+    for block in blocks:
+        block._forward_hooks.clear()
+    least = sorted(found, key=lambda i: found[i].item())
+    report = made(SHORT, family=family).report
+    assert gone(report) == {f"{kind}.{i}" for i in least[:2] for kind in ("heads", "mlp")}
+
+
+def bill(
+    losses: Mapping[frozenset[int], float] | None = None, protect: tuple[int, ...] = ()
+) -> tuple[Bill, list[Space]]:
+    spaces = [Space(f"{kind}.{i}", kind, 4, Group.PERMUTATION) for i in range(4) for kind in ("heads", "mlp")]
+    allowed = {s: (4,) if int(s.name[-1]) in protect else (0, 4) for s in spaces}
+
+    def lost(widths: Mapping[Space, int]) -> frozenset[int]:
+        return frozenset(int(s.name[-1]) for s, k in widths.items() if k == 0)
+
+    influence = {s: [0.3, 0.1, 0.2, 0.4][int(s.name[-1])] for s in spaces}
+    amounts = {"parameters": lambda w: 100.0 - 10 * len(lost(w))}
+    return Bill(
+        amounts, {}, allowed, None if losses is None else lambda w: losses[lost(w)], influence
+    ), spaces
+
+
+def blocks_gone(widths: Mapping[Space, int]) -> set[int]:
+    return {int(s.name[-1]) for s, k in widths.items() if k == 0}
+
+
+def test_blocks_go_until_the_budget_is_met_and_protected_ones_stay() -> None:
+    cost, spaces = bill()
+    spectra = dict.fromkeys(spaces)
+    assert blocks_gone(find("select", "shortgpt")().allocate(spectra, cost, 85)) == {1, 2}
+    assert blocks_gone(find("select", "shortgpt")().allocate(spectra, cost, 100)) == set()
+    assert blocks_gone(find("select", "shortgpt")(blocks=3).allocate(spectra, cost, None)) == {0, 1, 2}
+    cost, _ = bill(protect=(1,))
+    assert blocks_gone(find("select", "shortgpt")(blocks=2).allocate(spectra, cost, None)) == {0, 2}
+    with pytest.raises(InputError, match="4 blocks cannot go: of 4, 3 may"):
+        find("select", "shortgpt")(blocks=4).allocate(spectra, cost, None)
+    with pytest.raises(InputError, match="cannot be met by letting 3 of 4"):
+        find("select", "shortgpt")().allocate(spectra, cost, 60)
+
+
+def test_sleb_is_greedy_with_what_went_before_in_place() -> None:
+    losses = {frozenset(s): 9.0 for s in [(0, 1), (1, 2), (0, 2), (0, 3), (2, 3)]}
+    losses |= {frozenset({i}): x for i, x in enumerate([3.0, 1.0, 2.0, 4.0])} | {frozenset({1, 3}): 5.0}
+    cost, spaces = bill(losses)
+    assert blocks_gone(find("select", "sleb")(blocks=2).allocate(dict.fromkeys(spaces), cost, None)) == {1, 3}
+    assert blocks_gone(find("select", "sleb")().allocate(dict.fromkeys(spaces), cost, 95)) == {1}
+
+
+def test_sleb_measures_what_the_model_loses() -> None:
+    report = made(DEPTH | {"select": {"sleb": {"blocks": 2}}}).report
+    assert len(gone(report)) == 4
+    assert report["search"]["evaluations"] == 4 + 3
+
+
+@pytest.mark.parametrize(
+    ("step", "keys", "message"),
+    [
+        (SHORT | {"widths": {"min": 1}}, {}, "may not be cut to width 0"),
+        (SHORT | {"select": {"shortgpt": {"blocks": 4}}}, {}, "4 blocks cannot go"),
+        (GONE | {"spaces": "heads"}, {}, "no attention would be left"),
+        (GONE | {"spaces": "vo"}, {}, "no branch vanishes with space 'vo.0'"),
+        (GONE | {"spaces": "residual"}, {}, "no branch vanishes with space 'x.0.0'"),
+        ({"spaces": "heads", "rotate": "pca"}, {}, "because every head has a softmax of its own"),
+    ],
+)  # fmt: skip
+def test_what_cannot_go_is_refused_with_its_reason(
+    step: dict[str, Any], keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        made(step, **keys)
+
+
+# Checkpoints
+
+CASES: dict[str, tuple[list[dict[str, Any]], set[str]]] = {  # and the families that have a stock form of it
+    "blocks": ([SHORT], {"llama", "opt", "phi"}),
+    "blocks and the stream": ([SHORT, STREAM], {"llama"}),
+    "blocks and a basis per stage": ([SHORT, STREAM | {"segments": "stage"}], set()),
+    "one branch": ([GONE | {"spaces": "mlp.1"}], set()),
+    "an attention": ([GONE | {"spaces": "heads.0"}], set()),
+    "groups": ([GROUPS], {"llama", "phi"}),
+    "groups and their values": (
+        [GROUPS, {"spaces": "vo", "rotate": "head_svd", "select": {"uniform": {"width": 6}}}], set(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+def test_what_is_saved_loads_with_the_same_logits(family: str, name: str, tmp_path: Path) -> None:
+    steps, stock = CASES[name]
+    found = made(*steps, family=family)
+    found.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    about = found.report["model"]
+    assert about["stock"] == (family in stock), about["why_not_stock"]
+    assert isinstance(loaded, InvarianceForCausalLM) != about["stock"]
+    assert relative_error(logits(found.model, IDS), logits(loaded, IDS)) <= tolerance(torch.float32, 8)
+    assert stored_numbers(tmp_path) == found.report["parameters"]["sliced"]["total"]
+    said = [
+        m.generate(IDS[:, :5], max_new_tokens=6, do_sample=False, use_cache=c)[0].tolist()
+        for m, c in ((loaded, True), (loaded, False), (found.model, True))
+    ]
+    assert said[0] == said[1] == said[2]
+    assert relative_error(logits(dense(family), IDS), logits(loaded, IDS)) > 1e-4
+    entries = found.report["kv_bytes_per_token"]["sliced"] / 4
+    kept = loaded(IDS, use_cache=True).past_key_values
+    held = sum(t.numel() for layer in kept.layers if layer.is_initialized for t in (layer.keys, layer.values))
+    assert held == entries * IDS.numel()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_stock_checkpoint_has_fewer_layers_or_heads(family: str, tmp_path: Path) -> None:
+    made(SHORT, family=family).model.save_pretrained(tmp_path / "short")
+    config = AutoConfig.from_pretrained(tmp_path / "short")
+    assert (config.model_type, config.num_hidden_layers, config.num_attention_heads) == (family, 2, 4)
+    made(GROUPS, family=family).model.save_pretrained(tmp_path / "groups")
+    config = AutoConfig.from_pretrained(tmp_path / "groups")
+    heads = (
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
+    assert heads == (4, 2, 1, 8)
+
+
+def test_a_lost_branch_is_named_where_no_stock_config_holds_the_rest() -> None:
+    why = made(GONE | {"spaces": "mlp.1"}).report["model"]["why_not_stock"]
+    assert why == "block 1 has lost its mlp and not all else"
+
+
+# Who makes up for what is gone
+
+
+def test_least_squares_makes_the_groups_that_stay_stand_for_all() -> None:
+    model = exact_copy(dense())
+    layout = canonicalize(model, fold=False)
+    ids = torch.randint(1, VOCABULARY, (16, 24), generator=torch.Generator().manual_seed(1))
+    space = layout.spaces["heads.1"]
+    batches = walk.enter(model, layout, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
+    moments = walk.oneshot(model, layout, batches, {space.name: frozenset({Statistic.RAW})}, torch.float64)
+    moments = moments.merge(Moments({(space.name, Statistic.READERS): reader_moment(model, layout, space)}))
+    read: list[Tensor] = []
+    out = model.get_submodule(layout.edges[2].stage).attention.out
+    handle = out.register_forward_pre_hook(lambda _m, a: read.append(a[0].flatten(0, 1)))
+    logits(model, ids)
+    handle.remove()
+    z, W = read[0], out.weight.detach()
+    energy = [(z[:, g] @ W[:, g].mT).square().sum(1).mean() for g in (slice(0, 16), slice(16, 32))]
+    basis = find("rotate", "permute")().fit(space, moments)
+    assert basis.energy[0].tolist() == pytest.approx(sorted((e.item() for e in energy), reverse=True))
+    stays = int(energy[1] > energy[0])
+    kept = z[:, 16 * stays : 16 * stays + 16]
+    best = torch.linalg.lstsq(kept, z @ W.mT).solution
+    change = find("slice", "least_squares")(ridge=0.0).cut(space, basis, 1, moments)
+    reparametrize(model, layout, {space.name: change})
+    cut = model.get_submodule(layout.edges[2].stage).attention
+    assert (cut.heads, cut.kv_heads) == (2, 1)
+    torch.testing.assert_close(cut.out.weight.detach(), best.mT, rtol=1e-6, atol=1e-8)
+    plain = (z @ W.mT - kept @ W[:, 16 * stays : 16 * stays + 16].mT).square().mean()
+    assert (z @ W.mT - kept @ best).square().mean() < 0.95 * plain  # the control: nobody makes up
+
+
+def stream(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """What arrives before the final norm."""
+    seen: list[Tensor] = []
+    hook = lambda _m, a: seen.append(a[0].detach())  # noqa: E731
+    handle = model.model.norm.register_forward_pre_hook(hook)
+    logits(model, ids)
+    handle.remove()
+    return seen[0]
+
+
+def test_the_last_writer_before_a_gap_is_refit_to_the_dense_stream_behind_it() -> None:
+    """ReplaceMe: blocks 1 and 2 go; the MLP of block 0 takes over what they did."""
+    model = exact_copy(dense())
+    layout = canonicalize(model, fold=False)
+    ids = torch.randint(1, VOCABULARY, (32, 24), generator=torch.Generator().manual_seed(1))
+    batch = [(ids, torch.ones_like(ids, dtype=torch.bool))]
+    names = {f"{kind}.{i}": frozenset() for i in (1, 2) for kind in ("heads", "mlp")}
+    stay = [e.stage for e in layout.edges if e.block not in (1, 2)]
+
+    def behind(lookahead: bool) -> tuple[PreTrainedModel, float]:
+        """The model, and the error of its stream where block 3 begins."""
+        cut = exact_copy(dense())
+        canonicalize(cut, fold=False)
+        walk.sequential(cut, layout, walk.enter(cut, layout, batch, torch.float64), names, torch.float64,
+                        lambda n, _: Change.empty(layout.spaces[n], 0), follow=True,
+                        stay=stay if lookahead else None)  # fmt: skip
+        arrived = []
+        for m in (model, cut):
+            found: list[Tensor] = []
+            handle = m.get_submodule(layout.edges[6].stage).register_forward_pre_hook(
+                lambda _m, a, f=found: f.append(a[0])
+            )
+            logits(m, ids)
+            handle.remove()
+            arrived.append(found[0])
+        weight = arrived[0].square().mean(-1, keepdim=True)
+        return cut, ((arrived[0] - arrived[1]).square() / weight).mean().item()
+
+    (short, error), (_, without) = behind(True), behind(False)
+    assert error < 0.98 * without
+    whole = {n: p for n, p in model.named_parameters()}
+    stages = layout.edges
+    changed = {n for n, p in short.named_parameters() if not torch.equal(p, whole[n])}
+    assert f"{stages[1].stage}.mlp.down.weight" in changed
+    assert changed <= {
+        f"{stages[i].stage}.{w}.weight" for i in (0, 1, 6, 7) for w in ("attention.out", "mlp.down")
+    }
+
+
+def test_replacing_blocks_loses_less_than_dropping_them() -> None:
+    report = {order: made(SHORT, order=order) for order in ("oneshot", "dense_target")}
+    assert gone(report["oneshot"].report) == gone(report["dense_target"].report)
+    errors = {o: relative_error(logits(dense(), IDS), logits(m.model, IDS)) for o, m in report.items()}
+    assert errors["dense_target"] < errors["oneshot"]
+
+
+def test_a_plan_counts_a_budget_that_depth_alone_can_meet() -> None:
+    chart = plan(recipe(DEPTH | {"select": "shortgpt"}, budget={"parameters": 0.8}), dense().config)
+    found = made(DEPTH | {"select": "shortgpt"}, budget={"parameters": 0.8}).report
+    assert found["parameters"]["sliced"]["total"] <= 0.8 * chart.dense.parameters({}).total
+    assert found["kv_bytes_per_token"]["sliced"] < found["kv_bytes_per_token"]["dense"]
