@@ -203,6 +203,7 @@ def refit_readers(model: PreTrainedModel, layout: Layout, edge: Edge, batches: S
     just had (``change``; else the identity). λ as in ``Follower``.
     """
     norm = model.get_submodule(f"{edge.stage}.norm")
+    assert uncut.norm is not None
     D = None if change is None else change.decode[0].mT
     parts: tuple[Normal, Normal] | None = None
     sequences = 0
