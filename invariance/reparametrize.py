@@ -146,9 +146,8 @@ def _new_biases(model: PreTrainedModel, layout: Layout) -> dict[str, tuple[Axis 
         if space.kind not in _NO_OFFSET
         for bias, axes in layout.missing_biases(name).items()
     }
-    return {
-        b: axes for b, axes in could.items() if model.get_submodule(b.removesuffix(".bias")).bias is not None
-    }
+    present = {name for name, _ in model.named_parameters()}
+    return {b: axes for b, axes in could.items() if b in present}
 
 
 def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor, ...]:

@@ -24,6 +24,7 @@ class LeastSquares(Slicer, name="least_squares"):
     """
 
     ridge: float = 1e-6
+    kinds = Slicer.kinds | {"heads"}
     needs = frozenset({Statistic.SEEN})
 
     def __post_init__(self) -> None:

@@ -18,6 +18,8 @@ class Truncate(Slicer, name="truncate"):
     Source: Ashkboos et al. 2024, arXiv:2401.15024, section 3.4.
     """
 
+    kinds = Slicer.kinds | {"heads"}
+
     def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:
         whole = Change.rotation(basis.A)
         return Change(whole.encode[..., :k].contiguous(), whole.decode[..., :k].contiguous())
