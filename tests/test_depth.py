@@ -275,7 +275,7 @@ def test_the_last_writer_before_a_gap_is_refit_to_the_dense_stream_behind_it() -
         cut = exact_copy(dense())
         canonicalize(cut, fold=False)
         walk.sequential(cut, layout, walk.enter(cut, layout, batch, torch.float64), names, torch.float64,
-                        lambda n, _: Change.empty(layout.spaces[n], 0), follow=True,
+                        lambda n, _: Change.empty(layout.spaces[n], 0), follow=True, readers=False,
                         stay=stay if lookahead else None)  # fmt: skip
         arrived = []
         for m in (model, cut):
