@@ -125,10 +125,14 @@ class Architecture:
                     "Its layer order differs (post-norm?); use a pre-norm variant, or declare it in families.py."
                 )
         for name, _ in model.named_parameters():
-            if name.rpartition(".")[0] not in known:
+            module = name.rpartition(".")[0]
+            if module not in known:
+                heads = any(s.attention and f".{s.attention.module}." in name for s in self.stages)
+                norms = " (a norm of queries or keys, which changes of their basis do not pass)"
                 raise InputError(
-                    f"model type '{kind}': this variant has a weight '{name}' that the family's declaration does not "
-                    "speak of, so no change of basis could be trusted. Use a plain variant, or declare this one."
+                    f"model type '{kind}': this variant has a weight '{name}'{norms if heads and 'norm' in module else ''} "
+                    "that the family's declaration does not speak of, so no change of basis could be trusted. Use a "
+                    "plain variant, or declare this one."
                 )
 
     def restructure(self, model: PreTrainedModel) -> None:

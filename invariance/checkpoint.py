@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from .errors import InputError
 from .families import architecture
 from .layout import Layout, label, layout_of
 from .modules import Stage
-from .reparametrize import reparametrize
-from .space import Change
+from .reparametrize import attention_of, reparametrize
+from .space import Change, Space, columns
 
 SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "max_position_embeddings")  # fmt: skip
@@ -22,17 +23,22 @@ SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "num_hid
 
 
 class InvarianceConfig(PretrainedConfig):
-    """The original model's config, and what was done to it: canonical form, widths, where shortcuts lie, new biases."""
+    """The original model's config, and what was done to it: canonical form, widths, where shortcuts lie, new biases.
+
+    ``pairs`` names the query/key spaces whose frequency pairs were chosen, and says how many each kept; which ones is
+    in a buffer beside the weights.
+    """
 
     model_type = "invariance"
 
     def __init__(self, original: dict[str, Any] | None = None, folded: bool = False, tie: str = "untie",
                  widths: dict[str, int] | None = None, shortcuts: list[str] | None = None,
-                 biases: list[str] | None = None, **kwargs: Any) -> None:  # fmt: skip
+                 biases: list[str] | None = None, pairs: dict[str, int] | None = None,
+                 **kwargs: Any) -> None:  # fmt: skip
         self.original = dict(original or {})
         self.folded, self.tie = folded, tie
         self.widths, self.shortcuts = dict(widths or {}), list(shortcuts or [])
-        self.biases = list(biases or [])
+        self.biases, self.pairs = list(biases or []), dict(pairs or {})
         for key in SHARED:
             kwargs.setdefault(key, self.original.get(key))
         super().__init__(**kwargs)
@@ -127,6 +133,9 @@ def wrap(
         },
         shortcuts=sorted(now.shortcuts),
         biases=now.added_biases(layout),
+        pairs={
+            n: p.shape[1] for n in now.select(["qk"]) if (p := attention_of(inner, now, n).pairs) is not None
+        },
         dtype=str(inner.dtype).removeprefix("torch."),
     )
     config.architectures = [InvarianceForCausalLM.__name__]
@@ -140,12 +149,17 @@ def _shaped(config: InvarianceConfig) -> PreTrainedModel:
     dense = config.dense()
     inner = architecture(dense).build(dense)
     layout = canonicalize(inner, fold=config.folded, tie=config.tie)
-    changes = {name: Change.empty(layout.spaces[name], k) for name, k in config.widths.items()}
+    changes = {name: _blank(layout.spaces[name], k, config.pairs) for name, k in config.widths.items()}
     reparametrize(inner, layout, changes)
     for name in config.biases:
         reader = inner.get_submodule(name.removesuffix(".bias"))
         assert isinstance(reader, nn.Linear)
         reader.bias = nn.Parameter(torch.empty_like(reader.weight[:, 0]))
+    for name, n in config.pairs.items():
+        attention = attention_of(inner, layout, name)
+        attention.pairs = torch.empty(
+            attention.kv_heads, n, dtype=torch.int64, device=attention.k.weight.device
+        )
     now = label(inner)
     for edge in now.edges:
         stage = inner.get_submodule(edge.stage)
@@ -155,6 +169,16 @@ def _shaped(config: InvarianceConfig) -> PreTrainedModel:
         empty = torch.empty(shape, dtype=like.dtype, device=like.device)
         stage.shortcut = nn.Parameter(empty) if edge.stage in config.shortcuts else None
     return inner
+
+
+def _blank(space: Space, k: int, pairs: Mapping[str, int]) -> Change:
+    """A change to the right width that says nothing more; of KV groups and of frequency pairs it must keep some."""
+    if not space.rotary and space.kind != "heads":
+        return Change.empty(space, k)
+    n = pairs.get(space.name, space.rotary // 2)
+    kept = columns(space.rotary, n, k - 2 * n)
+    E = torch.eye(space.dim, dtype=torch.float64, device="cpu")[:, kept].repeat(space.copies, 1, 1)
+    return Change(E, E)
 
 
 def layout_of_config(config: PretrainedConfig, *, fold: bool = False) -> Layout:

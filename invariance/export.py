@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .errors import InvarianceError
 from .layout import KINDS, Layout, label
 from .modules import Norm
+from .reparametrize import attention_of
 from .verify import logits, relative_error, tolerance
 
 
@@ -26,10 +29,19 @@ def stock(
     """
     now = label(model)
     widths = layout.widths(now)
-    why = obstacle(layout, widths, len(now.shortcuts), dense.centred, len(now.added_biases(layout)))
+    pairs = [attention_of(model, now, name).pairs for name in now.select(["qk"])]
+    chosen = next((p[0] for p in pairs if p is not None), None)
+    mixed = chosen is not None and not all(p is not None and bool((p == chosen).all()) for p in pairs)
+    biases = len(now.added_biases(layout))
+    why = obstacle(layout, widths, len(now.shortcuts), dense.centred, biases, mixed)
     if why is not None:
         return None, why
-    config, why = _config(layout, widths, original)
+    rope: dict[str, Any] = {}
+    if chosen is not None:
+        rope, why = _longrope(model, now, original, chosen)
+        if why:
+            return None, why
+    config, why = _config(layout, widths, original, rope)
     if config is None:
         return None, why
     weights = _weights(model, layout, now)
@@ -52,12 +64,17 @@ def stock(
 
 
 def obstacle(
-    layout: Layout, widths: Mapping[str, int], shortcuts: int, centred: bool, biases: int = 0
+    layout: Layout,
+    widths: Mapping[str, int],
+    shortcuts: int,
+    centred: bool,
+    biases: int = 0,
+    mixed_pairs: bool = False,
 ) -> str | None:
     """Why no stock config could hold a model of these widths, whatever its weights; None where one could.
 
     ``layout`` is that of the canonical form, ``centred`` whether the original's norms subtract the mean, ``biases``
-    whether readers got biases that they had not.
+    whether readers got biases that they had not, ``mixed_pairs`` whether heads or layers keep different frequency pairs.
     """
     blocks = layout.blocks(widths)
     for branch, space in layout.branches.items():
@@ -80,7 +97,46 @@ def obstacle(
     each = _by_kind(layout, widths)
     if each["vo"] != each["qk"]:
         return f"value heads have {each['vo']} dims and query/key heads {each['qk']}; a stock config has one head_dim"
+    if mixed_pairs:
+        return "heads or layers keep different frequency pairs; one choice for the whole model makes a stock checkpoint"
     return None
+
+
+def _longrope(
+    model: PreTrainedModel, now: Layout, original: PretrainedConfig, chosen: Int[Tensor, " n"]
+) -> tuple[dict[str, Any], str]:
+    """The rope_parameters under which plain transformers turns pairs by the frequencies kept, or why there are none.
+
+    It computes 1 / (s_i θ^(2i/k)) in float32 for pair i of heads of k dims, with one list of s up to a length and
+    another beyond; both are the same here. Rounding of s decides on the last bits of a frequency, which long positions
+    multiply, so of its neighbours the one is taken that comes closest.
+    """
+    parameters, rotary = original.rope_parameters, model.get_submodule(str(now.architecture.rotary))
+    if parameters["rope_type"] in ("dynamic", "longrope"):
+        return (
+            {},
+            f"pairs were chosen, and frequencies of the type '{parameters['rope_type']}' change with the length",
+        )
+    if any(space.rotary and space.spared for space in now.spaces.values()):
+        return (
+            {},
+            "pairs were chosen, and `longrope` factors speak of all dims of a head, not of a part of them",
+        )
+    theta, positions = parameters["rope_theta"], original.max_position_embeddings
+    kept = rotary.inv_freq.float().cpu()[chosen.cpu()]  # type: ignore[operator, union-attr, index]
+    power = theta ** (torch.arange(0, 2 * len(kept), 2).float() / (2 * len(kept)))
+    s = (1 / (kept.double() * power.double())).float()[:, None] * (1 + torch.arange(-8, 9) * 2.0**-24)
+    best = (1.0 / (s * power[:, None]) - kept[:, None]).abs().argmin(1, keepdim=True)
+    factors = s.gather(1, best)[:, 0].tolist()
+    return {
+        "rope_type": "longrope",
+        "rope_theta": theta,
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": float(rotary.attention_scaling),  # type: ignore[arg-type]
+        "original_max_position_embeddings": positions,
+    }, ""
 
 
 def _by_kind(layout: Layout, widths: Mapping[str, int]) -> dict[str, int]:
@@ -98,7 +154,7 @@ def _widths(layout: Layout, widths: Mapping[str, int], kind: str, blocks: list[i
 
 
 def _config(
-    layout: Layout, widths: Mapping[str, int], original: PretrainedConfig
+    layout: Layout, widths: Mapping[str, int], original: PretrainedConfig, rope: Mapping[str, Any]
 ) -> tuple[PretrainedConfig | None, str]:
     """A config of the family, or of one that holds the same function, with the widths that the model has now."""
     each = _by_kind(layout, widths)
@@ -116,6 +172,8 @@ def _config(
     values["num_hidden_layers"] = len(blocks)
     if values.get("layer_types"):
         values["layer_types"] = [values["layer_types"][i] for i in blocks]
+    if rope:
+        values["rope_parameters"] = dict(rope)
     values["tie_word_embeddings"] = layout.tied
     if layout.folded:
         values["rms_norm_eps"] = original.rms_norm_eps * d / k
@@ -136,11 +194,16 @@ def _weights(model: PreTrainedModel, layout: Layout, now: Layout) -> dict[str, T
     edges, blocks = [e for e in now.edges if e.stage in stages], now.blocks({})
     for edge in edges:
         names |= arch.origin(edge.block, int(edge.source.split(".")[2]), blocks.index(edge.block))
+    d, k = (_by_kind(each, {})["qk"] for each in (layout, now))
+    scale = (k / d) ** 0.5  # stock attention divides scores by the square root of the width it has now
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
         if leaf in ("weight", "bias"):
-            weights[f"{names.get(path, path)}.{leaf}"] = parameter.detach()
+            value = parameter.detach()
+            if path.endswith(".attention.q"):
+                value = value * scale
+            weights[f"{names.get(path, path)}.{leaf}"] = value
     norms = {f"{e.stage}.norm": names[f"{e.stage}.norm"] for e in edges} | {arch.final_norm: arch.final_norm}
     for path, theirs in norms.items():
         norm = model.get_submodule(path)

@@ -48,6 +48,22 @@ FAMILIES: dict[str, Architecture] = {"llama": LLAMA, "mistral": LLAMA, "qwen2": 
 """Model type, as a checkpoint's config.json has it → its declaration."""
 
 
+NORMED_HEADS = (
+    "its attention norms queries and keys after their projections (q/k-norm), so a change of basis or a cut of them "
+    "does not pass through"
+)
+POST_NORMS = "norms with gains stand behind its branches (post-norm), so the residual stream has no rotations"
+
+REASONS: dict[str, str] = {
+    **dict.fromkeys(("qwen3", "qwen3_moe", "hunyuan_v1_dense", "olmoe"), NORMED_HEADS),
+    **dict.fromkeys(
+        ("gemma3", "gemma3_text", "olmo2", "olmo3", "exaone4"), f"{NORMED_HEADS}, and {POST_NORMS}"
+    ),
+    "gemma2": POST_NORMS,
+}
+"""Model types that are not declared because of what they compute, and what that is."""
+
+
 def architecture(config: PretrainedConfig) -> Architecture:
     """The declaration of a config's family. Raises InputError for a family that is not known."""
     kind = config.model_type
@@ -58,8 +74,9 @@ def architecture(config: PretrainedConfig) -> Architecture:
         )
     if kind not in FAMILIES:
         raise InputError(
-            f"model type '{kind}' is not a known family, so its symmetries cannot be trusted; known: "
-            f"{', '.join(sorted(FAMILIES))}. Declare it in families.py (docs/add-a-family.md)."
+            f"model type '{kind}' is not a known family, so its symmetries cannot be trusted"
+            f"{f': {REASONS[kind]}' if kind in REASONS else ''}; known: {', '.join(sorted(FAMILIES))}. "
+            "Declare it in families.py (docs/add-a-family.md)."
         )
     return FAMILIES[kind]
 

@@ -34,6 +34,7 @@ class Statistic(Enum):
     SEEN = "seen"  # as the readers see it: NORMED on the residual stream, RAW elsewhere
     MEAN = "mean"  # E[x] of the signal as it is
     FISHER = "fisher"  # E[g gᵀ], g the gradient of a sampled label's log-likelihood: ½ E[eᵀFe] nats a token for errors e
+    QUERIES = "queries"  # E[q qᵀ] of the queries that meet a KV head's keys, before positions turn them
     READERS = "readers"  # Σ WᵀW over the weights that read the space; no calibration needed
     COSINE = (
         "cosine"  # mean cosine of the stream into a block and out of it; for selectors, in ``Bill.influence``
@@ -89,10 +90,16 @@ class Rotator(Method, ABC):
     nats: bool = (
         False  # whether its energies are losses in nats per token; a property where an option decides
     )
+    joint: bool = (
+        False  # whether all query/key spaces of a step get one basis; a property where an option decides
+    )
 
     @abstractmethod
     def fit(self, space: Space, moments: Moments) -> Basis:
-        """The basis of one space, A of shape (copies, dim, dim) in ``produces``, directions by falling energy."""
+        """The basis of one space, A of shape (copies, dim, dim) in ``produces``, directions by falling energy.
+
+        Where ``joint``, the copies are those of all layers, and all of them must get the same basis.
+        """
 
 
 class Selector(Method, ABC):
@@ -126,6 +133,9 @@ class Slicer(Method, ABC):
     kind = "slice"
     kinds: ClassVar[frozenset[str]] = frozenset({"residual", "mlp", "vo", "qk"})  # where it makes sense
     offsets: ClassVar[bool] = False  # whether its changes have an offset, so that readers get biases
+    mixes: ClassVar[bool] = (
+        False  # whether what is cut is read from other directions: not across rotary pairs
+    )
 
     @abstractmethod
     def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:

@@ -116,6 +116,13 @@ class Layout:
         patterns = list(patterns)
         return [n for n, s in self.spaces.items() if any(p == s.kind or fnmatchcase(n, p) for p in patterns)]
 
+    def attention(self, space: str) -> str:
+        """The path of the attention whose queries and keys a space holds."""
+        key = ".k.weight"
+        return next(n for n, (a, *_) in self.axes.items() if n.endswith(key) and a and a.space == space)[
+            : -len(key)
+        ]
+
     def readers(self, space: str) -> list[tuple[str, int]]:
         """The weights (name, axis) that read a space."""
         return [
@@ -291,7 +298,8 @@ def label(model: PreTrainedModel) -> Layout:
         if (a := stage.attention) is not None:
             qk, vo = a.k.out_features // a.kv_heads, a.v.out_features // a.kv_heads
             group = Group.ROTARY if rotary else Group.INVERTIBLE
-            spaces[f"qk.{i}"] = Space(f"qk.{i}", "qk", qk, group, a.kv_heads, rotary)
+            turned = rotary if a.pairs is None else 2 * a.pairs.shape[1]
+            spaces[f"qk.{i}"] = Space(f"qk.{i}", "qk", qk, group, a.kv_heads, turned)
             spaces[f"vo.{i}"] = Space(f"vo.{i}", "vo", vo, Group.INVERTIBLE, a.kv_heads)
             name, grain = f"heads.{i}", a.heads // a.kv_heads * vo
             spaces[name] = Space(name, "heads", a.kv_heads, Group.PERMUTATION, grain=grain)

@@ -45,7 +45,8 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Softmax attention whose query/key width and value width are read off its weights, and so may differ.
 
-    Rotary positions turn the leading dims for which the model supplies angles.
+    Rotary positions turn the leading dims for which the model supplies angles; ``pairs`` (KV head, pair) says which
+    of the model's frequencies turns each pair that is left, where that is not the one at its own place.
     """
 
     def __init__(self, q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear, origin: nn.Module, heads: int,
@@ -61,10 +62,19 @@ class Attention(nn.Module):
         self.sliding_window: int | None = getattr(origin, "sliding_window", window)
         self.dropout: float = float(getattr(origin, "attention_dropout", 0.0))
         self.is_causal = True
+        self.pairs: Tensor | None
+        self.register_buffer("pairs", None)
 
-    def keep_groups(self, k: int) -> None:
-        """As many KV groups as its weights have now."""
-        self.heads, self.kv_heads = k * self.num_key_value_groups, k
+    def choose(self, pairs: Tensor) -> None:
+        """Keep a choice (KV head, pair) among the frequency pairs that there are now, in its order."""
+        pairs = pairs.to(self.k.weight.device)
+        self.pairs = pairs if self.pairs is None else self.pairs.gather(1, pairs)
+
+    def keep_groups(self, kept: Tensor) -> None:
+        """The KV groups that its weights have now, among those that they had."""
+        self.heads, self.kv_heads = len(kept) * self.num_key_value_groups, len(kept)
+        if self.pairs is not None:
+            self.pairs = self.pairs[kept.to(self.pairs.device)]
 
     def forward(self, x: Tensor, attention_mask: Tensor | None = None, position_embeddings: Any = None,
                 past_key_values: Any = None, **kwargs: Any) -> Tensor:  # fmt: skip
@@ -72,8 +82,9 @@ class Attention(nn.Module):
         k = rearrange(self.k(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v(x), "b t (h d) -> b h t d", h=self.kv_heads)
         if position_embeddings is not None:
-            cos, sin = (p.unsqueeze(1) for p in position_embeddings)
-            q, k = turn(q, cos, sin), turn(k, cos, sin)
+            cos, sin = (self._per_head(p) for p in position_embeddings)
+            k = turn(k, cos, sin)
+            q = turn(q, spread(cos, self.heads), spread(sin, self.heads))
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -93,6 +104,18 @@ class Attention(nn.Module):
             **kwargs,
         )[0]
         return self.out(rearrange(z, "b t h d -> b t (h d)"))
+
+    def _per_head(self, angles: Tensor) -> Tensor:
+        """Cosines or sines (B, T, rotary) for every KV head's own pairs (B, h, T, 2n); for all alike, h = 1."""
+        if self.pairs is None:
+            return angles.unsqueeze(1)
+        both = torch.cat((self.pairs, self.pairs + angles.shape[-1] // 2), -1)
+        return rearrange(angles[..., both], "b t h r -> b h t r")
+
+
+def spread(x: Tensor, heads: int) -> Tensor:
+    """What belongs to each KV head (B, h, T, r), for the query heads that share it; one for all stays one."""
+    return x if x.shape[1] == 1 else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -83,6 +83,15 @@ class Moments:
             merged[key] = merged[key] + moment if key in merged else moment
         return Moments(merged)
 
+    def beside(self, members: Iterable[str], into: str) -> Moments:
+        """The moments of several spaces as those of one space ``into`` that has all their copies."""
+        names = list(members)
+        found: dict[Key, Moment] = {}
+        for statistic in {s for name, s in self.known if name in names}:
+            each = [self.known[name, statistic] for name in names]
+            found[into, statistic] = Moment(torch.cat([m.total for m in each]), each[0].count)
+        return Moments(found)
+
     def pooled(self, members: Iterable[str], into: str) -> Moments:
         """The moments of several spaces that share one basis, as those of the space ``into``."""
         pooled: dict[Key, Moment] = {}

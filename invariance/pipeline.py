@@ -218,17 +218,13 @@ class _Run:
 
     def _moments_of(self, unit: Unit, moments: Moments) -> Moments:
         """What a unit's methods read, under the name of its first member."""
-        known = moments.pooled(unit.members, unit.space.name)
-        if Statistic.READERS in unit.needs:
-            for member in unit.members:
-                space = self.layout.spaces[member]
-                found = reader_moment(self.model, self.layout, space)
-                known = known.merge(Moments({(unit.space.name, Statistic.READERS): found}))
-        if Statistic.FISHER in unit.needs:
-            for member in unit.members:
-                found = fisher.moment(self.model, self.layout, self.layout.spaces[member], self.fisher)
-                known = known.merge(Moments({(unit.space.name, Statistic.FISHER): found}))
-        return known
+        for member in unit.members if Statistic.READERS in unit.needs else ():
+            found = reader_moment(self.model, self.layout, self.layout.spaces[member])
+            moments = moments.merge(Moments({(member, Statistic.READERS): found}))
+        for member in unit.members if Statistic.FISHER in unit.needs else ():
+            found = fisher.moment(self.model, self.layout, self.layout.spaces[member], self.fisher)
+            moments = moments.merge(Moments({(member, Statistic.FISHER): found}))
+        return (moments.beside if unit.joint else moments.pooled)(unit.members, unit.space.name)
 
     def _fit(self, units: tuple[Unit, ...] | list[Unit], moments: Moments) -> None:
         with timed(self.seconds, "fit"):
@@ -236,12 +232,20 @@ class _Run:
                 self.bases[unit.space.name] = self._basis(unit, moments)
 
     def _basis(self, unit: Unit, moments: Moments) -> Basis:
-        basis = unit.rotate.fit(unit.space, self._moments_of(unit, moments))
-        if not unit.space.contains(basis.A):
+        basis = unit.rotate.fit(unit.fitted, self._moments_of(unit, moments))
+        if not unit.fitted.contains(basis.A):
             raise InvarianceError(
                 f"rotator '{unit.rotate.name}' gave space '{unit.space.name}' a basis outside the group "
                 f"'{unit.space.group.value}', so it would not be exact. This is a fault of the method, not of the recipe."
             )
+        if unit.joint:
+            first, *others = basis.A.split(unit.space.copies)
+            if not all(torch.equal(first, other) for other in others):
+                raise InvarianceError(
+                    f"rotator '{unit.rotate.name}' says that it gives all layers one basis, and gave space "
+                    f"'{unit.space.name}' another one than the rest. This is a fault of the method, not of the recipe."
+                )
+            return Basis(first, basis.energy.unflatten(0, (-1, unit.space.copies)).sum(0))
         return basis
 
     def _influence(self, moments: Moments) -> list[float] | None:

@@ -18,15 +18,15 @@ from .export import obstacle
 from .interfaces import Method, Rotator, Selector, Slicer, Statistic
 from .layout import Layout, Parameters, layout_of
 from .recipe import Constraints, Recipe, Step
-from .space import Space
+from .space import Group, Space
 
-MEASURED = frozenset({Statistic.RAW, Statistic.NORMED, Statistic.MEAN})  # by the walk
+MEASURED = frozenset({Statistic.RAW, Statistic.NORMED, Statistic.MEAN, Statistic.QUERIES})  # by the walk
 M = TypeVar("M", bound=Method | None)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Spaces that share one basis and one width: a segment of the residual stream, or one space alone."""
+    """Spaces that share one basis and one width: a segment of the residual stream, one space alone, or joint ones."""
 
     members: tuple[str, ...]
     space: Space  # the first member, for all
@@ -34,6 +34,16 @@ class Unit:
     rotate: Rotator
     select: Selector | None
     slice: Slicer | None
+
+    @property
+    def joint(self) -> bool:
+        """Whether its members lie beside each other, not behind: their copies are fitted as those of one space."""
+        return len(self.members) > 1 and self.space.kind != "residual"
+
+    @property
+    def fitted(self) -> Space:
+        """The space that the rotator sees."""
+        return replace(self.space, copies=len(self.members) * self.space.copies) if self.joint else self.space
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -91,11 +101,12 @@ class Demand:
                 "the step to `mlp` and `heads`."
             )
         found = {k for k in range(0, d + 1, c.multiple_of) if low <= k <= high and (k or c.min == 0)}
-        found |= {d} if high == d else set()
+        found = {k for k in found if self.space.fits(k)} | ({d} if high == d else set())
         if not found:
+            whole = " that keeps whole frequency pairs" if self.space.rotary else ""
             raise InputError(
-                f"no width of space '{self.space.name}' (dim {d}) is a multiple of {c.multiple_of} between {low} and "
-                f"{high}. Widen `widths`."
+                f"no width of space '{self.space.name}' (dim {d}){whole} is a multiple of {c.multiple_of} between "
+                f"{low} and {high}. Widen `widths`."
             )
         return tuple(sorted(found))
 
@@ -108,6 +119,11 @@ class Demand:
             raise InputError(
                 f"selector '{select.name}' gave space '{space.name}' the width {k}; it must be a whole number from "
                 f"{least} to {space.dim}."
+            )
+        if not space.fits(k):
+            raise InputError(
+                f"selector '{select.name}' gave space '{space.name}' the width {k}, which would split one of the pairs "
+                f"that rotary positions turn, or cut what they spare; {space.spared} plus an even number would not."
             )
 
 
@@ -141,6 +157,14 @@ class Plan:
     def follows(self) -> bool:
         """Whether the sliced stream is made to follow the dense one."""
         return self.recipe.order == "dense_target"
+
+    @property
+    def mixed_pairs(self) -> bool:
+        """Whether heads or layers may come to keep different frequency pairs."""
+        return any(
+            u.space.rotary > 0 and u.rotate.produces is Group.ROTARY and not u.rotate.joint
+            for u in self.units
+        )
 
     @property
     def reads_tokens(self) -> bool:
@@ -182,7 +206,8 @@ class Plan:
         count = replace(count, blocks=count.blocks + biases)
         if stock is None:
             shortcuts = self.layout.shortcut_stages(self.segments)
-            stock = obstacle(self.layout, widths, len(shortcuts), self.dense.centred, biases) is None
+            centred, mixed = self.dense.centred, self.mixed_pairs
+            stock = obstacle(self.layout, widths, len(shortcuts), centred, biases, mixed) is None
         if not (stock and self.layout.folded):
             return count
         k = widths.get(self.layout.points[-1], self.layout.spaces[self.layout.points[-1]].dim)
@@ -359,6 +384,8 @@ def _segments(layout: Layout, step: Step, names: list[str]) -> list[list[str]]:
     groups: dict[object, list[str]] = {}
     for name in names:
         key: object = name
+        if layout.spaces[name].kind == "qk" and step.rotate.joint:
+            key = replace(layout.spaces[name], name="")  # those alike
         if layout.spaces[name].kind == "residual" and step.segments != "stage":
             block = min(int(name.split(".")[1]), final_block)
             every = 1 if step.segments == "block" else getattr(step.segments, "every", 0)
@@ -404,10 +431,25 @@ def _check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
             f"{where}: '{rotator.name}' asks for the normed signal, and no norm stands on space '{space.name}'. "
             "Use `of: raw`."
         )
-    if unit.slice is not None and space.kind == "qk" and space.rotary:
+    if rotator.produces is Group.ROTARY and not space.rotary:
         raise InputError(
-            f"{recipe.where('steps', unit.step, 'slice')}: space '{space.name}' carries rotary positions, whose pairs "
-            "cannot be cut yet. Rotate it only (no `select`, no `slice`), or limit the step to other spaces."
+            f"{where}: rotator '{rotator.name}' orders the pairs of dims that rotary positions turn, and space "
+            f"'{space.name}' has none. Use a rotator of the group '{space.group.value}', such as qk_svd."
+        )
+    if unit.slice is not None and unit.slice.mixes and space.rotary:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' reads what it cuts from other "
+            f"directions; on space '{space.name}' rotary positions turn each pair of dims by an angle of its own, so "
+            "none stands in for another. Use `slice: truncate` for this step."
+        )
+    if Statistic.QUERIES in unit.needs and space.kind != "qk":
+        raise InputError(
+            f"{where}: '{rotator.name}' asks for queries, and space '{space.name}' has none. Limit the step to qk."
+        )
+    if unit.joint and unit.slice is not None and unit.slice.needs:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' reads moments, and the spaces "
+            f"that share the basis of '{rotator.name}' have one each. Use `slice: truncate` for this step."
         )
     if unit.needs - {Statistic.READERS} and recipe.calibrate is None:
         raise InputError(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from einops import einsum, rearrange, repeat
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,7 +15,7 @@ from .canonical import assign
 from .errors import InvarianceError
 from .layout import Axis, Edge, Layout, Role
 from .modules import Attention, Stage
-from .space import RTOL, Change, Space
+from .space import RTOL, Change, Space, pairs_kept
 
 _NO_OFFSET = {
     "residual": "a norm stands between the stream and its readers",
@@ -30,13 +30,14 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
     readers' biases take up W·``offset``. A residual edge whose ends change differently carries D_sᵀ E_t. Applying one
     change after another is applying their product, so spaces can be changed one at a time. Changes speak of the copies
     that the layout has: where KV groups move or go in the same call, the changes of their copies move and go with them.
-    A branch that is cut to width 0 goes with all its weights, and with a stage's last branch its norm; the residual
-    edge stays.
+    Where rotary positions turn pairs of dims, the frequencies go with the pairs that ``encode`` keeps. A branch that is
+    cut to width 0 goes with all its weights, and with a stage's last branch its norm; the residual edge stays.
 
     Raises InvarianceError, with nothing changed, for a space that the layout has not, a change of another shape, an
-    offset whose readers do not add it up, a cut among the pairs that carry rotary positions, or KV groups that are mixed.
+    offset whose readers do not add it up, KV groups that are mixed, or a change that does more to the pairs that carry
+    rotary positions than to choose among them, one complex scale each.
     """
-    _check(layout, changes)
+    chosen = _check(layout, changes)
     _check_cache(model, layout, changes)
     gone = layout.gone({name: change.width for name, change in changes.items()})
     with torch.no_grad():
@@ -52,6 +53,8 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
                 for part, change in [] if axis is None else along(axis, changes):
                     W = contract(W, i, part, change)
             assign(model, name, W)
+        for name, pairs in chosen.items():
+            attention_of(model, layout, name).choose(pairs)
         _resize(model, layout, changes)
         if layout.tied:
             table = model.get_parameter(f"{layout.architecture.embed[0]}.weight")
@@ -62,7 +65,16 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
             _change_edge(model, layout, edge, changes)
 
 
-def _check(layout: Layout, changes: Mapping[str, Change]) -> None:
+def attention_of(model: PreTrainedModel, layout: Layout, space: str) -> Attention:
+    """The attention whose queries and keys a space holds."""
+    found = model.get_submodule(layout.attention(space))
+    assert isinstance(found, Attention)
+    return found
+
+
+def _check(layout: Layout, changes: Mapping[str, Change]) -> dict[str, Int[Tensor, "c n"]]:
+    """The pairs kept by name, of those spaces whose frequencies do not stay as they are."""
+    chosen = {}
     for name, change in changes.items():
         space = layout.spaces.get(name)
         if space is None:
@@ -83,11 +95,6 @@ def _check(layout: Layout, changes: Mapping[str, Change]) -> None:
                 f"a change of space '{name}' has an offset of shape {tuple(change.offset.shape)}, which cannot be: "
                 f"{_NO_OFFSET.get(space.kind, f'{shape[:2]} would fit')}. Leave it out, or choose another space."
             )
-        if change.width < space.rotary:
-            raise InvarianceError(
-                f"a change cuts space '{name}' to {change.width} of the {space.rotary} dims that carry rotary "
-                "positions; the model would turn the wrong pairs. Keep them all."
-            )
         if not change.width and name not in layout.branches.values():
             raise InvarianceError(
                 f"a change cuts space '{name}' to width 0, and no branch vanishes with it. Keep one direction at least."
@@ -97,6 +104,20 @@ def _check(layout: Layout, changes: Mapping[str, Change]) -> None:
             raise InvarianceError(
                 f"a change of space '{name}' mixes KV groups, because {space.why}. Choose among them."
             )
+        if not space.rotary:
+            continue
+        kept, read = (pairs_kept(X, space.rotary) for X in (change.encode, change.decode))
+        if kept is None or read is None or kept.shape != read.shape:
+            raise InvarianceError(
+                f"a change of space '{name}', to {change.width} dims, does more than choose among the "
+                f"{space.rotary // 2} pairs (j, j + {space.rotary // 2}) of the {space.rotary} dims that carry rotary "
+                "positions, with one complex scale each: every pair is turned by an angle of its own, so a mix of them, "
+                "or half of one, commutes with none. Keep whole pairs, as (i, i + half), and other dims behind them."
+            )
+        same = torch.arange(space.rotary // 2, device=kept.device).repeat(space.copies, 1)
+        if not torch.equal(kept, same):
+            chosen[name] = kept
+    return chosen
 
 
 def _check_cache(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
@@ -193,7 +214,7 @@ def _resize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change
             resized.drop(name)
         elif layout.spaces[space].kind == "heads":
             assert resized.attention is not None
-            resized.attention.keep_groups(changes[space].width)
+            resized.attention.keep_groups(support(changes[space].encode[0]).int().argmax(0))
     for _, attention in _attentions(model, layout):  # a cache counts its tokens in the first slot of a kind
         attention.layer_idx = slots[attention.sliding_window].pop(0)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from jaxtyping import Bool, Float64
+from jaxtyping import Float64, Int
 from scipy.stats import ortho_group
 from torch import Tensor
 
@@ -26,8 +26,8 @@ class Group(Enum):
     POSITIVE_MONOMIAL = "permutation and positive scale"  # under ReLU
     MONOMIAL = "permutation and scale"  # the linear branch of a gated MLP
     ORTHOGONAL = "orthogonal"
-    ROTARY = (
-        "one complex scale per frequency pair"  # under rotary positions; invertible on the dims they spare
+    ROTARY = (  # under rotary positions; invertible on the dims they spare
+        "frequency pairs permuted, their frequencies moving along, one complex scale each"
     )
     INVERTIBLE = "invertible"
 
@@ -101,10 +101,31 @@ class Space:
         """A random element of the space's group per copy, condition number at most 4.
 
         Orthogonal: Haar measure. Invertible: Haar × diag(s) × Haar, s log-uniform in [1/2, 2].
-        Rotary: one complex scale of modulus in [1/2, 2] per pair, an invertible matrix on the dims beyond.
+        Rotary: pairs permuted, one complex scale of modulus in [1/2, 2] each, an invertible matrix on the dims beyond.
         """
         g = self.generator(seed)
         return torch.stack([_element(self.group, self.dim, self.rotary, g) for _ in range(self.copies)])
+
+    @property
+    def spared(self) -> int:
+        """How many dims rotary positions spare; they come last."""
+        return self.dim - self.rotary
+
+    def fits(self, k: int) -> bool:
+        """Whether the space can be cut to k dims: with rotary positions, to whole pairs and all dims they spare."""
+        pairs = k - self.spared
+        return 0 <= k <= self.dim and (not self.rotary or (pairs >= 2 and pairs % 2 == 0))
+
+    def kept(self, k: int) -> Int[Tensor, " k"]:
+        """Which columns of a basis a cut to k dims keeps: the first k; with rotary positions the first pairs.
+
+        Ascending, so that the cut space has its pairs as (i, i + half) again, and what they spare behind.
+        """
+        if not self.fits(k):
+            raise ValueError(
+                f"space '{self.name}' cannot be cut to {k} dims: it would split a frequency pair"
+            )
+        return columns(self.rotary, (k - self.spared) // 2, self.spared) if self.rotary else torch.arange(k)
 
     def contains(self, A: Float64[Tensor, "c d d"], rtol: float = RTOL) -> bool:
         """Whether every copy of A is an element of the space's group, to rtol of its largest entry."""
@@ -115,8 +136,9 @@ class Space:
 class Basis:
     """An exact change of basis: new coordinates are Aᵀx; ``energy`` is what is lost if a direction goes.
 
-    Slicers keep from the left: what cutting to k loses is the sum of the energies from k on. They fall, unless the
-    rotator is ``nested``.
+    Slicers keep from the left, the columns ``Space.kept(k)``: what cutting to k loses is the sum of the energies from
+    k on. They fall, unless the rotator is ``nested``, and stand in the order in which directions are kept: where rotary
+    positions turn pairs (i, i + half), what they spare, then pair after pair, each of its two dims with half of it.
     """
 
     A: Float64[Tensor, "c d d"]
@@ -167,7 +189,10 @@ def in_group(group: Group, A: Float64[Tensor, "c d d"], rotary: int = 0, rtol: f
     if group is Group.ORTHOGONAL:
         return bool((A.mT @ A - eye).abs().amax() <= rtol * d)
     if group is Group.ROTARY:
-        return _is_rotary(A, rotary, tol) and _invertible(A)
+        whole = not rotary or (
+            (kept := pairs_kept(A, rotary, rtol)) is not None and kept.shape[1] == rotary // 2
+        )
+        return whole and _invertible(A)
     if group is Group.INVERTIBLE:
         return _invertible(A)
     support = A.abs() > tol
@@ -184,26 +209,36 @@ def _invertible(A: Float64[Tensor, "c d d"]) -> bool:
     return bool((torch.linalg.cond(A) < 1e12).all())
 
 
-def _pairs(d: int, rotary: int, device: torch.device | None = None) -> Bool[Tensor, "d d"]:
-    """Where an element of the rotary group may be non-zero."""
-    allowed = torch.zeros(d, d, dtype=torch.bool, device=device)
-    j = torch.arange(rotary // 2, device=device)
-    for a in (j, j + rotary // 2):
-        for b in (j, j + rotary // 2):
-            allowed[a, b] = True
-    allowed[rotary:, rotary:] = True
-    return allowed
+def columns(rotary: int, pairs: int, rest: int) -> Int[Tensor, " k"]:
+    """The dims of the first pairs among ``rotary`` dims, and of the first that rotary positions spare."""
+    i = torch.arange(pairs, device="cpu")  # whatever device modules are being built on
+    return torch.cat((i, i + rotary // 2, rotary + torch.arange(rest, device="cpu")))
 
 
-def _is_rotary(A: Float64[Tensor, "c d d"], rotary: int, tol: float) -> bool:
-    d, h = A.shape[-1], rotary // 2
-    outside = A[:, ~_pairs(d, rotary, A.device)].abs()
-    if outside.numel() and outside.amax() > tol:
-        return False
-    j = torch.arange(h, device=A.device)
-    same = (A[:, j, j] - A[:, j + h, j + h]).abs()
-    skew = (A[:, j, j + h] + A[:, j + h, j]).abs()
-    return not h or bool(torch.maximum(same, skew).amax() <= tol)
+def pairs_kept(X: Float64[Tensor, "c d k"], rotary: int, rtol: float = RTOL) -> Int[Tensor, "c n"] | None:
+    """Which frequency pair (j, j + rotary/2) each pair of columns (i, i + n) keeps, up to one complex scale.
+
+    None where X is anything else: where columns mix pairs, split one, or mix them with the dims that rotary positions
+    spare, which take the last columns. The number n of pairs kept is that of all copies.
+    """
+    if X.is_meta or not X.numel():
+        return None
+    tol = rtol * X.abs().amax()
+    h, turned = rotary // 2, (X[:, :rotary].abs() > tol).any(1)
+    n = int(turned[0].sum()) // 2
+    leading = torch.arange(X.shape[-1], device=X.device) < 2 * n
+    if (
+        not n
+        or not torch.equal(turned, leading.expand_as(turned))
+        or bool((X[:, rotary:, : 2 * n].abs() > tol).any())
+    ):
+        return None
+    left, right = X[:, :rotary, :n], X[:, :rotary, n : 2 * n]
+    a, b, c, d = left[:, :h], left[:, h:], right[:, :h], right[:, h:]
+    size = a.abs() + b.abs()
+    complex_scale = torch.maximum((a - d).abs(), (b + c).abs()).amax() <= tol
+    one_each = bool(((size > tol).sum(1) == 1).all())
+    return size.argmax(1) if complex_scale and one_each else None
 
 
 def _scales(n: int, g: torch.Generator) -> Float64[Tensor, " n"]:
@@ -228,13 +263,14 @@ def _element(group: Group, d: int, rotary: int, g: torch.Generator) -> Float64[T
         return (haar(d, g) * _scales(d, g)) @ haar(d, g) if d else eye
     if group is Group.ROTARY:
         h = rotary // 2
-        j = torch.arange(h)
+        i, j = torch.arange(h), torch.randperm(h, generator=g)
         angle = 2 * torch.pi * torch.rand(h, generator=g, dtype=torch.float64)
         r = _scales(h, g)
-        eye[j, j] = eye[j + h, j + h] = r * angle.cos()
-        eye[j, j + h], eye[j + h, j] = r * angle.sin(), -r * angle.sin()
-        eye[rotary:, rotary:] = _element(Group.INVERTIBLE, d - rotary, 0, g)
-        return eye
+        A = torch.zeros_like(eye)
+        A[j, i] = A[j + h, i + h] = r * angle.cos()
+        A[j, i + h], A[j + h, i] = r * angle.sin(), -r * angle.sin()
+        A[rotary:, rotary:] = _element(Group.INVERTIBLE, d - rotary, 0, g)
+        return A
     P = eye[:, torch.randperm(d, generator=g)]
     sign = 1 - 2 * torch.randint(2, (d,), generator=g).double()
     if group is Group.SIGNED_PERMUTATION:

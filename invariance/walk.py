@@ -299,7 +299,7 @@ class _Probe:
 def _probes(
     moments: Moments, layout: Layout, spaces: list[str], stage: Stage, wanted: Wanted
 ) -> Iterator[_Probe]:
-    """Measure signals inside a stage while it runs: the stream at its norm, its keys, what its readers read."""
+    """Measure signals inside a stage while it runs: the stream at its norm, its queries and keys, what its readers read."""
     probe = _Probe()
     handles = []
     for name in spaces:
@@ -311,17 +311,20 @@ def _probes(
         def stream(_: Any, args: Any, out: Tensor, name: str = name, which: Any = statistics) -> None:
             _add_stream(moments, name, which, args[0], out, probe.mask)
 
-        def add(
-            signal: Tensor, space: Any = space, heads: int = space.copies, which: Any = statistics
-        ) -> None:
+        def add(signal: Tensor, space: Any = space, heads: int = space.copies, which: Any = statistics,
+                queries: bool = False) -> None:  # fmt: skip
             for statistic in which:
-                moments.add((space.name, statistic), real_tokens(signal, probe.mask), space.copies, heads)
+                if (statistic is Statistic.QUERIES) == queries:
+                    moments.add((space.name, statistic), real_tokens(signal, probe.mask), space.copies, heads)
 
         if space.kind == "residual":
             assert stage.norm is not None
             handles.append(stage.norm.register_forward_hook(stream))
         elif space.kind == "qk" and stage.attention is not None:
             handles.append(stage.attention.k.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
+            heads = stage.attention.heads
+            ask = lambda _m, _a, y, add=add, heads=heads: add(y, heads=heads, queries=True)  # noqa: E731
+            handles.append(stage.attention.q.register_forward_hook(ask))
         elif space.kind in ("vo", "heads") and stage.attention is not None:
             heads = stage.attention.heads if space.kind == "vo" else 1
             hook = lambda _m, a, add=add, heads=heads: add(a[0], heads=heads)  # noqa: E731

@@ -25,6 +25,7 @@ class LeastSquares(Slicer, name="least_squares"):
 
     ridge: float = 1e-6
     kinds = Slicer.kinds | {"heads"}
+    mixes = True
     needs = frozenset({Statistic.SEEN})
 
     def __post_init__(self) -> None:

@@ -22,4 +22,5 @@ class Truncate(Slicer, name="truncate"):
 
     def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:
         whole = Change.rotation(basis.A)
-        return Change(whole.encode[..., :k].contiguous(), whole.decode[..., :k].contiguous())
+        kept = space.kept(k)
+        return Change(whole.encode[..., kept].contiguous(), whole.decode[..., kept].contiguous())

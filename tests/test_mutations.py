@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from invariance import canonical, verify
 from invariance import reparametrize as operator
 from invariance.canonical import assign, canonicalize
+from invariance.errors import InvarianceError
 from invariance.layout import Axis, Layout, Role, label
 from invariance.modules import Norm, Stage
 from invariance.reparametrize import reparametrize
@@ -279,7 +280,7 @@ def pairs_of_neighbours(d: int, g: torch.Generator) -> Tensor:
         ("opt", {}, "residual", invertible, Group.ORTHOGONAL),
     ],
 )
-def test_an_element_outside_the_group(family, options, kind, outsider, group):
+def test_an_element_outside_the_group(family, options, kind, outsider, group, monkeypatch):
     model = tiny(family, **options)
     _, layout = canonical_copy(model, fold=True, tie="untie")
     name = layout.select([kind])[0]
@@ -288,6 +289,12 @@ def test_an_element_outside_the_group(family, options, kind, outsider, group):
     A = torch.stack([outsider(space.dim, space.generator(seed=c)) for c in range(space.copies)])
     assert space.contains(space.element(0)) and not space.contains(A)
     right = certify(model, {name: space.element(0)}, tokens(), fold=True)
+    if space.rotary:
+        with pytest.raises(InvarianceError, match="does more than choose among"):
+            certify(model, {name: A}, tokens(), fold=True)
+        monkeypatch.setattr(
+            operator, "pairs_kept", lambda X, rotary: torch.arange(rotary // 2).repeat(len(X), 1)
+        )
     wrong = certify(model, {name: A}, tokens(), fold=True)
     assert right.passed and not wrong.passed
     assert wrong.relative_error > FAR * wrong.tolerance

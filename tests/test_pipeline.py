@@ -498,12 +498,10 @@ def test_every_space_may_have_a_width_of_its_own(family: str, order: str, tmp_pa
     widths: dict[str, int] = {}
     steps = []
     for n, (name, space) in enumerate(layout.spaces.items()):
-        if space.kind == "qk" and space.rotary:
-            continue
-        widths[name] = max(1, space.dim - 1 - n % (space.dim // 2))
-        base = {"residual": RESIDUAL, "mlp": MLP, "vo": HEADS, "qk": {"rotate": "pca"}, "heads": MLP}[
-            space.kind
-        ]
+        turned = space.kind == "qk" and space.rotary > 0
+        widths[name] = space.dim - 2 if turned else max(1, space.dim - 1 - n % (space.dim // 2))
+        keys = {"rotate": "rope_pairs" if turned else "qk_svd"}
+        base = {"residual": RESIDUAL, "mlp": MLP, "vo": HEADS, "qk": keys, "heads": MLP}[space.kind]
         segments = {"segments": "stage"} if space.kind == "residual" else {}
         steps.append(base | segments | {"spaces": name, "select": {"uniform": {"width": widths[name]}}})
     made = outcome(model, recipe(*steps, order=order), evaluate=False)

@@ -23,12 +23,13 @@ from invariance.verify import logits, relative_error, tolerance
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 STOCK = {"demo", "dense-target", "global-basis", "hadamard", "mlp", "random"}  # one basis, uniform widths
-STOCK |= {"shortgpt", "replace-me", "obs", "output-aware", "reader-weighted"}
+STOCK |= {"kv-cache", "shortgpt", "replace-me", "obs", "output-aware", "reader-weighted"}
 OWN = {"slicegpt", "combined", "heads", "nonuniform", "flap", "modegpt"}
 NARROWER: dict[str, dict[str, Any]] = {
     "combined": {"steps.0.select.uniform.width": 27, "steps.2.select.uniform.width": 6},
     "heads": {"steps.0.select.uniform.width": 6},
-    "modegpt": {"steps.1.select.uniform.width": 6},
+    "kv-cache": {"steps.0.select.uniform.width": 4, "steps.1.select.uniform.width": 4},
+    "modegpt": {"steps.1.select.uniform.width": 6, "steps.2.select.uniform.width": 6},
     "replace-me": {"steps.0.select.shortgpt.blocks": 1},
     "shortgpt": {"steps.0.select.shortgpt.blocks": 1},
     "nonuniform": {"steps.0.widths.multiple_of": 8},

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import seeds
 
 from invariance.modules import turn
-from invariance.space import Change, Group, Space, haar, in_group
+from invariance.space import Change, Group, Space, haar, in_group, pairs_kept
 
 groups = st.sampled_from(list(Group))
 
@@ -125,13 +125,48 @@ def test_rotary_elements_commute_with_positions_and_others_do_not(half, spared, 
     angles = torch.rand(5, half, generator=g, dtype=torch.float64).repeat(1, 2) * 6
     x = torch.randn(5, s.dim, generator=g, dtype=torch.float64)
 
-    def commutes(A):
-        return torch.allclose(
-            turn(x @ A, angles.cos(), angles.sin()), turn(x, angles.cos(), angles.sin()) @ A
-        )
+    def commutes(A, moved):
+        there = angles[:, torch.cat((moved, moved + half))]
+        return torch.allclose(turn(x @ A, there.cos(), there.sin()), turn(x, angles.cos(), angles.sin()) @ A)
 
-    assert commutes(s.element(seed)[0])
-    assert not commutes(s.element(seed)[0] + torch.diag(torch.arange(s.dim)))
+    A = s.element(seed)
+    (moved,) = pairs_kept(A, s.rotary)
+    assert moved.sort()[0].equal(torch.arange(half))
+    assert commutes(A[0], moved)
+    if (
+        half > 1
+    ):  # the controls: frequencies that stay behind, or go elsewhere; an element plus something else
+        assert commutes(A[0], torch.arange(half)) == moved.equal(torch.arange(half))
+        assert not commutes(A[0], moved.roll(1))
+    assert not commutes(A[0] + torch.diag(torch.arange(s.dim)), moved)
+
+
+@given(half=st.integers(1, 4), spared=st.integers(0, 3), copies=st.integers(1, 3), seed=seeds, data=st.data())
+def test_a_cut_keeps_whole_pairs_and_what_positions_spare(half, spared, copies, seed, data):
+    s = space(Group.ROTARY, 2 * half + spared, copies, 2 * half)
+    fitting = [k for k in range(s.dim + 1) if s.fits(k)]
+    assert fitting == [spared + 2 * n for n in range(1, half + 1)]
+    n = data.draw(st.integers(1, half), label="pairs")
+    columns = s.kept(spared + 2 * n)
+    A = s.element(seed)
+    assert pairs_kept(A[..., columns], s.rotary).equal(pairs_kept(A, s.rotary)[:, :n])
+    assert columns.tolist() == [*range(n), *range(half, half + n), *range(2 * half, s.dim)]
+    for k in set(range(s.dim + 1)) - set(fitting):
+        with pytest.raises(ValueError, match="split a frequency pair"):
+            s.kept(k)
+    if (
+        half > 1
+    ):  # the controls: half a pair more, the first columns whatever they are, a pair split between two
+        assert pairs_kept(A[..., : 2 * half - 1], s.rotary) is None
+        split = A[..., columns].clone()
+        split[..., n : 2 * n] = split[..., n : 2 * n].roll(1, 1)
+        assert pairs_kept(split, s.rotary) is None
+        mixed = A + A[..., [*range(1, 2 * half), 0, *range(2 * half, s.dim)]]
+        assert pairs_kept(mixed[..., columns], s.rotary) is None
+    if spared:
+        leaking = A.clone()
+        leaking[0, -1, 0] += 0.1
+        assert pairs_kept(leaking, s.rotary) is None
 
 
 def test_first_moments_of_haar_measure():

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from invariance.canonical import canonicalize
 from invariance.families import FAMILIES
 from invariance.layout import Layout
-from invariance.space import Change
+from invariance.space import Change, Space, columns
 from invariance.verify import exact_copy
 
 VOCABULARY = 31
@@ -156,23 +156,34 @@ def canonical_copy(model: PreTrainedModel, fold: bool, tie: str) -> tuple[PreTra
     return twin, canonicalize(twin, fold=fold, tie=tie)
 
 
-def cut(change: Change, k: int) -> Change:
-    """The slice that keeps a rotation's leading k directions."""
-    return Change(change.encode[..., :k].contiguous(), change.decode[..., :k].contiguous())
+def cut(change: Change, k: int, space: Space | None = None, pairs: int | None = None) -> Change:
+    """The slice that keeps a rotation's leading k directions; of a rotary space the leading pairs, as many as fit.
+
+    Or as many pairs as are named, and of the dims that positions spare what is left of k.
+    """
+    kept = torch.arange(k)
+    if space is not None and space.rotary:
+        n = min(space.rotary // 2, k // 2) if pairs is None else pairs
+        kept = columns(space.rotary, n, k - 2 * n)
+    return Change(change.encode[..., kept].contiguous(), change.decode[..., kept].contiguous())
 
 
 def cuttable(layout: Layout, name: str) -> bool:
-    """Whether a space can be made narrower: not where rotary positions turn all of its dims."""
+    """Whether a space can be made narrower: not where one frequency pair is all that it has."""
     space = layout.spaces[name]
-    return space.dim > max(1, space.rotary)
+    return space.dim > (2 if space.rotary else 1)
 
 
 def widths(layout: Layout, names: Iterable[str], data: st.DataObject) -> dict[str, int]:
-    """A narrower width for each named space that can be cut; rotary dims are left whole."""
+    """A narrower width for each named space that can be cut; of rotary dims, whole pairs stay, one at least."""
+
+    def narrower(space: Space) -> list[int]:
+        pairs = space.rotary // 2
+        fit = [k for k in range(2, space.dim) if k - 2 * min(pairs, k // 2) <= space.spared]
+        return fit if pairs else list(range(1, space.dim))
+
     return {
-        n: data.draw(
-            st.integers(max(1, layout.spaces[n].rotary), layout.spaces[n].dim - 1), label=f"width of {n}"
-        )
+        n: data.draw(st.sampled_from(narrower(layout.spaces[n])), label=f"width of {n}")
         for n in names
         if cuttable(layout, n)
     }
