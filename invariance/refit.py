@@ -23,7 +23,7 @@ from .space import Change
 if TYPE_CHECKING:
     from .walk import Batch
 
-SHRINKAGE = (1e-3, 1e-2, 1e-1, 1.0, 10.0)  # fractions of the mean eigenvalue of H
+SHRINKAGE = (1e-2, 1e-1, 1.0, 10.0)  # fractions of the mean eigenvalue of H
 HELD_OUT = 4  # one sequence in so many chooses the shrinkage
 
 
@@ -54,6 +54,10 @@ class Normal:
         H, G, s = self.H + other.H, self.G + other.G, self.s + other.s
         return Normal(H, G, s, self.n + other.n, self.total + other.total)
 
+    def single(self) -> Normal:
+        """The same in float32."""
+        return replace(self, H=self.H.float(), G=self.G.float(), s=self.s.float())
+
     def along(self, narrow: Callable[[Tensor, int], Tensor]) -> Normal:
         """The equations for narrower features; ``narrow(tensor, dim)`` maps one axis of features to theirs."""
         H = narrow(narrow(self.H, 0), 1)
@@ -72,6 +76,18 @@ class Normal:
     def loss(self, delta: Float64[Tensor, "k d"]) -> float:
         """Σ w‖t − Δᵀh‖² less Σ w‖t‖²: negative where Δ helps."""
         return ((self.H @ delta - 2 * self.G) * delta).sum().item()
+
+
+class _Tap(nn.Module):
+    """Stands in a writer's place, keeps what it would have read, and writes nothing."""
+
+    def __init__(self, kept: list[Tensor]) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.kept.append(h)
+        return h.new_zeros(1)
 
 
 @dataclass(frozen=True)
@@ -94,6 +110,7 @@ class Follower:
     """
 
     def __init__(self, layout: Layout, edge: Edge, stage: Stage) -> None:
+        """``stage`` is a copy of the stage at ``edge``; its writers are taken out of it, since none has to compute."""
         self.layout, self.edge, self.stage = layout, edge, stage
         self.writers = [
             Writer(f"{edge.stage}.{name}", module, axis, module.in_features)
@@ -103,9 +120,10 @@ class Follower:
         self.read: list[Tensor] = []  # of the batch that passes now
         self.kept: list[Tensor] = []  # of all batches
         self.sequences = 0
-        self.handles = [
-            w.module.register_forward_pre_hook(lambda _m, a: self.read.append(a[0])) for w in self.writers
-        ]
+        if stage.attention is not None:
+            stage.attention.out = _Tap(self.read)  # type: ignore[assignment]
+        if stage.mlp is not None:
+            stage.mlp.down = _Tap(self.read)  # type: ignore[assignment]
         shape = sum(w.width for w in self.writers), self.writers[0].module.out_features
         self.parts = [Normal.empty(*shape, self.writers[0].module.weight.device) for _ in range(2)]
 
@@ -125,10 +143,6 @@ class Follower:
     def _passed_by(self, x: Tensor) -> Tensor:
         """What reaches the end of the stage beside its branches."""
         return x if self.stage.shortcut is None else x @ self.stage.shortcut.to(x.dtype)
-
-    def close(self) -> None:
-        for handle in self.handles:
-            handle.remove()
 
     def moments(self) -> Moments:
         """E[x xᵀ] of the spaces that the writers read, tokens weighted as in the regression."""
@@ -152,7 +166,6 @@ class Follower:
 
         A stage that has no writers left passes them on.
         """
-        self.close()
         cut = {
             f"{self.edge.stage}.{name}": module
             for name, module in _writers(model.get_submodule(self.edge.stage))  # type: ignore[arg-type]
@@ -261,5 +274,6 @@ def _uncut(W: Tensor, w: Writer, changes: Mapping[str, Change]) -> Tensor:
 
 def best_shrinkage(train: Normal, held: Normal, choices: Sequence[float] = SHRINKAGE) -> float | None:
     """The shrinkage whose solution on ``train`` loses least on ``held``; None where changing nothing is better."""
+    train, held = train.single(), held.single()  # enough to rank them
     loss, best = min((held.loss(train.solve(s)), s) for s in choices)
     return best if loss < 0 else None
