@@ -23,7 +23,7 @@ from invariance.verify import logits, relative_error, tolerance
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 STOCK = {"demo", "dense-target", "global-basis", "hadamard", "mlp", "random"}  # one basis, uniform widths
-STOCK |= {"kv-cache", "shortgpt", "replace-me", "obs", "output-aware", "reader-weighted"}
+STOCK |= {"best", "kv-cache", "shortgpt", "replace-me", "obs", "output-aware", "reader-weighted"}
 OWN = {"slicegpt", "combined", "heads", "nonuniform", "flap", "modegpt"}
 NARROWER: dict[str, dict[str, Any]] = {
     "combined": {"steps.0.select.uniform.width": 27, "steps.2.select.uniform.width": 6},
