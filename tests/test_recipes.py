@@ -23,8 +23,8 @@ from invariance.verify import logits, relative_error, tolerance
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 STOCK = {"demo", "dense-target", "global-basis", "hadamard", "mlp", "random"}  # one basis, uniform widths
-STOCK |= {"best", "kv-cache", "shortgpt", "replace-me", "obs", "output-aware", "reader-weighted"}
-OWN = {"slicegpt", "combined", "heads", "nonuniform", "flap", "modegpt"}
+STOCK |= {"best-stock", "kv-cache", "shortgpt", "replace-me", "obs", "output-aware", "reader-weighted"}
+OWN = {"slicegpt", "combined", "heads", "nonuniform", "best", "flap", "modegpt"}
 NARROWER: dict[str, dict[str, Any]] = {
     "combined": {"steps.0.select.uniform.width": 27, "steps.2.select.uniform.width": 6},
     "heads": {"steps.0.select.uniform.width": 6},
@@ -33,6 +33,7 @@ NARROWER: dict[str, dict[str, Any]] = {
     "replace-me": {"steps.0.select.shortgpt.blocks": 1},
     "shortgpt": {"steps.0.select.shortgpt.blocks": 1},
     "nonuniform": {"steps.0.widths.multiple_of": 8},
+    "best": {"steps.0.widths.multiple_of": 8},
 }
 IDS = torch.arange(1, 25)[None] % VOCABULARY
 DEPTH = 4
