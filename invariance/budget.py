@@ -71,8 +71,8 @@ class Bill:
         for resource, limit in self.limits.items():
             least = self.amounts[resource](narrowest)
             if least > limit:
+                factor = f" by a factor of {least / limit:.3f} or more" if limit >= 1 else ""
                 raise InputError(
                     f"the budget of {limit:,.0f} {resource} cannot be met: these spaces at their narrowest leave "
-                    f"{least:,.0f}. Raise it by a factor of {least / limit:.3f} or more, allow narrower widths, or cut "
-                    "more spaces."
+                    f"{least:,.0f}. Raise it{factor}, allow narrower widths, or cut more spaces."
                 )

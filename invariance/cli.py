@@ -103,7 +103,7 @@ def run(recipe: RecipeArgument,
         device: Device = "auto", plugin: Plugin = [], trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
     """Compress a model by a recipe: writes model/, report.json and report.html.
 
-    Stops before anything is cut if a rotation moves the logits. Moments of the dense model are kept, so a second
+    Stops, and writes nothing, if a rotation moves the logits. Moments of the dense model are kept, so a second
     recipe on the same model and tokens calibrates in no time.
     """
     from . import run as runs
@@ -167,7 +167,7 @@ def _plan_tables(document: dict[str, Any]) -> list[Any]:
             if len(u["spaces"]) == 1
             else f"{u['spaces'][0]} … {u['spaces'][-1]} ({len(u['spaces'])})"
         )
-        width = "by spectra" if u["width"] is None else str(u["width"])
+        width = "by calibration" if u["width"] is None else str(u["width"])
         units.add_row(
             names,
             u["group"],

@@ -159,10 +159,15 @@ class _Run:
     def _batches(self) -> tuple[list[walk.Batch], torch.dtype]:
         calibrate = self.plan.recipe.calibrate
         assert calibrate is not None and self.tokens is not None
-        dtype = calibration_dtype(calibrate.dtype, self.model.device)
-        # Following the dense stream needs the small difference of two large streams.
-        stream = torch.float32 if self.plan.follows else dtype
+        dtype, stream = self._dtypes()
         return walk.enter(self.model, self.layout, self.tokens.batches(calibrate.batch), dtype, stream), dtype
+
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """What branches compute in, and what the stream is kept in."""
+        assert self.plan.recipe.calibrate is not None
+        dtype = calibration_dtype(self.plan.recipe.calibrate.dtype, self.model.device)
+        # Following the dense stream needs the small difference of two large streams.
+        return dtype, torch.float32 if self.plan.follows else dtype
 
     def _calibrate(self, wanted: walk.Wanted) -> Moments:
         """The moments of the dense model: from the store where it has them, else from one walk."""
@@ -200,8 +205,8 @@ class _Run:
     def _keyed_store(self) -> Store | None:
         if self.store is None:
             return None
-        assert self.tokens is not None and self.plan.recipe.calibrate is not None
-        dtype = calibration_dtype(self.plan.recipe.calibrate.dtype, self.model.device)
+        assert self.tokens is not None
+        dtype, stream = self._dtypes()
         return Store.keyed(
             self.store,
             {
@@ -212,6 +217,7 @@ class _Run:
                 "tokens": self.tokens.digest(),
                 "folded": str(self.layout.folded),
                 "dtype": str(dtype),
+                "stream": str(stream),
                 "device": self.model.device.type,
             },
         )
@@ -282,9 +288,10 @@ class _Run:
         )
 
     def _predicted(self, widths: Widths) -> float | None:
-        """The energies that widths lose, where those of all spaces that are cut are losses in nats per token."""
+        """The energies that widths lose, where those of all spaces that are cut are losses in nats per token, and
+        assume the refit that the slicer makes, or none."""
         cut = [u for u in self.plan.units if widths[u.space.name] < u.space.dim]
-        if not all(u.rotate.nats for u in cut):
+        if not all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.nested for u in cut):
             return None
         return sum(self.bases[u.space.name].energy[:, widths[u.space.name] :].sum().item() for u in cut)
 

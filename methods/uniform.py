@@ -64,11 +64,21 @@ class Uniform(Selector, name="uniform"):
         return widths
 
     def _rounded(self, cost: Bill, space: Space, width: float) -> int:
-        """An allowed width, rounded down to a multiple, one multiple at least; a whole space stays whole."""
+        """The widest allowed multiple that is no wider, the narrowest where a fraction asks for less than that."""
         if self.multiple_of > space.dim:
             raise InputError(
                 f"multiple_of {self.multiple_of} is more than the {space.dim} directions of space '{space.name}'. "
                 "Give a smaller multiple."
             )
         allowed = [k for k in cost.widths[space] if k % self.multiple_of == 0 or k == space.dim]
+        if not allowed or (self.width is not None and min(allowed) > width):
+            raise InputError(
+                f"space '{space.name}' may have the widths {_several(cost.widths[space])}, and none of them is "
+                f"{f'{self.width} or less' if self.width else 'a multiple'} in multiples of {self.multiple_of}. Change "
+                "`widths`, or this selector's options."
+            )
         return max((k for k in allowed if k <= width + 1e-9), default=min(allowed))
+
+
+def _several(widths: tuple[int, ...]) -> str:
+    return str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"

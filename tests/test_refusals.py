@@ -95,6 +95,18 @@ CASES = [
     # budgets
     Case("widths that cannot be", "is a multiple of 7 between 60 and 61",
          **step("{spaces: mlp, rotate: permute, select: {uniform: {keep: 0.9}}, widths: {multiple_of: 7, min: 60, max: 61}}")),
+    Case("multiples that no allowed width is", "none of them is a multiple in multiples of 16",
+         **step("{spaces: mlp, rotate: permute, select: {uniform: {keep: 0.5, multiple_of: 16}}, "
+                "widths: {max: 10}}")),
+    Case("a width below those allowed", "none of them is 4 or less",
+         **step("{spaces: mlp, rotate: permute, select: {uniform: {width: 4}}, widths: {min: 20}}")),
+    Case("one width for spaces of two sizes", "cannot get the `same` width",
+         **step("{spaces: [mlp, vo], rotate: identity, select: {uniform: {keep: 0.5}}, widths: {same: true}}")),
+    Case("protection of some that share a width", "`protect` keeps 'mlp.0' whole",
+         **step("{spaces: mlp, rotate: permute, select: {uniform: {keep: 0.5}}, "
+                "widths: {same: true, protect: {first: 1}}}")),
+    Case("a refit that no order makes", "only order 'dense_target' refits",
+         edits=(("steps:", "refit: writers\nsteps:"),), at="3"),
     Case("a budget of nothing", "nothing is limited", edits=(("steps:", "budget: {}\nsteps:"),)),
     Case("widths without a selector", "no `select` chooses among them",
          **step("{spaces: mlp, rotate: permute, widths: {multiple_of: 8}}")),
