@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .errors import InputError
+from .errors import InputError, did_you_mean
 from .families import architecture
 from .layout import Layout, Role, label
-from .modules import Block, Norm, Stage
+from .modules import Block, Factored, Linear, Norm, Stage, factors
 
 
-def canonicalize(model: PreTrainedModel, *, fold: bool, tie: str = "untie") -> Layout:
+def canonicalize(
+    model: PreTrainedModel, *, fold: bool, tie: str = "untie", split: Collection[str] = ()
+) -> Layout:
     """Rewrite a family's model in place, without changing its function, and return its layout.
 
     ``fold=False`` rewrites the blocks alone: enough for changes inside MLPs and heads, and the model keeps its norms,
     its tied head and its stock form. ``fold=True`` also makes the residual stream's group orthogonal: norms lose
     their gains and biases, LayerNorm loses its centring (its writers are centred instead). A tied head must then be
-    separated from the table (``tie="untie"``) or read it through a d×d matrix diag(γ) (``tie="keep"``).
+    separated from the table (``tie="untie"``) or read it through a d×d matrix diag(γ) (``tie="keep"``). ``split`` names
+    the matrices (``edge.3.down``) that become two factors with a space between them.
 
-    Raises InputError for a family or variant that is not known, or a tie that cannot be kept.
+    Raises InputError for a family or variant that is not known, a tie that cannot be kept, or an edge that is not there.
     """
     if tie not in ("keep", "untie"):
         raise InputError(f"tie '{tie}' is not known. Use 'keep' or 'untie'.")
@@ -28,6 +33,10 @@ def canonicalize(model: PreTrainedModel, *, fold: bool, tie: str = "untie") -> L
     blocks = model.get_submodule(arch.blocks)
     if not any(isinstance(m, Block) for m in blocks.children()):
         arch.restructure(model)
+    layout = label(model)
+    for name in split:
+        if name not in layout.spaces:
+            _split(model, layout, name)
     layout = label(model)
     if not fold or layout.folded:
         return layout
@@ -42,27 +51,37 @@ def canonicalize(model: PreTrainedModel, *, fold: bool, tie: str = "untie") -> L
             assert isinstance(stage, Stage)
             if stage.norm is None:
                 continue
-            readers = [
-                getattr(b, n) for b in stage.branches for n in ("q", "k", "v", "gate", "up") if hasattr(b, n)
-            ]
-            _fold(stage.norm, [r for r in readers if r is not None])
+            _fold(stage.norm, [m for n, m in stage.linears().items() if n not in ("out", "down")])
         _fold_head(model, layout, tie)
         if layout.centred:
             _centre(model, label(model))
     return label(model)
 
 
-def _fold(norm: Norm, readers: list[nn.Linear]) -> None:
-    """W(γ ⊙ n + β) + b = (W diag γ) n + (b + Wβ), in float64."""
+def _split(model: PreTrainedModel, layout: Layout, name: str) -> None:
+    path = layout.matrices.get(name)
+    if path is None:
+        raise InputError(
+            f"no matrix of this model makes a space '{name}'{did_you_mean(name, layout.matrices)}"
+        )
+    linear = model.get_submodule(path)
+    assert isinstance(linear, nn.Linear)
+    model.set_submodule(path, Factored.split(linear))
+
+
+def _fold(norm: Norm, readers: Sequence[Linear]) -> None:
+    """W(γ ⊙ n + β) + b = (W diag γ) n + (b + Wβ), in float64; of two factors the first has γ, the second the bias."""
     for reader in readers:
-        W = reader.weight.double()
+        first, last = factors(reader)[0], factors(reader)[-1]
         if norm.bias is not None:
-            bias = W @ norm.bias.double()
-            if reader.bias is not None:
-                bias = bias + reader.bias.double()
-            reader.bias = _like(bias, reader.weight)
+            bias = norm.bias.double()
+            for factor in factors(reader):
+                bias = factor.weight.double() @ bias
+            if last.bias is not None:
+                bias = bias + last.bias.double()
+            last.bias = _like(bias, last.weight)
         if norm.gain is not None:
-            reader.weight = _like(W * norm.gain.double(), reader.weight)
+            first.weight = _like(first.weight.double() * norm.gain.double(), first.weight)
     norm.gain = norm.bias = None
 
 

@@ -23,7 +23,8 @@ SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "num_hid
 
 
 class InvarianceConfig(PretrainedConfig):
-    """The original model's config, and what was done to it: canonical form, widths, where shortcuts lie, new biases.
+    """The original model's config, and what was done to it: canonical form, matrices split in two, widths, where shortcuts
+    lie, new biases.
 
     ``pairs`` names the query/key spaces whose frequency pairs were chosen, and says how many each kept; which ones is
     in a buffer beside the weights.
@@ -33,12 +34,13 @@ class InvarianceConfig(PretrainedConfig):
 
     def __init__(self, original: dict[str, Any] | None = None, folded: bool = False, tie: str = "untie",
                  widths: dict[str, int] | None = None, shortcuts: list[str] | None = None,
-                 biases: list[str] | None = None, pairs: dict[str, int] | None = None,
+                 biases: list[str] | None = None, pairs: dict[str, int] | None = None, split: list[str] | None = None,
                  **kwargs: Any) -> None:  # fmt: skip
         self.original = dict(original or {})
         self.folded, self.tie = folded, tie
         self.widths, self.shortcuts = dict(widths or {}), list(shortcuts or [])
         self.biases, self.pairs = list(biases or []), dict(pairs or {})
+        self.split = list(split or [])
         for key in SHARED:
             kwargs.setdefault(key, self.original.get(key))
         super().__init__(**kwargs)
@@ -133,6 +135,7 @@ def wrap(
         },
         shortcuts=sorted(now.shortcuts),
         biases=now.added_biases(layout),
+        split=now.select(["edge"]),
         pairs={
             n: p.shape[1] for n in now.select(["qk"]) if (p := attention_of(inner, now, n).pairs) is not None
         },
@@ -148,7 +151,7 @@ def _shaped(config: InvarianceConfig) -> PreTrainedModel:
     """The family's model with the config's shapes; what its weights hold is for loading to say."""
     dense = config.dense()
     inner = architecture(dense).build(dense)
-    layout = canonicalize(inner, fold=config.folded, tie=config.tie)
+    layout = canonicalize(inner, fold=config.folded, tie=config.tie, split=config.split)
     changes = {name: _blank(layout.spaces[name], k, config.pairs) for name, k in config.widths.items()}
     reparametrize(inner, layout, changes)
     for name in config.biases:
@@ -158,7 +161,7 @@ def _shaped(config: InvarianceConfig) -> PreTrainedModel:
     for name, n in config.pairs.items():
         attention = attention_of(inner, layout, name)
         attention.pairs = torch.empty(
-            attention.kv_heads, n, dtype=torch.int64, device=attention.k.weight.device
+            attention.kv_heads, n, dtype=torch.int64, device=next(attention.parameters()).device
         )
     now = label(inner)
     for edge in now.edges:

@@ -82,6 +82,8 @@ def obstacle(
             return f"block {space.split('.')[1]} has lost its {branch.rpartition('.')[2]} and not all else"
     if not blocks:
         return "no block is left"
+    if split := [n for n, s in layout.spaces.items() if s.kind == "edge"]:
+        return f"{len(split)} matrices are stored as two factors each"
     for kind in KINDS:
         found = _widths(layout, widths, kind, blocks)
         if len(found) > 1:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from .data import Tokens
 from .interfaces import Statistic
 from .layout import Layout
-from .moments import Moment, Moments, real_tokens
+from .moments import Moment, Moments, reader, real_tokens
 from .space import Space
 from .verify import copy_in
 from .walk import Progress, quiet
@@ -100,7 +100,7 @@ def moment(model: PreTrainedModel, layout: Layout, space: Space, known: Moments)
     total = torch.zeros(space.copies, space.seen, space.seen, dtype=torch.float64)
     for (name, i), point in zip(layout.readers(space.name), layout.written_behind(space.name), strict=True):
         F = known.known[point, Statistic.FISHER].mean[0]
-        W = rearrange(model.get_parameter(name).double().movedim(i, -1).cpu(), "o (c r d) -> c r o d",
+        W = rearrange(reader(model, space, name).movedim(i, -1), "o (c r d) -> c r o d",
                       c=space.copies, d=space.seen)  # fmt: skip
         total += einsum(W, F @ W, "c r o d, c r o e -> c d e")
     return Moment(total, 1)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .moments import Moments
 
 ENTRY_POINTS = "invariance.methods"
+KINDS = frozenset({"residual", "mlp", "vo", "qk", "edge"})  # where a method makes sense that does not say
 
 
 class Statistic(Enum):
@@ -82,7 +83,7 @@ class Rotator(Method, ABC):
 
     kind = "rotate"
     produces: ClassVar[Group]  # must be included in the space's group, or the plan is refused
-    kinds: ClassVar[frozenset[str]] = frozenset({"residual", "mlp", "vo", "qk"})  # where it makes sense
+    kinds: ClassVar[frozenset[str]] = KINDS  # where it makes sense
     width_limit: ClassVar[WidthLimit | None] = None  # why a width cannot be served, or None where it can
     nested: ClassVar[bool] = (
         False  # whether an energy supposes that all behind it are gone; then it need not fall
@@ -131,7 +132,7 @@ class Slicer(Method, ABC):
     """How a space is cut to its width, and who compensates for what is gone."""
 
     kind = "slice"
-    kinds: ClassVar[frozenset[str]] = frozenset({"residual", "mlp", "vo", "qk"})  # where it makes sense
+    kinds: ClassVar[frozenset[str]] = KINDS  # where it makes sense
     offsets: ClassVar[bool] = False  # whether its changes have an offset, so that readers get biases
     mixes: ClassVar[bool] = (
         False  # whether what is cut is read from other directions: not across rotary pairs

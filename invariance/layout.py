@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
@@ -16,7 +16,7 @@ from .architecture import Architecture
 from .families import architecture
 from .space import Group, Space
 
-KINDS = ("residual", "mlp", "vo", "qk", "heads")
+KINDS = ("residual", "mlp", "vo", "qk", "heads")  # that every model has; `edge` where a matrix is split
 
 
 class Role(Enum):
@@ -116,12 +116,28 @@ class Layout:
         patterns = list(patterns)
         return [n for n, s in self.spaces.items() if any(p == s.kind or fnmatchcase(n, p) for p in patterns)]
 
+    @property
+    def matrices(self) -> dict[str, str]:
+        """The spaces that matrices of branches would have inside as two factors → those linear layers' paths."""
+        found = [
+            (f"edge.{e.block}.{name.split('.')[-2]}", name.removesuffix(".weight"))
+            for e in self.edges
+            for name, axes in self.axes.items()
+            if name.startswith(f"{e.stage}.") and name.endswith(".weight") and len(axes) == 2
+            if not any(a is not None and a.space.startswith("edge.") for a in axes)
+        ]
+        return dict(found)
+
+    def splits(self, patterns: Iterable[str]) -> frozenset[str]:
+        """Which of ``matrices`` the patterns mean: all, by the kind `edge`, or by names and globs that begin so."""
+        asked = ["edge.*" if p == "edge" else p for p in patterns if p.split(".")[0] == "edge"]
+        return frozenset(n for n in self.matrices if any(fnmatchcase(n, p) for p in asked))
+
     def attention(self, space: str) -> str:
         """The path of the attention whose queries and keys a space holds."""
-        key = ".k.weight"
-        return next(n for n, (a, *_) in self.axes.items() if n.endswith(key) and a and a.space == space)[
-            : -len(key)
-        ]
+        ends = (".k.weight", ".k.second.weight")
+        name = next(n for n, (a, *_) in self.axes.items() if n.endswith(ends) and a and a.space == space)
+        return name[: name.rindex(".k.")]
 
     def readers(self, space: str) -> list[tuple[str, int]]:
         """The weights (name, axis) that read a space."""
@@ -157,7 +173,7 @@ class Layout:
         left = self.stages(widths) if lost else ()
         return (*lost, *(f"{e.stage}.norm." for e in self.edges if lost and e.stage not in left))
 
-    def _length(self, axis: Axis, widths: Mapping[str, int]) -> int:
+    def length(self, axis: Axis, widths: Mapping[str, int]) -> int:
         """How long an axis is: its runs, fewer where their groups are fewer, times the width of each."""
         runs = axis.heads
         if axis.outer is not None:
@@ -170,7 +186,7 @@ class Layout:
         gone = self.gone(widths)
         return {
             name: prod(
-                n if a is None else self._length(a, widths)
+                n if a is None else self.length(a, widths)
                 for n, a in zip(self.shapes[name], axes, strict=True)
             )
             for name, axes in self.axes.items()
@@ -178,15 +194,18 @@ class Layout:
         }
 
     def written_behind(self, space: str) -> list[str]:
-        """The points of the stream that what reads a space writes; a point itself. None for queries and keys."""
+        """The points of the stream that what reads a space writes; a point itself. None for queries, keys and all else
+        that is not added to the stream at once."""
         if self.spaces[space].kind == "residual":
             return [space]
-        return [
+        written = [
             a.space
             for name, i in self.readers(space)
             for j, a in enumerate(self.axes[name])
             if j != i and a is not None and a.role is Role.WRITE
         ]
+        direct = [s for s in written if self.spaces[s].kind in ("residual", "edge")]
+        return [point for s in direct for point in self.written_behind(s)]
 
     def missing_biases(self, space: str) -> dict[str, tuple[Axis | None, ...]]:
         """The biases that the readers of a space could have and have not, with the labels that they would get."""
@@ -242,7 +261,7 @@ class Layout:
         """How many numbers a cache holds per token: keys and values of every layer."""
         gone = self.gone(widths)
         return sum(
-            self._length(a, widths)
+            self.length(a, widths)
             for name, axes in self.axes.items()
             for a in axes
             if a is not None and a.outer is not None and a.role is Role.WRITE and len(axes) == 2
@@ -263,7 +282,13 @@ def label(model: PreTrainedModel) -> Layout:
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}  # each tied tensor once
 
     def put(weight: str, *where: Axis | None) -> None:
-        """Label a linear layer's weight (out, in) and bias (out), where it has them."""
+        """Label a linear layer's weight (out, in) and bias (out), where it has them; its factors, where it is split."""
+        if isinstance(pair := model.get_submodule(weight), modules.Factored):
+            name = f"edge.{i}.{weight.rpartition('.')[2]}"
+            spaces[name] = Space(name, "edge", pair.second.in_features, Group.INVERTIBLE)
+            put(f"{weight}.first", Axis(name, Role.WRITE), where[1])
+            put(f"{weight}.second", where[0], Axis(name, Role.READ))
+            return
         for name, labels in ((f"{weight}.weight", where), (f"{weight}.bias", where[:1])):
             if name in shapes:
                 axes[name] = labels
@@ -312,7 +337,8 @@ def label(model: PreTrainedModel) -> Layout:
         if (m := stage.mlp) is not None:
             branches[f"{path}.mlp"] = f"mlp.{i}"
             spaces[f"mlp.{i}"] = Space(f"mlp.{i}", "mlp", m.up.out_features, _mlp_group(m))
-            put(f"{path}.mlp.gate", Axis(f"mlp.{i}", Role.GATE), read)
+            if m.gate is not None:
+                put(f"{path}.mlp.gate", Axis(f"mlp.{i}", Role.GATE), read)
             put(f"{path}.mlp.up", Axis(f"mlp.{i}", Role.WRITE), read)
             put(f"{path}.mlp.down", write, Axis(f"mlp.{i}", Role.READ))
     first, last = edges[0].source, edges[-1].target
@@ -361,12 +387,14 @@ def _stream_widths(stages: Sequence[nn.Module], end: int) -> list[int]:
     return widths[::-1]
 
 
-def layout_of(config: PretrainedConfig, *, fold: bool = False, tie: str = "untie") -> Layout:
+def layout_of(
+    config: PretrainedConfig, *, fold: bool = False, tie: str = "untie", split: Collection[str] = ()
+) -> Layout:
     """The layout of a config's canonical model, without reading or making a weight. Raises InputError."""
     from .canonical import canonicalize  # needs labels itself
 
     model = architecture(config).skeleton(config)
-    return canonicalize(model, fold=fold, tie=tie)
+    return canonicalize(model, fold=fold, tie=tie, split=split)
 
 
 def _mlp_group(mlp: modules.Mlp) -> Group:

@@ -42,6 +42,47 @@ class Norm(nn.Module):
         return f"d={self.d}, eps={self.eps}, centred={self.centred}, folded={self.gain is None}"
 
 
+class Factored(nn.Module):
+    """second(first(x)): a matrix W (out, in) as two, with a space of min(in, out) dims between them."""
+
+    def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    @classmethod
+    def split(cls, linear: nn.Linear) -> Factored:
+        """Exactly: the identity first where W would write the more numbers, else last, where the bias stays."""
+        W, bias = linear.weight, linear.bias
+        n_out, n_in = W.shape
+        first, second = (
+            nn.Linear(n_in, min(n_in, n_out), bias=False, device="meta"),
+            nn.Linear(min(n_in, n_out), n_out, bias=False, device="meta"),
+        )
+        eye = nn.Parameter(torch.eye(min(n_in, n_out), dtype=W.dtype, device=W.device), W.requires_grad)
+        first.weight, second.weight = (eye, W) if n_in <= n_out else (W, eye)
+        second.bias = bias
+        return cls(first, second)
+
+    @property
+    def in_features(self) -> int:
+        return self.first.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.second.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+Linear = nn.Linear | Factored
+
+
+def factors(linear: Linear) -> tuple[nn.Linear, ...]:
+    """The matrices that a linear layer multiplies by, in turn."""
+    return (linear,) if isinstance(linear, nn.Linear) else (linear.first, linear.second)
+
+
 class Attention(nn.Module):
     """Softmax attention whose query/key width and value width are read off its weights, and so may differ.
 
@@ -49,7 +90,7 @@ class Attention(nn.Module):
     of the model's frequencies turns each pair that is left, where that is not the one at its own place.
     """
 
-    def __init__(self, q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear, origin: nn.Module, heads: int,
+    def __init__(self, q: Linear, k: Linear, v: Linear, out: Linear, origin: nn.Module, heads: int,
                  kv_heads: int) -> None:  # fmt: skip
         super().__init__()
         self.q, self.k, self.v, self.out = q, k, v, out
@@ -67,7 +108,7 @@ class Attention(nn.Module):
 
     def choose(self, pairs: Tensor) -> None:
         """Keep a choice (KV head, pair) among the frequency pairs that there are now, in its order."""
-        pairs = pairs.to(self.k.weight.device)
+        pairs = pairs.to(next(self.parameters()).device)
         self.pairs = pairs if self.pairs is None else self.pairs.gather(1, pairs)
 
     def keep_groups(self, kept: Tensor) -> None:
@@ -130,7 +171,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Mlp(nn.Module):
     """down(act(up x)), or down(act(gate x) · up x) where there is a gate."""
 
-    def __init__(self, gate: nn.Linear | None, up: nn.Linear, down: nn.Linear, act: nn.Module) -> None:
+    def __init__(self, gate: Linear | None, up: Linear, down: Linear, act: nn.Module) -> None:
         super().__init__()
         self.gate, self.up, self.down, self.act = gate, up, down, act
 
@@ -154,6 +195,11 @@ class Stage(nn.Module):
     @property
     def branches(self) -> list[nn.Module]:
         return [b for b in (self.attention, self.mlp) if b is not None]
+
+    def linears(self) -> dict[str, Linear]:
+        """The linear layers of its branches, by their names there."""
+        found = [(n, m) for b in self.branches for n, m in b.named_children()]
+        return {n: m for n, m in found if isinstance(m, Linear)}
 
     def drop(self, branch: str) -> None:
         """Let a branch go, by its name, and with the last one the norm."""

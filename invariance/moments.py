@@ -21,6 +21,7 @@ from .errors import InvarianceError
 from .files import write_tensors
 from .interfaces import Statistic
 from .layout import Layout
+from .modules import Factored
 from .space import Space
 
 Key = tuple[str, Statistic]
@@ -141,9 +142,17 @@ def reader_moment(model: PreTrainedModel, layout: Layout, space: Space) -> Momen
     """Σ WᵀW over the weights that read a space, per copy: how much each direction weighs with its readers."""
     total = torch.zeros(space.copies, space.seen, space.seen, dtype=torch.float64)
     for name, i in layout.readers(space.name):
-        W = model.get_parameter(name).double().movedim(i, -1).flatten(0, -2).cpu()
+        W = reader(model, space, name).movedim(i, -1).flatten(0, -2)
         total += outer(rearrange(W, "n (c r d) -> c (n r) d", c=space.copies, d=space.seen))
     return Moment(total, 1)
+
+
+def reader(model: PreTrainedModel, space: Space, name: str) -> Float64[Tensor, "o i"]:
+    """A weight that reads a space; the product, where it is one of two factors and the space lies beyond them."""
+    parent = model.get_submodule(name.rsplit(".", 2)[0])
+    if isinstance(parent, Factored) and space.kind != "edge":
+        return (parent.second.weight.double() @ parent.first.weight.double()).cpu()
+    return model.get_parameter(name).double().cpu()
 
 
 @dataclass(frozen=True)

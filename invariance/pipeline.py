@@ -101,7 +101,9 @@ class _Run:
         self._check_tokens()
         with timed(self.seconds, "canonicalize"):
             self.model = double_copy(model)
-            self.layout = canonicalize(self.model, fold=plan.fold, tie=plan.recipe.tie)
+            self.layout = canonicalize(
+                self.model, fold=plan.fold, tie=plan.recipe.tie, split=plan.layout.select(["edge"])
+            )
 
     def run(self) -> Sliced:
         plan = self.plan

@@ -208,9 +208,9 @@ class Plan:
         cut = [m for u in self.units if u.slice is not None and u.slice.offsets for m in u.members
                if widths.get(m, u.space.dim) < u.space.dim]  # fmt: skip
         gone = self.layout.gone(widths)
-        new = [point for m in cut if any(not b.startswith(gone) for b in self.layout.missing_biases(m))
-               for point in self.layout.written_behind(m)]  # fmt: skip
-        return sum(widths.get(point, self.layout.spaces[point].dim) for point in new)
+        new = [axis for m in cut for bias, (axis,) in self.layout.missing_biases(m).items()
+               if not bias.startswith(gone)]  # fmt: skip
+        return sum(self.layout.length(axis, widths) for axis in new if axis is not None)
 
     def parameters(self, widths: Widths, stock: bool | None = None) -> Parameters:
         """What is stored at these widths. A stock checkpoint stores gains of √(d/k) that the canonical form lacks."""
@@ -329,8 +329,9 @@ def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
     dense = layout_of(config)
     touched = [name for step in recipe.steps for name in dense.select(step.spaces)]
     fold = any(dense.spaces[name].kind == "residual" for name in touched)
+    split = dense.splits(p for step in recipe.steps for p in step.spaces)
     try:
-        layout = layout_of(config, fold=fold, tie=recipe.tie)
+        layout = layout_of(config, fold=fold, tie=recipe.tie, split=split)
     except InputError as e:
         raise InputError(f"{recipe.where('tie')}: {e}") from None
     units: list[Unit] = []
@@ -468,6 +469,11 @@ def _check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
     if Statistic.QUERIES in unit.needs and space.kind != "qk":
         raise InputError(
             f"{where}: '{rotator.name}' asks for queries, and space '{space.name}' has none. Limit the step to qk."
+        )
+    if space.kind == "edge" and recipe.order == "dense_target":
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'spaces')}: order 'dense_target' refits whole matrices, and space "
+            f"'{space.name}' lies inside one. Use `order: sequential`, or another space."
         )
     if unit.joint and unit.slice is not None and unit.slice.needs:
         raise InputError(

@@ -33,6 +33,7 @@ SPACES = {
     "vo": "vo",
     "qk": "qk",
     "heads": "heads",
+    "edge": "edge",
 }  # a kind, and how names of its spaces begin
 
 # The comment that ends a field's line is its description, in messages and in the JSON Schema.
@@ -140,7 +141,7 @@ Segments = Annotated[
 class Step(_Part):
     """Spaces, the exact basis they get, and how they are cut."""
 
-    spaces: Spaces  # kinds (residual, mlp, vo, qk, heads), names such as mlp.0, or patterns such as mlp.*
+    spaces: Spaces  # kinds (residual, mlp, vo, qk, heads, edge), names such as mlp.0, or globs such as mlp.*
     segments: Segments = "global"  # where the stream changes basis: global, block, stage or {every: N}
     slice_head: bool = True  # whether the residual stream is also cut before the head, true or false
     rotate: Rotate = Field(default="identity", validate_default=True)  # which exact basis

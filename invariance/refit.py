@@ -251,10 +251,11 @@ def halves(first: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _writers(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:
-    if stage.attention is not None:
-        yield "attention.out", stage.attention.out
-    if stage.mlp is not None:
-        yield "mlp.down", stage.mlp.down
+    for branch, name in (("attention", "out"), ("mlp", "down")):
+        linear = stage.linears().get(name)
+        if linear is not None:
+            assert isinstance(linear, nn.Linear)  # a plan refuses to refit one of two factors
+            yield f"{branch}.{name}", linear
 
 
 def _cut(T: Tensor, dim: int, w: Writer, changes: Mapping[str, Change]) -> Tensor:

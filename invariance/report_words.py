@@ -15,6 +15,7 @@ KINDS = {
     "vo": "value/output heads",
     "qk": "query/key heads",
     "heads": "KV groups",
+    "edge": "matrices in two factors",
 }
 
 Report = Mapping[str, Any]  # what report.json holds

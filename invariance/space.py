@@ -72,7 +72,7 @@ class Space:
     """
 
     name: str
-    kind: str  # residual, mlp, vo, qk or heads
+    kind: str  # residual, mlp, vo, qk, heads or edge
     dim: int
     group: Group
     copies: int = 1

@@ -102,14 +102,14 @@ def certify(model: PreTrainedModel, bases: Mapping[str, Tensor], ids: Int[Tensor
             tie: str = "untie", seed: int = 0) -> Certificate:  # fmt: skip
     """Rotate a copy of a family's model by ``bases`` (space name → A) and compare its logits with the original's.
 
-    Points of the stream that share one basis share one tensor. The control goes on from the rotated model: random
-    elements of the same spaces' groups, applied to the writers only.
+    Points of the stream that share one basis share one tensor; matrices with a space of their own are split in two. The
+    control goes on from the rotated model: random elements of the same spaces' groups, applied to the writers only.
     """
     twin = double_copy(model)
     family = logits(twin, ids)
     canonicalize(twin, fold=False)
     reference = logits(twin, ids)
-    layout = canonicalize(twin, fold=fold, tie=tie)
+    layout = canonicalize(twin, fold=fold, tie=tie, split=[n for n in bases if n.startswith("edge.")])
     made: dict[int, Change] = {}
     reparametrize(twin, layout, {n: made.setdefault(id(A), Change.rotation(A)) for n, A in bases.items()})
     error = relative_error(reference, logits(twin, ids))

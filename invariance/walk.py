@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from .interfaces import Statistic
 from .layout import Edge, Layout
-from .modules import Stage
+from .modules import Factored, Stage
 from .moments import Moments, real_tokens
 from .refit import Follower, refit_readers
 from .reparametrize import reparametrize
@@ -299,7 +299,7 @@ class _Probe:
 def _probes(
     moments: Moments, layout: Layout, spaces: list[str], stage: Stage, wanted: Wanted
 ) -> Iterator[_Probe]:
-    """Measure signals inside a stage while it runs: the stream at its norm, its queries and keys, what its readers read."""
+    """Measure signals inside a stage while it runs: the stream at its norm, outputs of q, k, first factors, what readers read."""
     probe = _Probe()
     handles = []
     for name in spaces:
@@ -320,6 +320,10 @@ def _probes(
         if space.kind == "residual":
             assert stage.norm is not None
             handles.append(stage.norm.register_forward_hook(stream))
+        elif space.kind == "edge":
+            factored = stage.linears()[name.rpartition(".")[2]]
+            assert isinstance(factored, Factored)
+            handles.append(factored.first.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
         elif space.kind == "qk" and stage.attention is not None:
             handles.append(stage.attention.k.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
             heads = stage.attention.heads

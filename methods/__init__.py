@@ -26,6 +26,7 @@ from . import (
     sleb,
     truncate,
     uniform,
+    weight_svd,
 )
 
 __all__ = [
@@ -54,4 +55,5 @@ __all__ = [
     "sleb",
     "truncate",
     "uniform",
+    "weight_svd",
 ]

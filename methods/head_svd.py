@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from invariance.interfaces import Rotator, Statistic
 from invariance.moments import Moments
@@ -33,10 +35,15 @@ class HeadSVD(Rotator, name="head_svd"):
             raise ValueError("floor must be between 0 and 1")
 
     def fit(self, space: Space, moments: Moments) -> Basis:
-        half, inverse = _root(moments.second(space), self.floor)
-        G_half, _ = _root(moments.second(space, Statistic.READERS), 1e-15)
-        _, sigma, Vt = torch.linalg.svd(G_half @ half)
-        return Basis(inverse @ Vt.mT, sigma.square())
+        return whitened(moments.second(space), moments.second(space, Statistic.READERS), self.floor)
+
+
+def whitened(C: Float64[Tensor, "c d d"], G: Float64[Tensor, "c d d"], floor: float) -> Basis:
+    """The basis A = C^-½ V and the energies Σ² of G^½ C^½ = U Σ Vᵀ."""
+    half, inverse = _root(C, floor)
+    G_half, _ = _root(G, 1e-15)
+    _, sigma, Vt = torch.linalg.svd(G_half @ half)
+    return Basis(inverse @ Vt.mT, sigma.square())
 
 
 def _root(C: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
