@@ -51,7 +51,7 @@ class Factored(nn.Module):
 
     @classmethod
     def split(cls, linear: nn.Linear) -> Factored:
-        """Exactly: the identity first where W would write the more numbers, else last, where the bias stays."""
+        """Exactly: one factor is W, that on its shorter side the identity. The bias stays on the second."""
         W, bias = linear.weight, linear.bias
         n_out, n_in = W.shape
         first, second = (

@@ -36,7 +36,8 @@ from invariance.space import Basis, Change, Group, Space, haar, in_group
 from invariance.verify import logits, relative_error, tolerance
 
 FAMILIES = ("llama", "opt", "phi")
-KINDS = ("residual", "mlp", "vo", "qk", "heads")
+KINDS = ("residual", "mlp", "vo", "qk", "heads", "edge")
+SPLIT = ("edge.0.down", "edge.1.q")
 METHODS = [(kind, name) for kind in ("rotate", "select", "slice") for name in registry(kind)]
 IDS = torch.arange(1, 25)[None] % VOCABULARY
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside the defaults, where an option changes what is computed
@@ -70,7 +71,7 @@ class Ready:
 @cache
 def ready(family: str) -> Ready:
     model = model_of(family).double()
-    layout = canonicalize(model, fold=True)
+    layout = canonicalize(model, fold=True, split=SPLIT)
     ids = torch.randint(1, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(1))
     batches = walk.enter(model, layout, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
     also = {"residual": [Statistic.NORMED], "qk": [Statistic.QUERIES]}
