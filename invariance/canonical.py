@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,9 @@ def canonicalize(
     if not any(isinstance(m, Block) for m in blocks.children()):
         arch.restructure(model)
     layout = label(model)
-    for name in split:
-        if name not in layout.spaces:
-            _split(model, layout, name)
-    layout = label(model)
+    if new := [name for name in split if name not in layout.spaces]:
+        _split(model, layout.matrices, new)
+        layout = label(model)
     if not fold or layout.folded:
         return layout
     if layout.tied and layout.centred and tie == "keep":
@@ -58,15 +57,13 @@ def canonicalize(
     return label(model)
 
 
-def _split(model: PreTrainedModel, layout: Layout, name: str) -> None:
-    path = layout.matrices.get(name)
-    if path is None:
-        raise InputError(
-            f"no matrix of this model makes a space '{name}'{did_you_mean(name, layout.matrices)}"
-        )
-    linear = model.get_submodule(path)
-    assert isinstance(linear, nn.Linear)
-    model.set_submodule(path, Factored.split(linear))
+def _split(model: PreTrainedModel, matrices: Mapping[str, str], names: list[str]) -> None:
+    for name in names:
+        if name not in matrices:
+            raise InputError(f"no matrix of this model makes a space '{name}'{did_you_mean(name, matrices)}")
+        linear = model.get_submodule(matrices[name])
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(matrices[name], Factored.split(linear))
 
 
 def _fold(norm: Norm, readers: Sequence[Linear]) -> None:
