@@ -459,8 +459,11 @@ def test_energies_in_nats_predict_a_loss_and_others_none() -> None:
     asked = recipe({"uniform": {"width": 40}}, MLP, budget=None)
     assert sliced(asked).predicted is None
     chart = plan(asked, model_of("llama").config)
-    nats = replace(chart, units=tuple(replace(u, rotate=InNats()) for u in chart.units))
+    truncate = find("slice", "truncate")()
+    nats = replace(chart, units=tuple(replace(u, rotate=InNats(), slice=truncate) for u in chart.units))
     assert slice_model(model_of("llama"), nats, tokens()).predicted == pytest.approx(2 * 24 * 0.01)
+    refit = replace(chart, units=tuple(replace(u, rotate=InNats()) for u in chart.units))
+    assert slice_model(model_of("llama"), refit, tokens()).predicted is None  # energies that assume no refit
 
 
 # --- Refusals.
