@@ -87,6 +87,11 @@ def test_a_command_parses_and_what_it_names_exists(block, words):
         targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(arguments) <= set(targets), where(block)
         return
+    if program == "python":
+        script = (ROOT / arguments[0]).read_text()
+        assert all(f'"{word}"' in script for word in arguments if word.startswith("--")), where(block)
+        assert all((ROOT / word).exists() for word in arguments if word.endswith(".yaml")), where(block)
+        return
     assert program == "invariance", f"{where(block)}: nothing checks {program}"
     group = typer.main.get_command(cli.app)
     context = group.make_context("invariance", list(arguments))
