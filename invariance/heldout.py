@@ -12,11 +12,11 @@ import torch
 from transformers import PreTrainedModel
 
 from .data import Tokens
+from .demand import Unit
 from .errors import InputError
 from .evaluate import perplexity
 from .files import write_json
 from .layout import Layout
-from .plan import Unit
 from .reparametrize import reparametrize
 from .space import Change
 from .verify import copy_in

@@ -20,13 +20,14 @@ from . import fisher, walk
 from .budget import Predicted
 from .canonical import canonicalize
 from .data import Tokens
+from .demand import Unit, Widths
 from .errors import CertificateError, InputError, InvarianceError
 from .heldout import HeldOut, split
 from .interfaces import Statistic
 from .layout import Layout
 from .models import weights_digest
 from .moments import Key, Moments, Store, check_finite, reader_moment
-from .plan import MEASURED, Plan, Unit, Widths
+from .plan import MEASURED, Plan
 from .refit import HELD_OUT
 from .reparametrize import reparametrize
 from .space import Basis, Change

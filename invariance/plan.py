@@ -2,148 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import TypeVar
 
 import torch
-from jaxtyping import Float64
-from torch import Tensor
 from transformers import PretrainedConfig
 
 from .budget import Bill, Predicted
+from .demand import Demand, Loss, Spectra, Unit, Widths
 from .errors import InputError
 from .export import obstacle
-from .interfaces import Method, Rotator, Selector, Slicer, Statistic
+from .fitting import check_unit
+from .interfaces import Method, Selector, Statistic
 from .layout import Layout, Parameters, layout_of
 from .recipe import Constraints, Recipe, Step
 from .space import Group, Space
 
 MEASURED = frozenset({Statistic.RAW, Statistic.NORMED, Statistic.MEAN, Statistic.QUERIES})  # by the walk
 M = TypeVar("M", bound=Method | None)
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Spaces that share one basis and one width: a segment of the residual stream, one space alone, or joint ones."""
-
-    members: tuple[str, ...]
-    space: Space  # the first member, for all
-    step: int
-    rotate: Rotator
-    select: Selector | None
-    slice: Slicer | None
-
-    @property
-    def joint(self) -> bool:
-        """Whether its members lie beside each other, not behind: their copies are fitted as those of one space."""
-        return len(self.members) > 1 and self.space.kind != "residual"
-
-    @property
-    def fitted(self) -> Space:
-        """The space that the rotator sees."""
-        return replace(self.space, copies=len(self.members) * self.space.copies) if self.joint else self.space
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        asked = self.rotate.needs | (self.slice.needs if self.slice else frozenset())
-        return frozenset(s.on(self.space) for s in asked)
-
-
-Widths = Mapping[str, int]  # space name → width kept; spaces that no step names are left out
-Spectra = Mapping[str, Float64[Tensor, "c d"]]  # a unit's first member → its energies
-Loss = Callable[[Widths], float]
-
-
-@dataclass(frozen=True)
-class Demand:
-    """Units that get one width between them, and the widths that the recipe allows."""
-
-    units: tuple[Unit, ...]
-    constraints: Constraints
-
-    @property
-    def space(self) -> Space:
-        """The first unit's, for all."""
-        return self.units[0].space
-
-    @property
-    def select(self) -> Selector | None:
-        return self.units[0].select
-
-    @property
-    def members(self) -> list[str]:
-        return [m for unit in self.units for m in unit.members]
-
-    def pooled(self, spectra: Spectra) -> Float64[Tensor, "c d"]:
-        """The energies of all units together, direction by direction."""
-        return (
-            torch.stack([spectra[u.space.name].sum(0, keepdim=True) for u in self.units]).sum(0)
-            if len(self.units) > 1
-            else spectra[self.space.name]
-        )
-
-    def mean(self, influence: Sequence[float]) -> float:
-        """The mean influence of the blocks that its spaces lie in; the last point of the stream lies in the last."""
-        found = [influence[min(int(m.split(".")[1]), len(influence) - 1)] for m in self.members]
-        return sum(found) / len(found)
-
-    def allowed(self, blocks: int, vanishing: Container[str]) -> tuple[int, ...]:
-        """The widths that a selector may choose, ascending; 0 for ``vanishing`` spaces alone."""
-        c, d = self.constraints, self.space.dim
-        if other := next((u.space for u in self.units if u.space.dim != d), None):
-            raise InputError(
-                f"spaces '{self.space.name}' and '{other.name}' have {d} and {other.dim} directions, so they cannot get "
-                "the `same` width. Give them steps of their own."
-            )
-        protected = [m for m in self.members if _protected(m, blocks, c)]
-        if protected and len(protected) < len(self.members):
-            raise InputError(
-                f"`protect` keeps '{protected[0]}' whole, and it gets one width with spaces that it does not protect. "
-                "Protect all of them or none, or let each have its own width."
-            )
-        if protected:
-            return (d,)
-        low, high = (int(x * d + 1e-9) if isinstance(x, float) else min(x, d) for x in (c.min, c.max))
-        if c.min == 0 and any(m not in vanishing for m in self.members):
-            raise InputError(
-                f"no branch vanishes with space '{self.space.name}', so its width cannot be 0. Use `min: 1`, or limit "
-                "the step to `mlp` and `heads`."
-            )
-        found = {k for k in range(0, d + 1, c.multiple_of) if low <= k <= high and (k or c.min == 0)}
-        found = {k for k in found if all(u.space.fits(k) for u in self.units)} | ({d} if high == d else set())
-        if not found:
-            whole = " that keeps whole frequency pairs" if self.space.rotary else ""
-            raise InputError(
-                f"no width of space '{self.space.name}' (dim {d}){whole} is a multiple of {c.multiple_of} between "
-                f"{low} and {high}. Widen `widths`."
-            )
-        return tuple(sorted(found))
-
-    def check(self, k: object) -> None:
-        """Raises InputError for a width that a selector may not give."""
-        space, select = self.space, self.select
-        assert select is not None
-        least = 0 if self.constraints.min == 0 else 1
-        if not isinstance(k, int) or not least <= k <= space.dim:
-            raise InputError(
-                f"selector '{select.name}' gave space '{space.name}' the width {k}; it must be a whole number from "
-                f"{least} to {space.dim}."
-            )
-        if not space.fits(k):
-            raise InputError(
-                f"selector '{select.name}' gave space '{space.name}' the width {k}, which would split one of the pairs "
-                f"that rotary positions turn, or cut what they spare; {space.spared} plus an even number would not."
-            )
-
-
-def _protected(name: str, blocks: int, constraints: Constraints) -> bool:
-    block, protect = (
-        min(int(name.split(".")[1]), blocks - 1),
-        constraints.protect,
-    )  # the last point has no block
-    return block < protect.first or block >= blocks - protect.last
 
 
 @dataclass(frozen=True)
@@ -353,7 +231,7 @@ def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
             rotate, select, cut = _seeded(step.rotate, seed), _seeded(select, seed), _seeded(cut, seed)
             units.append(Unit(tuple(members), space, n, rotate, select, cut))
     for unit in units:
-        _check_unit(recipe, unit, layout)
+        check_unit(recipe, unit, layout)
     result = Plan(recipe, dense, layout, tuple(units))
     spending = {u.select: u.step for u in units if u.select is not None and u.select.needs_budget}
     if len(spending) > 1:
@@ -419,69 +297,3 @@ def _segments(layout: Layout, step: Step, names: list[str]) -> list[list[str]]:
         groups.setdefault(key, []).append(name)
     order = {p: i for i, p in enumerate(layout.points)}
     return [sorted(g, key=lambda m: order.get(m, 0)) for g in groups.values()]
-
-
-def _check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
-    space, rotator = unit.space, unit.rotate
-    where = recipe.where("steps", unit.step, "rotate")
-    if not space.admits(rotator.produces):
-        raise InputError(
-            f"{where}: rotator '{rotator.name}' makes bases of the group '{rotator.produces.value}'; space "
-            f"'{space.name}' admits '{space.group.value}' only, because {space.why}. "
-            f"Use a rotator of that group for this step, or limit it to other spaces."
-        )
-    if space.kind not in rotator.kinds:
-        raise InputError(
-            f"{where}: rotator '{rotator.name}' is made for {' and '.join(sorted(rotator.kinds))} spaces, and "
-            f"'{space.name}' is none. Use another rotator for this step, or limit it to those spaces."
-        )
-    if rotator.width_limit is not None and (why := rotator.width_limit(space.dim)) is not None:
-        raise InputError(
-            f"{where}: space '{space.name}': {why}. Use another rotator, such as random_orthogonal."
-        )
-    if Statistic.FISHER in unit.needs and not layout.written_behind(space.name):
-        raise InputError(
-            f"{where}: '{rotator.name}' asks for the output's Fisher, and what reads space '{space.name}' writes no "
-            "stream where it could be measured. Use `metric: readers`, or limit the step to other spaces."
-        )
-    if unit.slice is not None and space.kind not in unit.slice.kinds:
-        raise InputError(
-            f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' is made for "
-            f"{' and '.join(sorted(unit.slice.kinds))} spaces, and '{space.name}' is none. Use `slice: truncate` for "
-            "this step, or limit it to those spaces."
-        )
-    if Statistic.NORMED in unit.needs and space.kind != "residual":
-        raise InputError(
-            f"{where}: '{rotator.name}' asks for the normed signal, and no norm stands on space '{space.name}'. "
-            "Use `of: raw`."
-        )
-    if rotator.produces is Group.ROTARY and not space.rotary:
-        raise InputError(
-            f"{where}: rotator '{rotator.name}' orders the pairs of dims that rotary positions turn, and space "
-            f"'{space.name}' has none. Use a rotator of the group '{space.group.value}', such as qk_svd."
-        )
-    if unit.slice is not None and unit.slice.mixes and space.rotary:
-        raise InputError(
-            f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' reads what it cuts from other "
-            f"directions; on space '{space.name}' rotary positions turn each pair of dims by an angle of its own, so "
-            "none stands in for another. Use `slice: truncate` for this step."
-        )
-    if Statistic.QUERIES in unit.needs and space.kind != "qk":
-        raise InputError(
-            f"{where}: '{rotator.name}' asks for queries, and space '{space.name}' has none. Limit the step to qk."
-        )
-    if space.kind == "edge" and recipe.order == "dense_target":
-        raise InputError(
-            f"{recipe.where('steps', unit.step, 'spaces')}: order 'dense_target' refits whole matrices, and space "
-            f"'{space.name}' lies inside one. Use `order: sequential`, or another space."
-        )
-    if unit.joint and unit.slice is not None and unit.slice.needs:
-        raise InputError(
-            f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' reads moments, and the spaces "
-            f"that share the basis of '{rotator.name}' have one each. Use `slice: truncate` for this step."
-        )
-    if unit.needs - {Statistic.READERS} and recipe.calibrate is None:
-        raise InputError(
-            f"{where}: the step's methods need moments of the signal, and the recipe has no `calibrate`. Add "
-            "`calibrate: {data: packaged:sotu, sequences: 64, tokens: 512}`, or use methods that need none."
-        )

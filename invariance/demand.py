@@ -1,0 +1,137 @@
+"""Units, which share one basis, and demands, which share one width: what a plan is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from .errors import InputError
+from .interfaces import Rotator, Selector, Slicer, Statistic
+from .recipe import Constraints
+from .space import Space
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Spaces that share one basis and one width: a segment of the residual stream, one space alone, or joint ones."""
+
+    members: tuple[str, ...]
+    space: Space  # the first member, for all
+    step: int
+    rotate: Rotator
+    select: Selector | None
+    slice: Slicer | None
+
+    @property
+    def joint(self) -> bool:
+        """Whether its members lie beside each other, not behind: their copies are fitted as those of one space."""
+        return len(self.members) > 1 and self.space.kind != "residual"
+
+    @property
+    def fitted(self) -> Space:
+        """The space that the rotator sees."""
+        return replace(self.space, copies=len(self.members) * self.space.copies) if self.joint else self.space
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        asked = self.rotate.needs | (self.slice.needs if self.slice else frozenset())
+        return frozenset(s.on(self.space) for s in asked)
+
+
+Widths = Mapping[str, int]  # space name → width kept; spaces that no step names are left out
+Spectra = Mapping[str, Float64[Tensor, "c d"]]  # a unit's first member → its energies
+Loss = Callable[[Widths], float]
+
+
+@dataclass(frozen=True)
+class Demand:
+    """Units that get one width between them, and the widths that the recipe allows."""
+
+    units: tuple[Unit, ...]
+    constraints: Constraints
+
+    @property
+    def space(self) -> Space:
+        """The first unit's, for all."""
+        return self.units[0].space
+
+    @property
+    def select(self) -> Selector | None:
+        return self.units[0].select
+
+    @property
+    def members(self) -> list[str]:
+        return [m for unit in self.units for m in unit.members]
+
+    def pooled(self, spectra: Spectra) -> Float64[Tensor, "c d"]:
+        """The energies of all units together, direction by direction."""
+        return (
+            torch.stack([spectra[u.space.name].sum(0, keepdim=True) for u in self.units]).sum(0)
+            if len(self.units) > 1
+            else spectra[self.space.name]
+        )
+
+    def mean(self, influence: Sequence[float]) -> float:
+        """The mean influence of the blocks that its spaces lie in; the last point of the stream lies in the last."""
+        found = [influence[min(int(m.split(".")[1]), len(influence) - 1)] for m in self.members]
+        return sum(found) / len(found)
+
+    def allowed(self, blocks: int, vanishing: Container[str]) -> tuple[int, ...]:
+        """The widths that a selector may choose, ascending; 0 for ``vanishing`` spaces alone."""
+        c, d = self.constraints, self.space.dim
+        if other := next((u.space for u in self.units if u.space.dim != d), None):
+            raise InputError(
+                f"spaces '{self.space.name}' and '{other.name}' have {d} and {other.dim} directions, so they cannot get "
+                "the `same` width. Give them steps of their own."
+            )
+        protected = [m for m in self.members if _protected(m, blocks, c)]
+        if protected and len(protected) < len(self.members):
+            raise InputError(
+                f"`protect` keeps '{protected[0]}' whole, and it gets one width with spaces that it does not protect. "
+                "Protect all of them or none, or let each have its own width."
+            )
+        if protected:
+            return (d,)
+        low, high = (int(x * d + 1e-9) if isinstance(x, float) else min(x, d) for x in (c.min, c.max))
+        if c.min == 0 and any(m not in vanishing for m in self.members):
+            raise InputError(
+                f"no branch vanishes with space '{self.space.name}', so its width cannot be 0. Use `min: 1`, or limit "
+                "the step to `mlp` and `heads`."
+            )
+        found = {k for k in range(0, d + 1, c.multiple_of) if low <= k <= high and (k or c.min == 0)}
+        found = {k for k in found if all(u.space.fits(k) for u in self.units)} | ({d} if high == d else set())
+        if not found:
+            whole = " that keeps whole frequency pairs" if self.space.rotary else ""
+            raise InputError(
+                f"no width of space '{self.space.name}' (dim {d}){whole} is a multiple of {c.multiple_of} between "
+                f"{low} and {high}. Widen `widths`."
+            )
+        return tuple(sorted(found))
+
+    def check(self, k: object) -> None:
+        """Raises InputError for a width that a selector may not give."""
+        space, select = self.space, self.select
+        assert select is not None
+        least = 0 if self.constraints.min == 0 else 1
+        if not isinstance(k, int) or not least <= k <= space.dim:
+            raise InputError(
+                f"selector '{select.name}' gave space '{space.name}' the width {k}; it must be a whole number from "
+                f"{least} to {space.dim}."
+            )
+        if not space.fits(k):
+            raise InputError(
+                f"selector '{select.name}' gave space '{space.name}' the width {k}, which would split one of the pairs "
+                f"that rotary positions turn, or cut what they spare; {space.spared} plus an even number would not."
+            )
+
+
+def _protected(name: str, blocks: int, constraints: Constraints) -> bool:
+    block, protect = (
+        min(int(name.split(".")[1]), blocks - 1),
+        constraints.protect,
+    )  # the last point has no block
+    return block < protect.first or block >= blocks - protect.last
