@@ -521,7 +521,7 @@ def faulty() -> Iterator[None]:
 
     @dataclass(frozen=True)
     class Unreadable(_Own, name="own_unreadable"):
-        option: Nowhere = 0  # type: ignore[name-defined]
+        option: Nowhere = 0  # type: ignore[name-defined]  # noqa: F821
 
     class Plain(_Own, name="own_plain"):
         pass
