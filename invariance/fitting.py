@@ -31,7 +31,7 @@ def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
     if Statistic.FISHER in unit.needs and not layout.written_behind(space.name):
         raise InputError(
             f"{where}: '{rotator.name}' asks for the output's Fisher, and what reads space '{space.name}' writes no "
-            "stream where it could be measured. Use `metric: readers`, or limit the step to other spaces."
+            "stream where it could be measured. Use methods that ask for no Fisher, or limit the step to other spaces."
         )
     if unit.slice is not None and space.kind not in unit.slice.kinds:
         raise InputError(
@@ -47,7 +47,7 @@ def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
     if rotator.produces is Group.ROTARY and not space.rotary:
         raise InputError(
             f"{where}: rotator '{rotator.name}' orders the pairs of dims that rotary positions turn, and space "
-            f"'{space.name}' has none. Use a rotator of the group '{space.group.value}', such as qk_svd."
+            f"'{space.name}' has none. Use one of the group '{space.group.value}'; `invariance methods` lists them."
         )
     if unit.slice is not None and unit.slice.mixes and space.rotary:
         raise InputError(

@@ -74,7 +74,7 @@ CASES = [
          **step("{spaces: qk, select: {uniform: {width: 4}}, slice: least_squares}")),
     Case("widths at which pairs would be cut in two", r"no width of space 'qk\.0' \(dim 8\) that keeps whole frequency pairs",
          **step("{spaces: qk, select: {uniform: {width: 5}}, widths: {min: 5, max: 5}}")),
-    Case("pairs where no positions turn any", r"orders the pairs.*'qk\.0' has none.*such as qk_svd",
+    Case("pairs where no positions turn any", r"orders the pairs.*'qk\.0' has none.*one of the group 'invertible'",
          edits=(("ROOT/llama", "ROOT/opt"), (RECIPE.splitlines()[3], "  - {spaces: qk, rotate: rope_pairs}")), at="4"),
     Case("singular directions of scores under RoPE", r"'qk\.0' admits 'frequency pairs.* rotary positions",
          **step("{spaces: qk, rotate: qk_svd}")),
