@@ -94,7 +94,8 @@ def _signals(model: PreTrainedModel, layout: Layout, points: list[str]) -> Itera
 @torch.no_grad()
 def moment(model: PreTrainedModel, layout: Layout, space: Space, known: Moments) -> Moment:
     """The Fisher of a space, per copy: a point's own; of a space inside a stage Σ Wᵀ F W over the weights W that read
-    it, F that of the point that they write. Raises KeyError where that one was not measured."""
+    it, F that of the point that they write. Of heads that share a copy, whose second moments are summed, it is the
+    mean. Raises KeyError where F was not measured."""
     if space.kind == "residual":
         return known.known[space.name, Statistic.FISHER]
     total = torch.zeros(space.copies, space.seen, space.seen, dtype=torch.float64)
@@ -102,5 +103,5 @@ def moment(model: PreTrainedModel, layout: Layout, space: Space, known: Moments)
         F = known.known[point, Statistic.FISHER].mean[0]
         W = rearrange(reader(model, space, name).movedim(i, -1), "o (c r d) -> c r o d",
                       c=space.copies, d=space.seen)  # fmt: skip
-        total += einsum(W, F @ W, "c r o d, c r o e -> c d e")
+        total += einsum(W, F @ W, "c r o d, c r o e -> c d e") / W.shape[1]
     return Moment(total, 1)

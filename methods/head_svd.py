@@ -12,6 +12,8 @@ from invariance.interfaces import Rotator, Statistic
 from invariance.moments import Moments
 from invariance.space import Basis, Group, Space
 
+from ._channels import Metric, statistics, weighing
+
 
 @dataclass(frozen=True)
 class HeadSVD(Rotator, name="head_svd"):
@@ -19,23 +21,32 @@ class HeadSVD(Rotator, name="head_svd"):
 
     With C = E[z zᵀ] of the mixed values z that the output projection reads (the query heads of a group stacked) and
     G = Σ WᵀW over those heads, keeping k columns of A = C^-½ V, where G^½ C^½ = U Σ Vᵀ, minimises
-    tr (I − P) C (I − P)ᵀ G over all projections P of rank k. Energies are Σ². Exact while k = d.
+    tr (I − P) C (I − P)ᵀ G over all projections P of rank k. Energies are Σ². Exact while k = d. ``metric: fisher``
+    puts ½F in the place of G, F the output-KL Fisher of one of the heads, on average; energies are nats a token then.
 
     Source: Lin et al. 2024 (MoDeGPT), arXiv:2408.09632, algorithm 3, with the output's moment in place of the
     input's, so that attention's mixing counts.
     """
 
+    metric: Metric = "readers"  # what an error costs: its energy behind the readers, or nats by the fisher
     floor: float = 1e-9  # eigenvalues of C below this fraction of the largest are raised to it
     produces = Group.INVERTIBLE
     kinds = frozenset({"vo"})
-    needs = frozenset({Statistic.RAW, Statistic.READERS})
 
     def __post_init__(self) -> None:
         if not 0 < self.floor < 1:
             raise ValueError("floor must be between 0 and 1")
 
+    @property
+    def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
+        return statistics(self.metric)
+
+    @property
+    def nats(self) -> bool:  # type: ignore[override]
+        return self.metric == "fisher"
+
     def fit(self, space: Space, moments: Moments) -> Basis:
-        return whitened(moments.second(space), moments.second(space, Statistic.READERS), self.floor)
+        return whitened(*weighing(space, moments, self.metric), self.floor)
 
 
 def whitened(C: Float64[Tensor, "c d d"], G: Float64[Tensor, "c d d"], floor: float) -> Basis:

@@ -144,7 +144,7 @@ def test_a_space_inside_a_stage_gets_its_own_gradients_moment(family: str) -> No
         likelihood = logits.log_softmax(-1)[range(len(labels)), labels].sum()
         (gradient,) = torch.autograd.grad(likelihood, kept)
         runs = rearrange(gradient.double(), "1 t (c r d) -> c (t r) d", c=space.copies, d=space.dim)
-        expected = runs.mT @ runs / IDS.shape[1]
+        expected = runs.mT @ runs / runs.shape[1]  # over tokens, and over the heads that share a copy
         F = fisher.moment(model, layout, space, found).mean
         assert close(F, expected)
         assert not close(F, expected.flip(-1), 0.1)  # the control: channels mixed up
