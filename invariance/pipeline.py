@@ -123,12 +123,12 @@ class _Run:
         else:
             influence = self._influence(self._calibrate(plan.compared))
             widths: Widths | None = plan.allocate(None, influence=influence)
-            ahead = [u for u in plan.units if widths is None or len(u.members) > 1]
+            ahead = [u for u in plan.units if widths is None or self._stands(u)]
             moments = self._calibrate({m: n for m, n in plan.wanted().items() if self.unit_of[m] in ahead})
             self._fit(ahead, moments)
             chosen = self._allocate(moments, influence) if widths is None else widths
             plan.check_attention(chosen)
-            self._forget_all_but_shared()
+            self.bases = {n: b for n, b in self.bases.items() if self._stands(self.unit_of[n])}
             self._walk_sequentially(moments, chosen)
             certificate = self._certify()
         spectra = {name: basis.energy for name, basis in self.bases.items()}
@@ -137,9 +137,11 @@ class _Run:
             self.model, self.layout, chosen, spectra, certificate, self.seconds, predicted, self.search
         )
 
-    def _forget_all_but_shared(self) -> None:
-        """Bases of one space alone are fitted again, behind the cuts before it; shared ones must stand beforehand."""
-        self.bases = {n: b for n, b in self.bases.items() if len(self.unit_of[n].members) > 1}
+    def _stands(self, unit: Unit) -> bool:
+        """Whether a unit's basis is that of the dense model: that of several spaces must stand before the first of
+        them is cut, and what is refit to the dense stream keeps the channels and heads that are best there. All others
+        are fitted, or fitted again, behind the cuts before them."""
+        return len(unit.members) > 1 or (self.plan.follows and unit.space.kind != "residual")
 
     def _check_tokens(self) -> None:
         if not self.plan.reads_tokens:
@@ -313,18 +315,15 @@ class _Run:
         def decide(name: str, moments: Moments) -> Change:
             unit = self.unit_of[name]
             first = unit.space.name
-            shared = len(unit.members) > 1
             if first not in decided:
                 with timed(self.seconds, "fit"):
                     if first not in self.bases:
                         check_finite(moments)
                         self.bases[first] = self._basis(unit, moments)
-                    decided[first] = self._cut(unit, ahead if shared else moments, widths)
+                    decided[first] = self._cut(unit, ahead if self._stands(unit) else moments, widths)
             return decided[first]
 
-        wanted = {
-            m: frozenset() if len(u.members) > 1 else u.needs & MEASURED for m, u in self.unit_of.items()
-        }
+        wanted = {m: frozenset() if self._stands(u) else u.needs & MEASURED for m, u in self.unit_of.items()}
         batches: list[walk.Batch] = []
         start = time.perf_counter()
         before = self.seconds.get("fit", 0.0)

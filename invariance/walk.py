@@ -147,7 +147,7 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
 
     ``decide(space, moments)`` gives the change of a space from its own moments. A point of the stream is measured
     on what arrives there, its writers not yet cut; spaces inside a stage on the stage's cut input. A stage whose
-    inner spaces change runs twice. With ``follow``, the dense model walks beside, and after each stage is cut, what
+    inner spaces are measured runs twice. With ``follow``, the dense model walks beside, and after each stage is cut, what
     writes the stream is refit to bring it back to the dense one, and, with ``readers``, before it is cut, what reads
     the stream to make up for what it has become (refit.py). ``stay`` names the stages that keep a branch; the last one
     before some that go is refit to the dense stream behind all those, whose work it takes over.
@@ -171,15 +171,15 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
             for e, stage in zip(ahead, uncut, strict=True):
                 for n, batch in enumerate(batches):
                     dense[n] = stage(dense[n], **batch.contexts[e.block])
-            _follow(model, layout, edge, batches, dense, {n: wanted[n] for n in inner}, dtype, decide)
-            continue
         if inner:
             moments = _measured(model, layout, edge, batches, {n: wanted[n] for n in inner}, dtype)
-            changes = {n: c for n in inner if (c := decide(n, moments)) is not None}
-            reparametrize(model, layout, changes)
+            reparametrize(model, layout, {n: c for n in inner if (c := decide(n, moments)) is not None})
         stage = fast_copy(model, edge, dtype)
-        for batch in batches:
-            batch.x = batch.through(stage, edge)
+        if follow:
+            _follow(model, Follower(edge, stage), batches, dense)
+        else:
+            for batch in batches:
+                batch.x = batch.through(stage, edge)
     _cut_stream(model, layout, layout.points[-1], batches, wanted, decide, basis)
 
 
@@ -202,31 +202,11 @@ def _measured(model: PreTrainedModel, layout: Layout, edge: Edge, batches: list[
     return moments.cpu()
 
 
-def _follow(model: PreTrainedModel, layout: Layout, edge: Edge, batches: list[Batch], dense: list[Tensor],
-            wanted: Wanted, dtype: torch.dtype, decide: Callable[[str, Moments], Change | None]) -> None:  # fmt: skip
-    """Cut the spaces inside one stage and refit its writers to the dense stream behind it; carry the batches there.
-
-    What the writers read changes linearly when its space is cut, so one pass serves to measure, to cut and to
-    refit. Spaces that act through the softmax are cut before that pass.
-    """
-    scores = {n: w for n, w in wanted.items() if layout.spaces[n].kind == "qk"}
-    if scores:
-        moments = _measured(model, layout, edge, batches, scores, dtype)
-        reparametrize(model, layout, {n: c for n in scores if (c := decide(n, moments)) is not None})
-    stage = fast_copy(model, edge, dtype)
-    follower = Follower(layout, edge, stage)
-    measured = Moments()
-    beside = {
-        n: w - {Statistic.RAW} for n, w in wanted.items() if n not in scores
-    }  # those it does not gather
-    with _probes(measured, layout, list(beside), stage, beside) as probe:
-        for batch, target in zip(batches, dense, strict=True):
-            probe.mask = batch.mask
-            follower.add(batch, target)
-    moments = follower.moments().merge(measured).cpu()
-    changes = {n: c for n in wanted if n not in scores and (c := decide(n, moments)) is not None}
-    reparametrize(model, layout, changes)
-    follower.refit(model, changes, batches)
+def _follow(model: PreTrainedModel, follower: Follower, batches: list[Batch], dense: list[Tensor]) -> None:
+    """Refit the writers of one stage to the dense stream behind it; carry the batches there."""
+    for batch, target in zip(batches, dense, strict=True):
+        follower.add(batch, target)
+    follower.refit(model, batches)
 
 
 def _cut_stream(model: PreTrainedModel, layout: Layout, point: str, batches: list[Batch], wanted: Wanted,
