@@ -32,7 +32,8 @@ class Statistic(Enum):
 
     RAW = "raw"  # E[x xᵀ] of the signal as it is
     NORMED = "normed"  # E[x xᵀ] of what the norm gives (its gain folded away), as readers of the residual stream see it
-    SEEN = "seen"  # as the readers see it: NORMED on the residual stream, RAW elsewhere
+    WEIGHTED = "weighted"  # E[w x xᵀ] / E[w], w = 1/mean(y²) of the stream y behind the stage, by which the next norm divides
+    SEEN = "seen"  # as the readers see it: NORMED on the stream, WEIGHTED where what is read is added to it, else RAW
     MEAN = "mean"  # E[x] of the signal as it is
     FISHER = "fisher"  # E[g gᵀ], g the gradient of a sampled label's log-likelihood: ½ E[eᵀFe] nats a token for errors e
     QUERIES = "queries"  # E[q qᵀ] of the queries that meet a KV head's keys, before positions turn them
@@ -45,7 +46,8 @@ class Statistic(Enum):
         """Which statistic is measured where this one is asked of a space."""
         if self is not Statistic.SEEN:
             return self
-        return Statistic.NORMED if space.kind == "residual" else Statistic.RAW
+        added = Statistic.WEIGHTED if space.kind in ("mlp", "vo", "heads") else Statistic.RAW
+        return Statistic.NORMED if space.kind == "residual" else added
 
 
 class Method:

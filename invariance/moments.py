@@ -29,14 +29,14 @@ Key = tuple[str, Statistic]
 
 @dataclass
 class Moment:
-    """Σ x xᵀ over the tokens seen, or Σ x for a MEAN (float64, one a copy), and how many they were."""
+    """Σ w x xᵀ over the tokens seen, or Σ w x for a MEAN (float64, one a copy), and Σ w: how many, where all weigh 1."""
 
     total: Float64[Tensor, "c d *d"]
-    count: int
+    count: float
 
     @property
     def mean(self) -> Float64[Tensor, "c d *d"]:
-        return self.total / max(self.count, 1)
+        return self.total / (self.count or 1.0)
 
     def __add__(self, other: Moment) -> Moment:
         return Moment(self.total + other.total, self.count + other.count)
@@ -59,12 +59,17 @@ class Moments:
         """E[x] of a space; over the heads too that share a copy. Raises KeyError as ``second`` does."""
         return self.known[space.name, Statistic.MEAN].mean
 
-    def add(self, key: Key, x: Float[Tensor, "n cd"], copies: int = 1, heads: int = 1) -> None:
+    def add(self, key: Key, x: Float[Tensor, "n cd"], copies: int = 1, heads: int = 1,
+            weights: Float[Tensor, "n 1"] | None = None) -> None:  # fmt: skip
         """Take in n tokens of a signal whose last axis holds ``heads`` runs of d, neighbours sharing a copy."""
+        count: float = len(x)
+        if weights is not None:
+            wide = torch.promote_types(x.dtype, torch.float32)
+            x, count = (x.to(wide) * weights.sqrt()).to(x.dtype), weights.double().sum().item()
         r = heads // copies
         runs = rearrange(x, "n (c r d) -> c (n r) d", c=copies, r=r)
         total = runs.sum(1, dtype=torch.float64) / r if key[1] is Statistic.MEAN else outer(runs)
-        moment = Moment(total, x.shape[0])
+        moment = Moment(total, count)
         self.known[key] = self.known[key] + moment if key in self.known else moment
 
     def compare(self, key: Key, x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> None:
@@ -132,6 +137,12 @@ def _exact_fast_products(allowed: bool) -> Iterator[None]:
         cpu.fp32_precision, cuda.fp32_precision = before
 
 
+def weights(behind: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 1"]:
+    """What each token counts by: 1/mean(y²) of the stream behind a stage, which the next norm divides by."""
+    wide = torch.promote_types(behind.dtype, torch.float32)
+    return 1 / behind.to(wide).square().mean(-1, keepdim=True).clamp_min(1e-12)
+
+
 def real_tokens(x: Float[Tensor, "B T d"], mask: Bool[Tensor, "B T"] | None) -> Float[Tensor, "n d"]:
     """The rows of a batch that are no padding."""
     return x.flatten(0, 1) if mask is None or bool(mask.all()) else x[mask.to(x.device)]
@@ -176,7 +187,7 @@ class Store:
         for key in keys:
             try:
                 tensors = load_file(self._path(key))
-                found[key] = Moment(tensors["total"], int(tensors["count"]))
+                found[key] = Moment(tensors["total"], tensors["count"].item())
             except (OSError, KeyError, SafetensorError):
                 continue
         return Moments(found)
@@ -186,7 +197,10 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         for key, moment in moments.known.items():
             if key[1] is not Statistic.READERS:
-                write_tensors(self._path(key), {"total": moment.total, "count": torch.tensor(moment.count)})
+                write_tensors(
+                    self._path(key),
+                    {"total": moment.total, "count": torch.tensor(moment.count, dtype=torch.float64)},
+                )
 
 
 def check_finite(moments: Moments) -> None:

@@ -20,7 +20,8 @@ from .layout import Layout, Parameters, layout_of
 from .recipe import Constraints, Recipe, Step
 from .space import Group, Space
 
-MEASURED = frozenset({Statistic.RAW, Statistic.NORMED, Statistic.MEAN, Statistic.QUERIES})  # by the walk
+NOT_MEASURED = {Statistic.SEEN, Statistic.READERS, Statistic.FISHER, Statistic.COSINE}
+MEASURED = frozenset(Statistic) - NOT_MEASURED  # by the walk, for units
 M = TypeVar("M", bound=Method | None)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from .canonical import assign
 from .layout import Edge, Layout
 from .modules import Stage
-from .moments import outer, real_tokens
+from .moments import outer, real_tokens, weights
 from .space import Change
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Normal:
         return cls(H, G, s)
 
     def add(self, h: Float[Tensor, "n k"], t: Float[Tensor, "n d"], w: Float[Tensor, "n 1"]) -> None:
-        root = w.sqrt()
+        root = w.float().sqrt()
         scaled = (h.float() * root).to(h.dtype)
         self.H += outer(scaled[None])[0]
         self.G += (scaled.float().mT @ (t.float() * root)).double()
@@ -112,8 +112,7 @@ class Follower:
         self.kept.append(torch.cat(self.read, dim=-1))
         self.read.clear()
         target = dense.float() - self._passed_by(batch.x).float()
-        weight = 1 / dense.float().square().mean(-1, keepdim=True).clamp_min(1e-12)
-        self.parts = gather(self.parts, self.sequences, batch.mask, self.kept[-1], target, weight)
+        self.parts = gather(self.parts, self.sequences, batch.mask, self.kept[-1], target, weights(dense))
         self.sequences += len(dense)
 
     def _passed_by(self, x: Tensor) -> Tensor:

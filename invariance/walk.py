@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from .interfaces import Statistic
 from .layout import Edge, Layout
 from .modules import Factored, Stage
-from .moments import Moments, real_tokens
+from .moments import Moments, real_tokens, weights
 from .refit import Follower, refit_readers
 from .reparametrize import reparametrize
-from .space import Change
+from .space import Change, Space
 
 Wanted = Mapping[str, frozenset[Statistic]]
 """Which statistics to measure of which spaces, by name."""
@@ -130,6 +130,7 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
             for batch in batches:
                 probe.mask = batch.mask
                 batch.x = batch.through(stage, edge)
+                probe.leave(batch.x)
         if compared and edge.leaves:
             for x, batch in zip(entered, batches, strict=True):
                 both = (real_tokens(s, batch.mask) for s in (x, batch.x))
@@ -198,7 +199,7 @@ def _measured(model: PreTrainedModel, layout: Layout, edge: Edge, batches: list[
         with _probes(moments, layout, list(wanted), stage, wanted) as probe:
             for batch in batches:
                 probe.mask = batch.mask
-                batch.through(stage, edge)
+                probe.leave(batch.through(stage, edge))
     return moments.cpu()
 
 
@@ -248,6 +249,8 @@ def _add_stream(moments: Moments, point: str, statistics: frozenset[Statistic], 
     for statistic, signal in ((Statistic.RAW, x), (Statistic.MEAN, x), (Statistic.NORMED, normed)):
         if statistic in statistics:
             moments.add((point, statistic), real_tokens(signal, mask))
+    if Statistic.WEIGHTED in statistics:
+        moments.add((point, Statistic.WEIGHTED), real_tokens(x, mask), weights=real_tokens(weights(x), mask))
 
 
 def _norm_at(model: PreTrainedModel, layout: Layout, point: str) -> nn.Module:
@@ -272,7 +275,27 @@ def _inner(layout: Layout, edge: Edge) -> list[str]:
 
 @dataclass
 class _Probe:
-    mask: Tensor | None = None
+    """Measures a batch while it passes a stage."""
+
+    moments: Moments
+    mask: Tensor | None = None  # of the batch that passes now
+    seen: list[tuple[Space, Tensor, int]] = field(default_factory=list)  # what waits for its tokens' weights
+
+    def add(self, space: Space, statistics: frozenset[Statistic], signal: Tensor, heads: int) -> None:
+        for statistic in statistics:
+            if statistic is Statistic.WEIGHTED:
+                self.seen.append((space, signal, heads))
+            else:
+                x = real_tokens(signal, self.mask)
+                self.moments.add((space.name, statistic), x, space.copies, heads)
+
+    def leave(self, behind: Tensor) -> None:
+        """The batch has left the stage as the stream ``behind``, by which its tokens weigh."""
+        w = real_tokens(weights(behind), self.mask)
+        for space, signal, heads in self.seen:
+            x = real_tokens(signal, self.mask)
+            self.moments.add((space.name, Statistic.WEIGHTED), x, space.copies, heads, w)
+        self.seen.clear()
 
 
 @contextmanager
@@ -280,7 +303,7 @@ def _probes(
     moments: Moments, layout: Layout, spaces: list[str], stage: Stage, wanted: Wanted
 ) -> Iterator[_Probe]:
     """Measure signals inside a stage while it runs: the stream at its norm, outputs of q, k, first factors, what readers read."""
-    probe = _Probe()
+    probe = _Probe(moments)
     handles = []
     for name in spaces:
         statistics = wanted.get(name, frozenset())
@@ -293,9 +316,8 @@ def _probes(
 
         def add(signal: Tensor, space: Any = space, heads: int = space.copies, which: Any = statistics,
                 queries: bool = False) -> None:  # fmt: skip
-            for statistic in which:
-                if (statistic is Statistic.QUERIES) == queries:
-                    moments.add((space.name, statistic), real_tokens(signal, probe.mask), space.copies, heads)
+            asked = {Statistic.QUERIES} & which if queries else which - {Statistic.QUERIES}
+            probe.add(space, asked, signal, heads)
 
         if space.kind == "residual":
             assert stage.norm is not None

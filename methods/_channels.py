@@ -19,16 +19,19 @@ NOISE = 1e-5  # of a channel's own energy: keeps the factor of a moment that rou
 def statistics(metric: Metric) -> frozenset[Statistic]:
     """What ``weighing`` needs."""
     if metric == "fisher":
-        return frozenset({Statistic.RAW, Statistic.FISHER})
+        return frozenset({Statistic.WEIGHTED, Statistic.FISHER})
     return frozenset({Statistic.SEEN, Statistic.READERS})
 
 
 def weighing(
     space: Space, moments: Moments, metric: Metric
 ) -> tuple[Float64[Tensor, "c d d"], Float64[Tensor, "c d d"]]:
-    """C and G such that an error e of the signal costs E[eᵀ G e]: behind the readers, or in nats a token."""
+    """C and G such that an error e of the signal costs E[eᵀ G e]: behind the readers, or in nats a token.
+
+    The Fisher's gradients fall where the stream behind is large, so tokens are weighted by 1/mean(y²) of it.
+    """
     if metric == "fisher":
-        return moments.second(space), moments.second(space, Statistic.FISHER) / 2
+        return moments.second(space, Statistic.WEIGHTED), moments.second(space, Statistic.FISHER) / 2
     return moments.second(space, Statistic.SEEN), moments.second(space, Statistic.READERS)
 
 

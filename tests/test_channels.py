@@ -34,7 +34,7 @@ class Case:
         self.C, self.G = self.x.T @ self.x / n, self.W.T @ self.W
         self.F = (lambda m: m @ m.T)(g.normal(size=(d, d)) * np.exp(g.normal(size=(d, 1))))
         self.space = Space("mlp.0", "mlp", d, Group.MONOMIAL)
-        found = {Statistic.RAW: self.C, Statistic.READERS: self.G, Statistic.FISHER: self.F,
+        found = {Statistic.RAW: self.C, Statistic.WEIGHTED: self.C, Statistic.READERS: self.G, Statistic.FISHER: self.F,
                  Statistic.MEAN: self.x.mean(0)}  # fmt: skip
         self.moments = Moments(
             {("mlp.0", s): Moment(torch.from_numpy(m).double()[None], 1) for s, m in found.items()}
@@ -101,7 +101,7 @@ def test_a_moment_that_rounding_has_made_indefinite_and_a_dead_channel_are_serve
     C = (x.mT @ x).float().double()[None] / 40
     C[:, 4, 5] += 1e-7
     C[:, 5, 4] += 1e-7
-    moments = Moments({("mlp.0", s): Moment(C, 1) for s in (Statistic.RAW, Statistic.READERS)})
+    moments = Moments({("mlp.0", s): Moment(C, 1) for s in (Statistic.WEIGHTED, Statistic.READERS)})
     for name in ("ridge_leverage", "obs"):
         basis = find("rotate", name)().fit(Space("mlp.0", "mlp", 12, Group.MONOMIAL), moments)
         assert torch.isfinite(basis.energy).all()

@@ -228,14 +228,21 @@ def test_least_squares_makes_the_groups_that_stay_stand_for_all() -> None:
     ids = torch.randint(1, VOCABULARY, (16, 24), generator=torch.Generator().manual_seed(1))
     space = layout.spaces["heads.1"]
     batches = walk.enter(model, layout, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
-    moments = walk.oneshot(model, layout, batches, {space.name: frozenset({Statistic.RAW})}, torch.float64)
+    moments = walk.oneshot(
+        model, layout, batches, {space.name: frozenset({Statistic.SEEN.on(space)})}, torch.float64
+    )
     moments = moments.merge(Moments({(space.name, Statistic.READERS): reader_moment(model, layout, space)}))
     read: list[Tensor] = []
     out = model.get_submodule(layout.edges[2].stage).attention.out
-    handle = out.register_forward_pre_hook(lambda _m, a: read.append(a[0].flatten(0, 1)))
+    behind = model.get_submodule(layout.edges[3].stage)
+    handles = [
+        m.register_forward_pre_hook(lambda _m, a: read.append(a[0].flatten(0, 1))) for m in (out, behind)
+    ]
     logits(model, ids)
-    handle.remove()
-    z, W = read[0], out.weight.detach()
+    for handle in handles:
+        handle.remove()
+    w = 1 / read[1].square().mean(-1, keepdim=True)
+    z, W = read[0] * (w / w.mean()).sqrt(), out.weight.detach()
     energy = [(z[:, g] @ W[:, g].mT).square().sum(1).mean() for g in (slice(0, 16), slice(16, 32))]
     basis = find("rotate", "permute")().fit(space, moments)
     assert basis.energy[0].tolist() == pytest.approx(sorted((e.item() for e in energy), reverse=True))

@@ -76,7 +76,8 @@ def ready(family: str) -> Ready:
     batches = walk.enter(model, layout, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
     also = {"residual": [Statistic.NORMED], "qk": [Statistic.QUERIES]}
     wanted = {
-        n: frozenset({Statistic.RAW, Statistic.MEAN, *also.get(s.kind, [])}) for n, s in layout.spaces.items()
+        n: frozenset({Statistic.RAW, Statistic.WEIGHTED, Statistic.MEAN, *also.get(s.kind, [])})
+        for n, s in layout.spaces.items()
     }
     moments = walk.oneshot(model, layout, batches, wanted, torch.float64)
     readers = {(n, Statistic.READERS): reader_moment(model, layout, s) for n, s in layout.spaces.items()}
@@ -326,7 +327,7 @@ def moment(seed: int, d: int, rank: int, copies: int = 1) -> Tensor:
 def known(space: Space, C: Tensor) -> Moments:
     mean = Moment(C.diagonal(dim1=-2, dim2=-1).sqrt() / 2, 1)
     return Moments(
-        {(space.name, s): Moment(C, 1) for s in (Statistic.RAW, Statistic.NORMED)}
+        {(space.name, s): Moment(C, 1) for s in (Statistic.RAW, Statistic.NORMED, Statistic.WEIGHTED)}
         | {(space.name, Statistic.MEAN): mean}
     )
 

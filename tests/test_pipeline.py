@@ -35,7 +35,7 @@ from invariance.run import compress, outcome, run
 from invariance.space import Change, Group, Space
 from invariance.verify import logits, relative_error, tolerance
 
-RAW, NORMED, MEAN = Statistic.RAW, Statistic.NORMED, Statistic.MEAN
+RAW, NORMED, MEAN, WEIGHTED = Statistic.RAW, Statistic.NORMED, Statistic.MEAN, Statistic.WEIGHTED
 RESIDUAL = {"spaces": "residual", "rotate": "pca", "select": {"uniform": {"width": 24}}}
 MLP = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"width": 40}}, "slice": "least_squares"}
 HEADS = {"spaces": "vo", "rotate": "head_svd", "select": {"uniform": {"width": 6}}}
@@ -84,7 +84,7 @@ def exact(family: str, fold: bool = True, **options: Any) -> tuple[PreTrainedMod
 
 def everything(layout: Layout) -> dict[str, frozenset[Statistic]]:
     return {
-        n: frozenset({RAW, MEAN, *([NORMED] if s.kind == "residual" else [])})
+        n: frozenset({RAW, WEIGHTED, MEAN, *([NORMED] if s.kind == "residual" else [])})
         for n, s in layout.spaces.items()
     }
 
@@ -103,7 +103,7 @@ def real(ids: Tensor) -> tuple[Tensor, Tensor]:
 def same(one: Moments, other: Moments, bound: float = ROUNDING) -> None:
     assert one.known.keys() == other.known.keys()
     for key, moment in one.known.items():
-        assert moment.count == other.known[key].count, key
+        assert moment.count == pytest.approx(other.known[key].count, rel=bound), key
         assert close(moment.total, other.known[key].total, bound), key
 
 
@@ -256,6 +256,15 @@ def watched(family: str, ids: Tensor, **options: Any) -> dict[str, Tensor]:
     return found
 
 
+def behind(family: str, signals: dict[str, Tensor], name: str) -> Tensor:
+    """The stream behind the stage that a space lies in, or where it stands."""
+    kind, block = name.split(".")[:2]
+    if kind == "x":
+        return signals[name]
+    last = kind == "mlp" or family == "phi"
+    return signals[f"x.{int(block) + 1}.0" if last else f"x.{block}.1"]
+
+
 @pytest.mark.parametrize("family", ["llama", "opt", "phi"])
 def test_oneshot_moments_are_those_of_the_familys_own_signals(family: str) -> None:
     ids = tokens().ids[:6]
@@ -270,6 +279,10 @@ def test_oneshot_moments_are_those_of_the_familys_own_signals(family: str) -> No
         by_hand.add((name, RAW), x, space.copies, max(heads, space.copies))
         bound = 1e-6  # the family's norms compute in float32
         assert close(walked.known[name, RAW].total, by_hand.known[name, RAW].total, bound), name
+        w = 1 / behind(family, signals, name).square().mean(-1, keepdim=True)
+        by_hand.add((name, WEIGHTED), x, space.copies, max(heads, space.copies), w)
+        assert close(walked.known[name, WEIGHTED].mean, by_hand.known[name, WEIGHTED].mean, bound), name
+        assert not close(walked.known[name, WEIGHTED].mean, by_hand.known[name, RAW].mean, 1e-3), name
         if space.kind == "residual":
             unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + {"llama": 1e-6}.get(family, 1e-5))
             assert close(walked.second(space, NORMED)[0], unit.T @ unit / len(unit), bound), name
