@@ -1,27 +1,20 @@
 """Exact changes of basis of transformer language models, and compression by slicing them."""
 
-from . import checkpoint  # registers the model type with transformers
-from .errors import CertificateError, InputError, InvarianceError
-from .interfaces import Rotator, Selector, Slicer, Statistic
-from .recipe import Recipe, load_recipe
-from .run import compress, load
-from .space import Basis, Change, Group, Space
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Basis",
-    "CertificateError",
-    "Change",
-    "Group",
-    "InputError",
-    "InvarianceError",
-    "Recipe",
-    "Rotator",
-    "Selector",
-    "Slicer",
-    "Space",
-    "Statistic",
-    "checkpoint",
-    "compress",
-    "load",
-    "load_recipe",
-]
+
+def publish() -> None:
+    """Give the package its public names, and make its model type known to transformers."""
+    from . import api
+
+    globals().update({name: getattr(api, name) for name in api.__all__})
+
+
+# Torch and transformers take seconds to import, and `invariance --help` needs neither; its commands publish when they
+# begin. No other program goes by that name: it would shadow the package.
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+elif Path(*sys.argv[:1]).stem != "invariance":
+    publish()

@@ -11,6 +11,7 @@ from .space import Space
 
 Chosen = Mapping[Space, int]
 S = TypeVar("S")
+UNITS = {"latency": "nanoseconds of latency"}  # of amounts whose resource is not their name
 
 
 class Predicted(dict[S, int]):
@@ -72,7 +73,8 @@ class Bill:
             least = self.amounts[resource](narrowest)
             if least > limit:
                 factor = f" by a factor of {least / limit:.3f} or more" if limit >= 1 else ""
+                unit = UNITS.get(resource, resource)
                 raise InputError(
-                    f"the budget of {limit:,.0f} {resource} cannot be met: these spaces at their narrowest leave "
+                    f"the budget of {limit:,.0f} {unit} cannot be met: these spaces at their narrowest leave "
                     f"{least:,.0f}. Raise it{factor}, allow narrower widths, or cut more spaces."
                 )

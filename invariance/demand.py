@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import lcm
 
 import torch
 from jaxtyping import Float64
@@ -96,18 +97,24 @@ class Demand:
             )
         if protected:
             return (d,)
+        multiple = lcm(c.multiple_of, self.select.multiple_of if self.select else 1)
+        if multiple > d:
+            raise InputError(
+                f"multiple_of {multiple} is more than the {d} directions of space '{self.space.name}'. Give a smaller "
+                "multiple, or give such spaces a step of their own."
+            )
         low, high = (int(x * d + 1e-9) if isinstance(x, float) else min(x, d) for x in (c.min, c.max))
         if c.min == 0 and any(m not in vanishing for m in self.members):
             raise InputError(
                 f"no branch vanishes with space '{self.space.name}', so its width cannot be 0. Use `min: 1`, or limit "
                 "the step to `mlp` and `heads`."
             )
-        found = {k for k in range(0, d + 1, c.multiple_of) if low <= k <= high and (k or c.min == 0)}
+        found = {k for k in range(0, d + 1, multiple) if low <= k <= high and (k or c.min == 0)}
         found = {k for k in found if all(u.space.fits(k) for u in self.units)} | ({d} if high == d else set())
         if not found:
             whole = " that keeps whole frequency pairs" if self.space.rotary else ""
             raise InputError(
-                f"no width of space '{self.space.name}' (dim {d}){whole} is a multiple of {c.multiple_of} between "
+                f"no width of space '{self.space.name}' (dim {d}){whole} is a multiple of {multiple} between "
                 f"{low} and {high}. Widen `widths`."
             )
         return tuple(sorted(found))

@@ -113,32 +113,51 @@ def _longrope(
     another beyond; both are the same here. Rounding of s decides on the last bits of a frequency, which long positions
     multiply, so of its neighbours the one is taken that comes closest.
     """
-    parameters, rotary = original.rope_parameters, model.get_submodule(str(now.architecture.rotary))
-    if parameters["rope_type"] in ("dynamic", "longrope"):
-        return (
-            {},
-            f"pairs were chosen, and frequencies of the type '{parameters['rope_type']}' change with the length",
-        )
-    if any(space.rotary and space.spared for space in now.spaces.values()):
-        return (
-            {},
-            "pairs were chosen, and `longrope` factors speak of all dims of a head, not of a part of them",
-        )
-    theta, positions = parameters["rope_theta"], original.max_position_embeddings
+    if why := _rope_obstacle(now, original):
+        return {}, why
+    theta, rotary = original.rope_parameters["rope_theta"], model.get_submodule(str(now.architecture.rotary))
     kept = rotary.inv_freq.float().cpu()[chosen.cpu()]  # type: ignore[operator, union-attr, index]
     power = theta ** (torch.arange(0, 2 * len(kept), 2).float() / (2 * len(kept)))
     s = (1 / (kept.double() * power.double())).float()[:, None] * (1 + torch.arange(-8, 9) * 2.0**-24)
     best = (1.0 / (s * power[:, None]) - kept[:, None]).abs().argmin(1, keepdim=True)
     factors = s.gather(1, best)[:, 0].tolist()
+    return _rope_parameters(original, factors, float(rotary.attention_scaling)), ""  # type: ignore[arg-type]
+
+
+def _rope_obstacle(layout: Layout, original: PretrainedConfig) -> str:
+    """Why a stock config cannot say which frequency pairs were chosen; empty where it can."""
+    kind = original.rope_parameters["rope_type"]
+    if kind in ("dynamic", "longrope"):
+        return f"pairs were chosen, and frequencies of the type '{kind}' change with the length"
+    if any(space.rotary and space.spared for space in layout.spaces.values()):
+        return "pairs were chosen, and `longrope` factors speak of all dims of a head, not of a part of them"
+    return ""
+
+
+def config_obstacle(
+    layout: Layout, widths: Mapping[str, int], original: PretrainedConfig, chosen: bool
+) -> str | None:
+    """Why no config holds widths that ``obstacle`` lets pass, with ``chosen`` frequency pairs or without; None where
+    one does."""
+    rope: dict[str, Any] = {}
+    if chosen:
+        if why := _rope_obstacle(layout, original):
+            return why
+        rope = _rope_parameters(original, [1.0] * (_by_kind(layout, widths)["qk"] // 2), 1.0)
+    config, why = _config(layout, widths, original, rope)
+    return why if config is None else None
+
+
+def _rope_parameters(original: PretrainedConfig, factors: list[float], scaling: float) -> dict[str, Any]:
     return {
         "rope_type": "longrope",
-        "rope_theta": theta,
+        "rope_theta": original.rope_parameters["rope_theta"],
         "short_factor": factors,
         "long_factor": factors,
         "factor": 1.0,
-        "attention_factor": float(rotary.attention_scaling),  # type: ignore[arg-type]
-        "original_max_position_embeddings": positions,
-    }, ""
+        "attention_factor": scaling,
+        "original_max_position_embeddings": original.max_position_embeddings,
+    }
 
 
 def _by_kind(layout: Layout, widths: Mapping[str, int]) -> dict[str, int]:

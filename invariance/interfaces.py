@@ -51,11 +51,14 @@ class Statistic(Enum):
 
 
 class Method:
-    """What all methods share: a name in the registry, options that are dataclass fields, a docstring as manual."""
+    """What all methods share: a name in the registry, options that are dataclass fields, a docstring as manual.
+
+    What a method says of itself by a property here, it states as a class attribute, or as a property where an option
+    decides.
+    """
 
     kind: ClassVar[str]
     name: ClassVar[str]
-    needs: frozenset[Statistic] = frozenset()  # what is measured for it; a property where an option decides
     alternatives: ClassVar[tuple[frozenset[str], ...]] = ()  # options of which a recipe gives at most one
 
     def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
@@ -63,6 +66,11 @@ class Method:
         if name is not None:
             cls.name = name
             _register(cls)
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """What is measured for it."""
+        return frozenset()
 
     def spec(self) -> str | dict[str, dict[str, Any]]:
         """How a recipe writes this method: its name, or ``{name: {option: value}}``."""
@@ -90,12 +98,16 @@ class Rotator(Method, ABC):
     nested: ClassVar[bool] = (
         False  # whether an energy supposes that all behind it are gone; then it need not fall
     )
-    nats: bool = (
-        False  # whether its energies are losses in nats per token; a property where an option decides
-    )
-    joint: bool = (
-        False  # whether all query/key spaces of a step get one basis; a property where an option decides
-    )
+
+    @property
+    def nats(self) -> bool:
+        """Whether its energies are losses in nats per token."""
+        return False
+
+    @property
+    def joint(self) -> bool:
+        """Whether all query/key spaces of a step get one basis."""
+        return False
 
     @abstractmethod
     def fit(self, space: Space, moments: Moments) -> Basis:
@@ -109,9 +121,24 @@ class Selector(Method, ABC):
     """How wide every space stays, under one budget."""
 
     kind = "select"
-    needs_spectra: bool = False  # these three are properties where an option decides
-    needs_budget: bool = False
-    measures: bool = False  # whether it asks ``cost.loss`` for the held-out loss of widths
+    multiple_of: int = (
+        1  # of which widths are multiples, beside what the step's `widths` say; an option of some
+    )
+
+    @property
+    def needs_spectra(self) -> bool:
+        """Whether it reads the energies of every space."""
+        return False
+
+    @property
+    def needs_budget(self) -> bool:
+        """Whether it spends the recipe's budget."""
+        return False
+
+    @property
+    def measures(self) -> bool:
+        """Whether it asks ``cost.loss`` for the held-out loss of widths."""
+        return False
 
     @abstractmethod
     def allocate(

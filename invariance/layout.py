@@ -96,6 +96,7 @@ class Layout:
     shapes: Mapping[str, tuple[int, ...]]
     edges: tuple[Edge, ...]
     branches: Mapping[str, str]  # a branch of a stage → the space that it vanishes with
+    windows: Mapping[str, int | None]  # an attention's space of KV groups, in order → how far back it sees
     shortcuts: frozenset[str]  # stages that carry one already
     tied: bool
     centred: bool
@@ -166,6 +167,11 @@ class Layout:
         """The stages that still have a branch."""
         left = {b.rpartition(".")[0] for b, space in self.branches.items() if self.width(space, widths)}
         return [e.stage for e in self.edges if e.stage in left]
+
+    def counting(self, widths: Mapping[str, int]) -> list[str]:
+        """The attentions left that fill the first slot of a cache, where it counts its tokens: those of its window."""
+        first = next(iter(self.windows.values()), None)
+        return [n for n, window in self.windows.items() if window == first and self.width(n, widths)]
 
     def gone(self, widths: Mapping[str, int]) -> tuple[str, ...]:
         """How the names of weights begin that go: branches of width 0, and the norms of stages with no other."""
@@ -278,6 +284,7 @@ def label(model: PreTrainedModel) -> Layout:
     axes: dict[str, tuple[Axis | None, ...]] = {}
     edges: list[Edge] = []
     branches: dict[str, str] = {}
+    windows: dict[str, int | None] = {}
     rotary = 0 if arch.rotary is None else 2 * model.get_submodule(arch.rotary).inv_freq.numel()  # type: ignore
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}  # each tied tensor once
 
@@ -329,6 +336,7 @@ def label(model: PreTrainedModel) -> Layout:
             name, grain = f"heads.{i}", a.heads // a.kv_heads * vo
             spaces[name] = Space(name, "heads", a.kv_heads, Group.PERMUTATION, grain=grain)
             branches[f"{path}.attention"] = name
+            windows[name] = a.sliding_window
             made, mixed = Axis(name, Role.WRITE), Axis(name, Role.READ)
             put(f"{path}.attention.q", Axis(f"qk.{i}", Role.READ, a.heads, made), read)
             put(f"{path}.attention.k", Axis(f"qk.{i}", Role.WRITE, a.kv_heads, made), read)
@@ -365,6 +373,7 @@ def label(model: PreTrainedModel) -> Layout:
         shapes=shapes,
         edges=tuple(edges),
         branches=branches,
+        windows=windows,
         shortcuts=frozenset(e.stage for e in edges if f"{e.stage}.shortcut" in shapes),
         tied=tied,
         centred=norm.centred,

@@ -13,12 +13,15 @@ from transformers import PretrainedConfig
 from .budget import Bill, Predicted
 from .demand import Demand, Loss, Spectra, Unit, Widths
 from .errors import InputError
-from .export import obstacle
+from .export import config_obstacle, obstacle
 from .fitting import check_unit
 from .interfaces import Method, Selector, Statistic
+from .latency import Latency, table
 from .layout import Layout, Parameters, layout_of
+from .models import cache_dir
 from .recipe import Constraints, Recipe, Step
 from .space import Group, Space
+from .walk import Progress, quiet
 
 NOT_MEASURED = {Statistic.SEEN, Statistic.READERS, Statistic.FISHER, Statistic.COSINE}
 MEASURED = frozenset(Statistic) - NOT_MEASURED  # by the walk, for units
@@ -33,6 +36,8 @@ class Plan:
     dense: Layout  # of the model as it comes
     layout: Layout  # of its canonical form, which is changed
     units: tuple[Unit, ...]
+    config: PretrainedConfig
+    latency: Latency | None = None  # where the budget limits it
 
     @property
     def fold(self) -> bool:
@@ -55,6 +60,11 @@ class Plan:
             u.space.rotary > 0 and u.rotate.produces is Group.ROTARY and not u.rotate.joint
             for u in self.units
         )
+
+    @property
+    def chosen_pairs(self) -> bool:
+        """Whether frequency pairs are chosen, or put in another order."""
+        return any(u.space.rotary > 0 and u.rotate.produces is Group.ROTARY for u in self.units)
 
     @property
     def reads_tokens(self) -> bool:
@@ -97,16 +107,38 @@ class Plan:
         biases = self._new_biases(widths)
         count = replace(count, blocks=count.blocks + biases)
         if stock is None:
-            shortcuts = self.layout.shortcut_stages(self.segments)
-            centred, mixed = self.dense.centred, self.mixed_pairs
-            stock = obstacle(self.layout, widths, len(shortcuts), centred, biases, mixed) is None
+            stock = self.why_not_stock(widths) is None
         if not (stock and self.layout.folded):
             return count
         k = widths.get(self.layout.points[-1], self.layout.spaces[self.layout.points[-1]].dim)
         return replace(count, blocks=count.blocks + len(self.layout.stages(widths)) * k, head=count.head + k)
 
-    def amount(self, resource: str, widths: Widths) -> int:
-        """What a choice of widths spends of a resource that a budget can limit."""
+    def why_not_stock(self, widths: Widths) -> str | None:
+        """Why no stock checkpoint could hold a model of these widths; None where one can."""
+        shortcuts, biases = len(self.layout.shortcut_stages(self.segments)), self._new_biases(widths)
+        why = obstacle(self.layout, widths, shortcuts, self.dense.centred, biases, self.mixed_pairs)
+        if why is not None:
+            return why
+        key = tuple(self.layout.width(n, widths) for n in self.layout.spaces)
+        if key not in self._configs:
+            self._configs[key] = config_obstacle(self.layout, widths, self.config, self.chosen_pairs)
+        return self._configs[key]
+
+    @cached_property
+    def _configs(self) -> dict[tuple[int, ...], str | None]:
+        """What speaks against a stock config, of the widths that were asked for."""
+        return {}
+
+    def seconds(self, widths: Widths) -> float | None:
+        """The predicted latency; None where no table of this machine was asked for."""
+        if self.latency is None:
+            return None
+        return self.latency.seconds(self.layout, widths, len(self.layout.shortcut_stages(self.segments)))
+
+    def amount(self, resource: str, widths: Widths) -> float:
+        """What a choice of widths spends of a resource that a budget can limit; of latency, nanoseconds."""
+        if (seconds := self.seconds(widths)) is not None and resource == "latency":
+            return 1e9 * seconds
         if resource == "flops":
             return self.layout.flops(widths, self.segments)
         return self.layout.kv_entries(widths) if resource == "kv_cache" else self.parameters(widths).total
@@ -153,13 +185,32 @@ class Plan:
         return Predicted(kept, sum(known)) if len(known) == len(losses) else kept
 
     def check_attention(self, widths: Widths) -> None:
-        """Raises InputError where no attention would be left, on whose cache generation counts its tokens."""
-        heads = [n for n, s in self.layout.spaces.items() if s.kind == "heads"]
-        if not any(self.layout.width(n, widths) for n in heads):
-            step = next(u.step for u in self.units if u.space.name in heads)
-            raise InputError(
-                f"{self.recipe.where('steps', step, 'select')}: no attention would be left, and a model that mixes no "
-                "tokens cannot generate. Keep one: `widths: {protect: {first: 1}}`."
+        """Raises InputError where no attention would be left in whose slot of a cache generation counts its tokens."""
+        if self.layout.counting(widths):
+            return
+        why = "no attention would be left, and a model that mixes no tokens cannot generate"
+        if any(self.layout.width(n, widths) for n in self.layout.windows):
+            blocks = ", ".join(n.split(".")[1] for n in self.layout.counting({}))
+            why = f"a cache counts its tokens where the attention of block {blocks} writes, and none would be left there"
+        step = next(u.step for u in self.units if u.space.name in self.layout.windows)
+        raise InputError(
+            f"{self.recipe.where('steps', step, 'select')}: {why}. Keep one: `widths: {{protect: {{first: 1}}}}`."
+        )
+
+    def check_choices(self) -> None:
+        """Raises InputError where windows differ, and a selector, whatever it finds, may let every attention of the
+        first one go."""
+        first = self.layout.counting({})
+        if len(first) < len(self.layout.windows):
+            vanishing = self.layout.branches.values()
+            self.check_attention(
+                {
+                    m: d.allowed(self.blocks, vanishing)[0]
+                    for d in self.demands
+                    if d.select is not None
+                    for m in d.members
+                    if m in first
+                }
             )
 
     def _bill(self, demands: list[Demand], kept: Widths, loss: Loss | None,
@@ -178,6 +229,8 @@ class Plan:
             "flops": self.dense.flops({}),
             "kv_cache": self.dense.kv_entries({}),
         }
+        if self.latency is not None:
+            dense["latency"] = int(1e9 * self.latency.seconds(self.dense, {}, 0))
         return Bill(
             amounts={r: partial(spent, r) for r in limits or ("parameters",)},
             limits={r: int(share * dense[r]) for r, share in limits.items()},
@@ -203,8 +256,12 @@ class Plan:
         return self.recipe.steps[unit.step].widths or Constraints()
 
 
-def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
-    """Check a recipe against a model's config, and lay out what a run will do. Raises InputError with its line."""
+def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device = "cpu",
+         progress: Progress = quiet) -> Plan:  # fmt: skip
+    """Check a recipe against a model's config, and lay out what a run will do. Raises InputError with its line.
+
+    A budget of latency is held against a table of this machine and ``device``, measured on first use.
+    """
     dense = layout_of(config)
     touched = [name for step in recipe.steps for name in dense.select(step.spaces)]
     fold = any(dense.spaces[name].kind == "residual" for name in touched)
@@ -233,7 +290,9 @@ def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
             units.append(Unit(tuple(members), space, n, rotate, select, cut))
     for unit in units:
         check_unit(recipe, unit, layout)
-    result = Plan(recipe, dense, layout, tuple(units))
+    asked = recipe.budget is not None and recipe.budget.latency is not None
+    timed = table(config, cache_dir("latency"), device, progress) if asked else None
+    result = Plan(recipe, dense, layout, tuple(units), config, timed)
     spending = {u.select: u.step for u in units if u.select is not None and u.select.needs_budget}
     if len(spending) > 1:
         raise InputError(
@@ -259,6 +318,7 @@ def plan(recipe: Recipe, config: PretrainedConfig) -> Plan:
     else:  # whether a budget can be met, and blocks can go, hangs on no measurement: ask before calibrating
         flat = {u.space.name: torch.ones(u.space.copies, u.space.dim) for u in units}
         result.allocate(flat, influence=[1.0] * result.blocks)
+        result.check_choices()
     return result
 
 

@@ -93,11 +93,14 @@ class Budget(_Part):
     parameters: Fraction | None = None  # the fraction kept of the stored parameters
     flops: Fraction | None = None  # the fraction kept of the FLOPs per token
     kv_cache: Fraction | None = None  # the fraction kept of the cache's bytes per token
+    latency: Fraction | None = None  # the fraction kept of the time that 256 tokens take here
 
     @model_validator(mode="after")
     def _one_at_least(self) -> Budget:
         if not self.limits:
-            raise Problem("nothing is limited. Give `parameters`, `flops` or `kv_cache` a fraction")
+            raise Problem(
+                "nothing is limited. Give `parameters`, `flops`, `kv_cache` or `latency` a fraction"
+            )
         return self
 
     @property

@@ -63,6 +63,10 @@ def rate(value: float | None, largest: float | None = None) -> str:
     return NONE if value is None else f"{value:,.{0 if value >= 100 else 1}f}"
 
 
+def milliseconds(value: float | None, largest: float | None = None) -> str:
+    return NONE if value is None else f"{1e3 * value:,.1f}\xa0ms"
+
+
 def error(value: float | None) -> str:
     return (
         NONE
@@ -127,9 +131,11 @@ def blocks(report: Report) -> Row:
 
 
 def costs(report: Report) -> list[Row]:
+    timed = _both(report, "predicted_seconds")
     return [
         Row("FLOPs per token", *_both(report, "flops_per_token"), count),
         Row("KV cache per token", *_both(report, "kv_bytes_per_token"), size),
+        *([Row("predicted latency", *timed, milliseconds)] if timed[0] else []),
     ]
 
 

@@ -99,7 +99,7 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
 
     ``stored`` is the dtype of the checkpoint that the model came from, by default the model's own.
     """
-    chart = plan(recipe, model.config)
+    chart = plan(recipe, model.config, device=model.device, progress=progress)
     if tokenizer is None and recipe.calibrate and not recipe.calibrate.data.endswith(".npy"):
         tokenizer = load_tokenizer(recipe.model)
     data = data or read_data(recipe, model.config, tokenizer, evaluate)
@@ -160,6 +160,7 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
             "dense": stored.itemsize * chart.dense.kv_entries({}),
             "sliced": stored.itemsize * layout.kv_entries(widths),
         },
+        "predicted_seconds": {"dense": chart.seconds({}), "sliced": chart.seconds(widths)},
         "perplexity": {},
         "predicted": {"loss": sliced.predicted, "measured": None},
         "search": sliced.search,
@@ -273,7 +274,7 @@ def run(path: Path, output: Path, overrides: list[str], *, device: str = "cpu", 
     check_output(output, overwrite)
     try:
         config = load_config(recipe.model, trust_remote_code=trust_remote_code)
-        plan(recipe, config)
+        plan(recipe, config, device=device, progress=progress)
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
     except InputError as e:
         raise InputError(_located(recipe, str(e))) from None

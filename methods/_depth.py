@@ -25,6 +25,12 @@ def candidates(cost: Bill) -> dict[int, list[Space]]:
     return free
 
 
+def check(blocks: int | None) -> None:
+    """Raises ValueError for a number of blocks that cannot go."""
+    if blocks is not None and blocks < 1:
+        raise ValueError("blocks must be at least 1")
+
+
 def drop(
     cost: Bill, blocks: int | None, budget: float | None, least: Callable[[dict[Space, int], list[int]], int]
 ) -> dict[Space, int]:

@@ -44,11 +44,11 @@ class Greedy(Selector, name="greedy"):
     needs_budget = True
 
     @property
-    def measures(self) -> bool:  # type: ignore[override]
+    def measures(self) -> bool:
         return self.loss == "measured"
 
     @property
-    def needs_spectra(self) -> bool:  # type: ignore[override]
+    def needs_spectra(self) -> bool:
         return self.loss == "spectra"
 
     def allocate(self, spectra: Spectra, cost: Bill, budget: float | None) -> Mapping[Space, int]:

@@ -34,7 +34,7 @@ class OutputAware(Rotator, name="output_aware"):
             raise ValueError("tau must be above 0")
 
     @property
-    def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
+    def needs(self) -> frozenset[Statistic]:
         return frozenset({Statistic(self.of), Statistic.FISHER})
 
     def fit(self, space: Space, moments: Moments) -> Basis:

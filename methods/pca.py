@@ -27,7 +27,7 @@ class PCA(Rotator, name="pca"):
     produces = Group.ORTHOGONAL
 
     @property
-    def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
+    def needs(self) -> frozenset[Statistic]:
         return frozenset({Statistic(self.of)})
 
     def fit(self, space: Space, moments: Moments) -> Basis:

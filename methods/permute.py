@@ -30,11 +30,11 @@ class Permute(Rotator, name="permute"):
     kinds = Rotator.kinds | {"heads"}
 
     @property
-    def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
+    def needs(self) -> frozenset[Statistic]:
         return statistics(self.metric)
 
     @property
-    def nats(self) -> bool:  # type: ignore[override]
+    def nats(self) -> bool:
         return self.metric == "fisher"
 
     def fit(self, space: Space, moments: Moments) -> Basis:

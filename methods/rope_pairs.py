@@ -35,7 +35,7 @@ class RopePairs(Rotator, name="rope_pairs"):
     needs = frozenset({Statistic.RAW, Statistic.QUERIES})
 
     @property
-    def joint(self) -> bool:  # type: ignore[override]
+    def joint(self) -> bool:
         return self.per == "model"
 
     def fit(self, space: Space, moments: Moments) -> Basis:

@@ -12,7 +12,7 @@ from invariance.budget import Bill
 from invariance.interfaces import Selector
 from invariance.space import Space
 
-from ._depth import candidates, drop
+from ._depth import candidates, check, drop
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,10 @@ class SLEB(Selector, name="sleb"):
     measures = True
 
     def __post_init__(self) -> None:
-        if self.blocks is not None and self.blocks < 1:
-            raise ValueError("blocks must be at least 1")
+        check(self.blocks)
 
     @property
-    def needs_budget(self) -> bool:  # type: ignore[override]
+    def needs_budget(self) -> bool:
         return self.blocks is None
 
     def allocate(

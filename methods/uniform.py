@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -19,8 +20,9 @@ from invariance.space import Space
 class Uniform(Selector, name="uniform"):
     """Every space keeps the same fraction of its directions (``keep``), or the same number (``width``).
 
-    The number is rounded down to ``multiple_of``. With neither, the recipe's budget decides the fraction: the largest
-    that stays within it.
+    A fraction is rounded down to a width that the step's ``widths`` and the space allow (multiples, whole frequency
+    pairs); a number must be one of those. With neither, the recipe's budget decides the fraction: the largest that
+    stays within it. ``multiple_of`` is short for that of `widths`; width 0, where `widths` has `min: 0`, lets a branch go.
     """
 
     keep: float | None = None
@@ -33,52 +35,50 @@ class Uniform(Selector, name="uniform"):
             raise ValueError("give `keep` (a fraction) or `width` (a number), not both")
         if self.keep is not None and not 0 < self.keep <= 1:
             raise ValueError("keep must be above 0 and at most 1")
-        if self.width is not None and self.width < 1:
-            raise ValueError("width must be at least 1")
+        if self.width is not None and self.width < 0:
+            raise ValueError("width must be at least 0")
         if self.multiple_of < 1:
             raise ValueError("multiple_of must be at least 1")
 
     @property
-    def needs_budget(self) -> bool:  # type: ignore[override]
+    def needs_budget(self) -> bool:
         return self.keep is None and self.width is None
 
     def allocate(
         self, spectra: Mapping[Space, Float64[Tensor, "c d"] | None], cost: Bill, budget: float | None
     ) -> Mapping[Space, int]:
         if self.width is not None:
-            for space in spectra:
-                if self.width > space.dim:
-                    raise InputError(
-                        f"width {self.width} is more than the {space.dim} directions of space '{space.name}'. "
-                        "Give a smaller width, or a fraction (`keep`)."
-                    )
-            return {space: self._rounded(cost, space, self.width) for space in spectra}
+            return {space: self._exact(space, cost.widths[space], self.width) for space in spectra}
         if self.keep is not None:
-            return {space: self._rounded(cost, space, self.keep * space.dim) for space in spectra}
+            return _share(cost, self.keep)
         assert budget is not None
         steps = max(space.dim for space in spectra)
-        for step in range(steps, -1, -1):
-            widths = {space: self._rounded(cost, space, step / steps * space.dim) for space in spectra}
-            if cost(widths) <= budget:
-                break
-        return widths
+        tried = range(steps, -1, -1)
+        n = bisect_left(tried, True, key=lambda step: cost(_share(cost, step / steps)) <= budget)
+        return _share(cost, tried[min(n, steps)] / steps)
 
-    def _rounded(self, cost: Bill, space: Space, width: float) -> int:
-        """The widest allowed multiple that is no wider, the narrowest where a fraction asks for less than that."""
-        if self.multiple_of > space.dim:
+    def _exact(self, space: Space, allowed: tuple[int, ...], width: int) -> int:
+        """The width asked for. Raises InputError, with the nearest that there are, where it is not allowed."""
+        if width > space.dim:
             raise InputError(
-                f"multiple_of {self.multiple_of} is more than the {space.dim} directions of space '{space.name}'. "
-                "Give a smaller multiple."
+                f"width {width} is more than the {space.dim} directions of space '{space.name}'. "
+                "Give a smaller width, or a fraction (`keep`)."
             )
-        allowed = [k for k in cost.widths[space] if k % self.multiple_of == 0 or k == space.dim]
-        if not allowed or (self.width is not None and min(allowed) > width):
-            raise InputError(
-                f"space '{space.name}' may have the widths {_several(cost.widths[space])}, and none of them is "
-                f"{f'{self.width} or less' if self.width else 'a multiple'} in multiples of {self.multiple_of}. Change "
-                "`widths`, or this selector's options."
-            )
-        return max((k for k in allowed if k <= width + 1e-9), default=min(allowed))
+        n = bisect_left(allowed, width)
+        if n < len(allowed) and allowed[n] == width:
+            return width
+        near = " or ".join(str(k) for k in allowed[max(n - 1, 0) : n + 1])
+        what = (
+            "rotary positions turn dims in pairs" if space.rotary else "it is no width that the step allows"
+        )
+        raise InputError(
+            f"space '{space.name}' cannot have width {width}, because {what}. Take {near}, or let `widths` allow it."
+        )
 
 
-def _several(widths: tuple[int, ...]) -> str:
-    return str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
+def _share(cost: Bill, fraction: float) -> dict[Space, int]:
+    """A fraction of every space, rounded down to an allowed width; the narrowest where none is as narrow."""
+    return {
+        space: allowed[max(bisect_right(allowed, fraction * space.dim + 1e-9) - 1, 0)]
+        for space, allowed in cost.widths.items()
+    }

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from folders import VOCABULARY, model_of, save_tokens, stored_numbers
+from tiny import tiny
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -38,7 +39,7 @@ GROUPS = {
     "select": {"uniform": {"width": 1}},
     "slice": "least_squares",
 }
-GONE = {"select": {"uniform": {"width": 1}}, "widths": {"min": 0, "max": 0}}
+GONE = {"select": {"uniform": {"width": 0}}, "widths": {"min": 0}}
 STREAM = {"spaces": "residual", "rotate": "pca", "select": {"uniform": {"width": 24}}}
 
 
@@ -319,3 +320,31 @@ def test_a_plan_counts_a_budget_that_depth_alone_can_meet() -> None:
     found = made(DEPTH | {"select": "shortgpt"}, budget={"parameters": 0.8}).report
     assert found["parameters"]["sliced"]["total"] <= 0.8 * chart.dense.parameters({}).total
     assert found["kv_bytes_per_token"]["sliced"] < found["kv_bytes_per_token"]["dense"]
+
+
+WINDOWS = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1, "num_hidden_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("step", "refused"),
+    [
+        (SHORT, True),  # block 0 might go, and it alone sees everything
+        (SHORT | {"widths": {"min": 0, "protect": {"first": 1}}}, False),
+        (GONE | {"spaces": "heads.0"}, True),
+        (GONE | {"spaces": "heads.1"}, False),
+        (DEPTH | {"select": {"uniform": {"keep": 1.0}}}, False),
+    ],
+)
+def test_a_plan_refuses_to_let_the_attention_go_in_whose_slot_a_cache_counts(
+    step: dict[str, Any], refused: bool
+) -> None:
+    config = tiny("qwen2", **WINDOWS).config
+    asked = Recipe.from_dict({"model": "m", "calibrate": {"data": "tokens.npy"}, "steps": [step]})
+    if not refused:
+        plan(asked, config)
+        return
+    with pytest.raises(
+        InputError, match=r"cache counts its tokens where the attention of block 0 writes.*protect"
+    ):
+        plan(asked, config)
+    plan(asked, tiny("qwen2", **WINDOWS | {"max_window_layers": 0}).config)  # all windows alike

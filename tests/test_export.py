@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from folders import VOCABULARY, model_of, save_tokens, stored_numbers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from invariance.checkpoint import InvarianceForCausalLM
+from invariance.plan import plan
 from invariance.recipe import Recipe
 from invariance.run import Outcome, outcome
 from invariance.verify import logits, relative_error, tolerance
@@ -42,7 +42,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield
 
 
-@cache
 def dense(family: str, tied: bool = False, **options: Any) -> PreTrainedModel:
     return model_of(family, tie_word_embeddings=tied, **options)
 
@@ -174,3 +173,49 @@ def test_a_saved_checkpoint_of_our_own_holds_no_code_and_no_pickle(tmp_path: Pat
     compressed(dense("opt"), [STAGES]).model.save_pretrained(tmp_path)
     assert {p.suffix for p in tmp_path.iterdir()} == {".json", ".safetensors"}
     assert "auto_map" not in (tmp_path / "config.json").read_text()
+
+
+def test_hidden_states_are_those_before_every_block_and_behind_the_final_norm() -> None:
+    cut = MLP | {"spaces": "mlp.1"}  # widths differ, so the form is our own; the stream keeps its basis
+    model, small = dense("llama"), compressed(dense("llama"), [cut]).model
+    assert isinstance(small, InvarianceForCausalLM)
+    ours, theirs = (m(input_ids=IDS, output_hidden_states=True) for m in (small, model))
+    assert len(ours.hidden_states) == len(theirs.hidden_states) == 3
+    bound = tolerance(torch.float32, 4)
+    for mine, other in zip(ours.hidden_states[:2], theirs.hidden_states[:2], strict=True):
+        assert relative_error(other, mine) <= bound
+    assert relative_error(theirs.hidden_states[2], ours.hidden_states[2]) > 100 * bound  # behind the cut
+    assert torch.equal(small.get_output_embeddings()(ours.hidden_states[-1]), ours.logits)
+    assert small(input_ids=IDS).hidden_states is None
+    parts = small(input_ids=IDS, output_hidden_states=True, return_dict=False)
+    assert torch.equal(parts[0], ours.logits) and torch.equal(parts[-1][1], ours.hidden_states[1])
+
+
+PAIRS = {"spaces": "qk", "rotate": {"rope_pairs": {"per": "model"}}, "select": {"uniform": {"width": 4}}}
+HALF = {"spaces": "vo", "rotate": "head_svd", "select": {"uniform": {"width": 4}}}
+
+
+@pytest.mark.parametrize(
+    ("family", "steps", "options"),
+    [
+        ("llama", [GLOBAL], {}),
+        ("llama", [GLOBAL | {"select": {"uniform": {"width": 27}}}], {}),  # as mistral
+        ("opt", [GLOBAL], {}),
+        ("phi", [MLP], {}),
+        ("llama", [PAIRS, HALF], {}),
+        ("llama", [PAIRS, HALF], {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        ("phi", [PAIRS | {"select": {"uniform": {"width": 6}}}, HEADS], {}),
+        ("phi", [{"spaces": ["heads"], "rotate": "permute", "select": {"uniform": {"width": 1}}}], {}),
+    ],
+)  # fmt: skip
+def test_a_plan_knows_what_the_export_will_say(
+    family: str, steps: list[Any], options: dict[str, Any]
+) -> None:
+    model = dense(family, False, **options)
+    recipe = Recipe.from_dict({"model": "m", "calibrate": {"data": "tokens.npy"}, "steps": steps})
+    chart = plan(recipe, model.config)
+    widths = chart.allocate(None)
+    assert widths is not None
+    report = compressed(model, steps).report["model"]
+    assert chart.why_not_stock(widths) == report["why_not_stock"]
+    assert report["stock"] == (report["why_not_stock"] is None)

@@ -24,11 +24,22 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 STOCK = {"demo", "dense-target", "global-basis", "hadamard", "mlp", "random"}  # one basis, uniform widths
 STOCK |= {"best-stock", "kv-cache", "shortgpt", "replace-me", "obs", "output-aware", "reader-weighted"}
-OWN = {"slicegpt", "combined", "heads", "nonuniform", "best", "flap", "modegpt", "svd-llm"}
+OWN = {
+    "kv-cache-per-head",
+    "slicegpt",
+    "combined",
+    "heads",
+    "nonuniform",
+    "best",
+    "flap",
+    "modegpt",
+    "svd-llm",
+}
 NARROWER: dict[str, dict[str, Any]] = {
     "combined": {"steps.0.select.uniform.width": 27, "steps.2.select.uniform.width": 6},
     "heads": {"steps.0.select.uniform.width": 6},
     "kv-cache": {"steps.0.select.uniform.width": 4, "steps.1.select.uniform.width": 4},
+    "kv-cache-per-head": {"steps.0.select.uniform.width": 4, "steps.1.select.uniform.width": 4},
     "modegpt": {"steps.1.select.uniform.width": 6, "steps.2.select.uniform.width": 6},
     "replace-me": {"steps.0.select.shortgpt.blocks": 1},
     "shortgpt": {"steps.0.select.shortgpt.blocks": 1},
