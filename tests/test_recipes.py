@@ -40,11 +40,10 @@ NARROWER: dict[str, dict[str, Any]] = {
     "heads": {"steps.0.select.uniform.width": 6},
     "kv-cache": {"steps.0.select.uniform.width": 4, "steps.1.select.uniform.width": 4},
     "kv-cache-per-head": {"steps.0.select.uniform.width": 4, "steps.1.select.uniform.width": 4},
-    "modegpt": {"steps.1.select.uniform.width": 6, "steps.2.select.uniform.width": 6},
-    "replace-me": {"steps.0.select.shortgpt.blocks": 1},
-    "shortgpt": {"steps.0.select.shortgpt.blocks": 1},
-    "nonuniform": {"steps.0.widths.multiple_of": 8},
-    "best": {"steps.0.widths.multiple_of": 8},
+    "flap": {"steps.0.widths.multiple_of": 8},
+    "modegpt": {f"steps.{n}.widths.multiple_of": k for n, k in enumerate((8, 2, 2))},
+    "nonuniform": {"steps.0.widths.multiple_of": 2},
+    "best": {"steps.0.widths.multiple_of": 8, "steps.1.widths.multiple_of": 2},
 }
 IDS = torch.arange(1, 25)[None] % VOCABULARY
 DEPTH = 4
