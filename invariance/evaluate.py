@@ -1,42 +1,148 @@
-"""What a model is worth and what it costs: perplexity, speed, a sample."""
+"""What models are worth: every evaluation of a recipe, prepared before anything is computed, then measured."""
 
 from __future__ import annotations
 
-import math
 import sys
-import time
-from statistics import median
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
-from .data import Tokens
+from . import recipe_evaluate as parts
+from .data import Tokens, load_tokens
 from .errors import InputError
+from .families import FAMILIES, check_positions
+from .losses import Mean, check_windows, divergence, perplexity, scored, token_losses
 from .walk import Progress, quiet
 
+__all__ = ["Evaluation", "measure", "peak_memory", "perplexity", "prepare", "sample"]
 
-@torch.no_grad()
-def perplexity(model: PreTrainedModel, tokens: Tokens, batch: int = 8, progress: Progress = quiet,
-               what: str = "perplexity") -> float:  # fmt: skip
-    """exp of the mean next-token cross-entropy (nats), every window on its own, padding left out; float32 logits."""
-    total, count = 0.0, 0
-    batches = list(tokens.batches(batch))
-    for ids, mask in progress(batches, what, len(batches)):
-        ids, mask = ids.to(model.device), mask.to(model.device)
-        padded = None if bool(mask.all()) else mask.long()
-        logits = model(input_ids=ids, attention_mask=padded, use_cache=False).logits
-        for row, target, real in zip(logits[:, :-1], ids[:, 1:], mask[:, 1:] & mask[:, :-1], strict=True):
-            total += cross_entropy(row[real].float(), target[real], reduction="sum").item()
-            count += int(real.sum())
-    mean = total / max(count, 1)
-    return math.exp(mean) if not mean >= 700 else math.inf  # of a mean that is not a number: not a number
+Models = Mapping[str, PreTrainedModel]  # by side; the others are compared with the first
 
 
-def check_windows(tokens: Tokens, where: str) -> None:
-    """Raises InputError for windows of one token, after which nothing is predicted."""
-    if tokens.ids.shape[1] < 2:
-        raise InputError(f"{where}: windows of 1 token predict nothing. Give windows of 2 tokens or more.")
+class Evaluation(ABC):
+    """One entry of `evaluate`, with all that it needs but models."""
+
+    kind: ClassVar[str]
+
+    @abstractmethod
+    def measure(self, models: Models, progress: Progress) -> Any:
+        """What the report's section ``kind`` gets: items of a mapping or of a list."""
+
+
+@dataclass(frozen=True, eq=False)
+class Perplexity(Evaluation):
+    part: parts.Perplexity
+    tokens: Tokens
+    kind = "perplexity"
+
+    def measure(self, models: Models, progress: Progress) -> dict[str, Any]:
+        counted, losses = scored(self.tokens, self.part.stride), {}
+        for side, model in models.items():
+            what = f"perplexity of {self.part.label}, {side}"
+            losses[side] = token_losses(model, self.tokens, self.part.batch, progress, what)
+        means = {side: Mean.over(found, counted) for side, found in losses.items()}
+        reference, *others = losses
+        extra = {side: Mean.over(losses[side] - losses[reference], counted) for side in others}
+        window = self.tokens.ids.shape[1]
+        found: dict[str, Any] = {side: mean.exp for side, mean in means.items()}
+        found |= {"tokens": int(counted.sum()), "window": window, "stride": self.part.stride or window}
+        found["loss"] = {
+            side: {"value": m.value, "standard_error": m.standard_error} for side, m in means.items()
+        }
+        found["extra_loss"] = {
+            side: {"value": m.value, "standard_error": m.standard_error} for side, m in extra.items()
+        }
+        return {self.part.label: found}
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence(Evaluation):
+    part: parts.Divergence
+    tokens: Tokens
+    kind = "divergence"
+
+    def measure(self, models: Models, progress: Progress) -> dict[str, Any]:
+        (reference, dense), *others = models.items()
+        found = {}
+        for side, model in others:
+            what = f"divergence on {self.part.label}, {side}"
+            found[side] = divergence(dense, model, self.tokens, self.part.batch, progress, what).to_dict()
+        return {self.part.label: {"reference": reference, **found}}
+
+
+@dataclass(frozen=True, eq=False)
+class Tasks(Evaluation):
+    part: parts.Tasks
+    tasks: Sequence[Any]
+    tokenizer: Any
+    kind = "tasks"
+
+    def measure(self, models: Models, progress: Progress) -> list[Any]:
+        from . import tasks
+
+        found = {
+            side: tasks.scores(model, self.tokenizer, self.tasks, self.part)
+            for side, model in progress(list(models.items()), f"tasks {self.part.label}", len(models))
+        }
+        return tasks.rows(found)
+
+
+@dataclass(frozen=True, eq=False)
+class Samples(Evaluation):
+    part: parts.Samples
+    tokenizer: Any
+    kind = "samples"
+
+    def measure(self, models: Models, progress: Progress) -> list[Any]:
+        prompts = progress(self.part.prompts, "samples", len(self.part.prompts))
+        return [
+            {
+                "prompt": p,
+                **{side: sample(m, self.tokenizer, p, self.part.tokens) for side, m in models.items()},
+            }
+            for p in prompts
+        ]
+
+
+def prepare(part: Any, kind: str, config: PretrainedConfig, tokenizer: Any, where: str) -> Evaluation:
+    """An entry with its data read and its tasks found. Raises InputError."""
+    if isinstance(part, parts.HeldOut):
+        overlap = part.stride if isinstance(part, parts.Perplexity) else None
+        text = config.get_text_config()
+        found = load_tokens(part.data, tokenizer, vocab_size=text.vocab_size, split=part.split, stride=overlap,
+                            sequences=part.sequences, tokens=part.tokens, where=where)  # fmt: skip
+        if text.model_type in FAMILIES:
+            check_positions(text, found.ids.shape[1], where)
+        check_windows(found, where)
+        if isinstance(part, parts.Divergence):
+            return Divergence(part, found)
+        assert isinstance(part, parts.Perplexity)
+        return Perplexity(part, found)
+    if tokenizer is None:
+        raise InputError(
+            f"{where}: {kind} are text, and the model comes without a tokenizer. Save the tokenizer beside the model."
+        )
+    if isinstance(part, parts.Samples):
+        return Samples(part, tokenizer)
+    from . import tasks
+
+    return Tasks(part, tasks.load(part, where), tokenizer)
+
+
+def measure(evaluations: Iterable[Evaluation], models: Models, progress: Progress = quiet) -> dict[str, Any]:
+    """All of them, by section; the models are compared with the first."""
+    report: dict[str, Any] = {"perplexity": {}, "divergence": {}, "tasks": [], "samples": []}
+    for evaluation in evaluations:
+        found = evaluation.measure(models, progress)
+        if isinstance(found, list):
+            report[evaluation.kind] += found
+        else:
+            report[evaluation.kind] |= found
+    return report
 
 
 def peak_memory() -> int | None:
@@ -50,28 +156,8 @@ def peak_memory() -> int | None:
 
 
 @torch.no_grad()
-def tokens_per_second(
-    models: dict[str, PreTrainedModel], length: int = 256, repeats: int = 5
-) -> dict[str, float]:
-    """Prefill throughput of one sequence of ``length`` tokens, the models in turn, medians over ``repeats`` rounds."""
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for n in range(repeats + 1):
-        for name, model in models.items():
-            ids = torch.arange(length, device=model.device).remainder(
-                model.config.get_text_config().vocab_size
-            )[None]
-            start = time.perf_counter()
-            model(input_ids=ids, use_cache=False)
-            if model.device.type == "cuda":
-                torch.cuda.synchronize()
-            if n:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: length / median(found) for name, found in times.items()}
-
-
-@torch.no_grad()
-def sample(model: PreTrainedModel, tokenizer: object, prompt: str, tokens: int = 40) -> str:
+def sample(model: PreTrainedModel, tokenizer: Any, prompt: str, tokens: int = 40) -> str:
     """The greedy continuation of a prompt."""
-    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)  # type: ignore[operator]
+    encoded = tokenizer(prompt, return_tensors="pt").to(model.device)
     out = model.generate(**encoded, max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
-    return tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)  # type: ignore[attr-defined]
+    return tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from .data import Tokens
 from .demand import Unit
 from .errors import InputError
-from .evaluate import perplexity
 from .files import write_json
 from .layout import Layout
+from .losses import perplexity
 from .reparametrize import reparametrize
 from .space import Change
 from .verify import copy_in

@@ -263,6 +263,12 @@ class Layout:
             matrices += sizes[f"{self.architecture.embed[0]}.weight"]
         return 2 * (matrices + self.parameters(widths, segments).shortcuts)
 
+    @property
+    def head_flops(self) -> int:
+        """Per token: what the matrix costs that makes logits, which generation asks for the last token only."""
+        name = f"{self.architecture.embed[0] if self.tied else self.architecture.head}.weight"
+        return 2 * prod(self.shapes[name])
+
     def kv_entries(self, widths: Mapping[str, int]) -> int:
         """How many numbers a cache holds per token: keys and values of every layer."""
         gone = self.gone(widths)

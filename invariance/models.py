@@ -86,6 +86,20 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any | None
         return transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
 
 
+def stored_bytes(model: str) -> int:
+    """The size of a model's weight files; of one from the hub, in its local cache."""
+    source = _source(model)
+    folder = Path(source["pretrained_model_name_or_path"])
+    if "gguf_file" in source:
+        return (folder / source["gguf_file"]).stat().st_size
+    if not folder.is_dir():
+        kept = huggingface_hub.snapshot_download(
+            model, allow_patterns=["*.safetensors"], local_files_only=True
+        )
+        folder = Path(kept)
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
 def weights_digest(model: torch.nn.Module) -> str:
     """A hash of all parameters and buffers: names, shapes, dtypes, bytes; the same on any device."""
     digest = hashlib.sha256()

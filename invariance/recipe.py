@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     PrivateAttr,
@@ -25,6 +23,8 @@ from .errors import InputError, did_you_mean
 from .interfaces import Method, Rotator, Selector, Slicer, Statistic
 from .named_methods import METHODS, choices, described, named
 from .overrides import override
+from .parts import Count, Fraction, Part, Seed, Word, as_tuple
+from .recipe_evaluate import Evaluations
 from .yaml_text import MAX_BYTES, Located, located, parse, safe_yaml, show
 
 SPACES = {
@@ -54,21 +54,6 @@ def _spaces(value: Any) -> tuple[str, ...]:
     return patterns
 
 
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-class _Part(BaseModel):
-    """No unknown keys, no value turned into another type, nothing changed afterwards."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
-
-
-Word = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1)]
-Several = Annotated[int, Field(ge=2)]
-Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
 WORDS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]}
 Spaces = Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_spaces), WithJsonSchema(WORDS)]
 Rotate = Annotated[Rotator, *named("rotate")]
@@ -76,7 +61,7 @@ Select = Annotated[Selector | None, *named("select")]
 Slice = Annotated[Slicer | None, *named("slice")]
 
 
-class Calibrate(_Part):
+class Calibrate(Part):
     """The data on which moments are measured."""
 
     data: Word  # a hub dataset, a local file, packaged:NAME, or token ids in an .npy
@@ -87,7 +72,7 @@ class Calibrate(_Part):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # what the forward pass computes in
 
 
-class Budget(_Part):
+class Budget(Part):
     """What may be spent after slicing, as fractions of what the dense model spends; several at once all hold."""
 
     parameters: Fraction | None = None  # the fraction kept of the stored parameters
@@ -112,14 +97,14 @@ class Budget(_Part):
 Size = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 
 
-class Protect(_Part):
+class Protect(Part):
     """Blocks whose spaces stay whole."""
 
     first: Annotated[int, Field(ge=0)] = 0  # how many blocks at the input
     last: Annotated[int, Field(ge=0)] = 0  # how many blocks at the output
 
 
-class Constraints(_Part):
+class Constraints(Part):
     """Which widths a selector may choose."""
 
     multiple_of: Count = 1  # widths are multiples of it, or whole
@@ -129,7 +114,7 @@ class Constraints(_Part):
     same: bool = False  # whether all spaces of the step get one width, true or false
 
 
-class Every(_Part):
+class Every(Part):
     """Segments of n blocks each."""
 
     every: Count  # how many blocks share one basis
@@ -141,7 +126,7 @@ Segments = Annotated[
 ]
 
 
-class Step(_Part):
+class Step(Part):
     """Spaces, the exact basis they get, and how they are cut."""
 
     spaces: Spaces  # kinds (residual, mlp, vo, qk, heads, edge), names such as mlp.0, or globs such as mlp.*
@@ -177,35 +162,12 @@ class Step(_Part):
         return {kind: method for kind in METHODS if (method := getattr(self, kind)) is not None}
 
 
-class Perplexity(_Part):
-    """The perplexity on held-out tokens."""
-
-    data: Word  # a hub dataset, a local file, packaged:NAME, or token ids in an .npy
-    sequences: Count | None = None  # how many sequences; null for all there are
-    tokens: Several | None = None  # how many tokens a sequence has; null for what the data or the model has
-    split: Word = "test"  # which split of the data
-    batch: Count = 8  # how many sequences pass at a time
-    name: Word | None = None  # what the report calls it; null for its data
-
-    @property
-    def label(self) -> str:
-        """What the report calls it."""
-        return self.name or self.data
-
-
-class Evaluate(_Part):
-    """One evaluation of the dense and of the sliced model."""
-
-    perplexity: Perplexity  # the data to measure it on, as in {data: wikitext2}
-
-
-Steps = Annotated[tuple[Step, ...], Field(min_length=1), BeforeValidator(_tuple)]
-Evaluations = Annotated[tuple[Evaluate, ...], BeforeValidator(_tuple)]
+Steps = Annotated[tuple[Step, ...], Field(min_length=1), BeforeValidator(as_tuple)]
 Order = Literal["oneshot", "sequential", "dense_target"]
 Refit = Literal["writers", "both"]
 
 
-class Recipe(_Part):
+class Recipe(Part):
     """Everything that a run is asked to do."""
 
     model: Word  # a hub id, a folder, a GGUF file or packaged:NAME
@@ -251,10 +213,11 @@ class Recipe(_Part):
             why = "each `select` fixes its widths" if fixed else "none has a `select`"
             instead = "Add one that spends it, such as `select: uniform` with no width, or remove the budget"
             raise Problem(f"no step spends it: {why}. {instead}", "budget")
-        labels = [e.perplexity.label for e in self.evaluate]
-        for i, label in enumerate(labels):
-            if label in labels[:i]:
-                raise Problem(f"the report has '{label}' already. Give this one a `name`", "evaluate", i)
+        labels = [(e.kind, e.part.label) for e in self.evaluate]
+        for i, (kind, label) in enumerate(labels):
+            if (kind, label) in labels[:i]:
+                instead = "Give this one a `name`" if kind in ("perplexity", "divergence") else "Remove one"
+                raise Problem(f"the report has '{label}' already. {instead}", "evaluate", i)
         return self
 
     @classmethod
@@ -315,11 +278,15 @@ def _checked(root: Located) -> Recipe:
     return recipe
 
 
+def _parts(cls: type[Part]) -> list[type[Part]]:
+    return [model for sub in cls.__subclasses__() for model in (sub, *_parts(sub))]
+
+
 def json_schema() -> dict[str, Any]:
     """The JSON Schema of recipes, for editors, with every registered method and its options."""
     schema = described(Recipe, Recipe.model_json_schema())
     definitions = schema["$defs"]
-    for model in _Part.__subclasses__():
+    for model in _parts(Part):
         if model.__name__ in definitions:
             described(model, definitions[model.__name__])
     for kind in METHODS:

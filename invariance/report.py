@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from ruamel.yaml import YAML
 
+from . import evaluate_words
 from . import report_charts as charts
 from . import report_words as words
 from .report_charts import el
@@ -23,7 +24,7 @@ Spectra = Mapping[str, Sequence[float]]  # a unit's first space → its energies
 
 def page(report: Report, spectra: Spectra) -> str:
     """One HTML file that holds everything it shows."""
-    sections = (_sizes, _perplexity, _exactness, _widths)
+    sections = (_sizes, _perplexity, _evaluations, _exactness, _widths)
     body = [*_head(report), *(part for section in sections for part in section(report))]
     body += [*_spectra(report, spectra), *_samples(report), *_run(report), *_recipe(report)]
     return charts.document(f"{report['model']['name']} · invariance", *body)
@@ -87,13 +88,24 @@ def _perplexity(report: Report) -> list[Element]:
     rows: list[Sequence[Element | str]] = []
     for key, row in zip(report["perplexity"], found, strict=True):
         after = [words.plain(row.recovered), words.ratio(row.dense, row.recovered)] if recovered else []
-        tokens = el("span", f"{words.whole(report['perplexity'][key].get('tokens'))} tokens", class_="part")
+        tokens = el("span", evaluate_words.windows(report["perplexity"][key]), class_="part")
         rows.append([el("span", key, tokens), *row.cells[1:], *after])
     return [
         heading,
         charts.table("exp of the mean next-token cross-entropy; lower is better.", columns, rows),
         *(el("p", said) for said in words.predicted(report)),
     ]
+
+
+def _evaluations(report: Report) -> list[Element]:
+    found = [
+        g
+        for name, each in (report.get("divergence") or {}).items()
+        for g in evaluate_words.divergence(name, each)
+    ]
+    parts = [el("h2", "Predictions, token by token"), *(g.element() for g in found)] if found else []
+    tasks = evaluate_words.tasks(report) if report.get("tasks") else []
+    return parts + ([el("h2", "Tasks"), *(g.element() for g in tasks)] if tasks else [])
 
 
 def _exactness(report: Report) -> list[Element]:
@@ -217,6 +229,8 @@ def table(report: Report) -> Group:
             after = (words.plain(row.recovered), words.ratio(row.dense, row.recovered))
             sizes.add_row(*(Text(cell) for cell in ("  after recovery", row.cells[1], *after)))
     parts: list[RenderableType] = [sizes, Text(words.exactness(report))]
+    if report.get("tasks"):
+        parts += [g.table() for g in evaluate_words.tasks(report)]
     for sample in report.get("samples") or []:
         texts = Table("dense", "sliced", title=Text(sample["prompt"]), title_justify="left", expand=True)
         for column in texts.columns:

@@ -237,6 +237,29 @@ def errors_chart(
     return _svg(title, description, bottom + 6, *marks, *(_text(x(v), bottom, _power(v)) for v in ticks))
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A measured value with its quartiles, and what is said of it."""
+
+    name: str
+    said: str
+    median: float
+    low: float
+    high: float
+
+
+def bars_chart(title: str, description: str, bars: Sequence[Bar]) -> Element:
+    """Bars from zero, each under its name, with a line from the lower to the upper quartile."""
+    x = Scale(0, max([b.high for b in bars if math.isfinite(b.high)], default=0) or 1, 1, WIDTH - 1)
+    marks = []
+    for n, bar in enumerate(bars):
+        top = 34 * n + 20
+        marks.append(_text(1, top - 7, f"{bar.name}: {bar.said}", "start", "strong"))
+        marks.append(_rect(1, top, max(x(bar.median) - 1, 1), 8, "kept"))
+        marks.append(_line(x(bar.low), top + 4, x(bar.high), top + 4, "limit"))
+    return _svg(title, description, 34 * len(bars) + 6, *marks)
+
+
 def ramp(first: str, last: str) -> Element:
     """The legend of the colours of depth."""
     steps = [el("span", style=f"--t:{n / 15:.3f}") for n in range(16)]

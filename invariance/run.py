@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .bench import tokens_per_second
 from .checkpoint import InvarianceForCausalLM, wrap
 from .data import Tokens, load_tokens
 from .errors import InputError
-from .evaluate import check_windows, peak_memory, perplexity, sample, tokens_per_second
+from .evaluate import Evaluation, Samples, measure, peak_memory, prepare
 from .export import stock
 from .families import check_positions, positions
 from .files import replacing, write_json, write_text
@@ -26,9 +27,10 @@ from .models import cache_dir, load_config, load_model, load_tokenizer
 from .pipeline import Sliced, slice_model, timed
 from .plan import Plan, plan
 from .recipe import Recipe, load_recipe
+from .recipe_evaluate import PROMPTS
+from .recipe_evaluate import Samples as SamplesPart
 from .walk import Progress, quiet
 
-PROMPT = "The people of the United States"
 PACKAGES = ("invariance", "torch", "transformers", "safetensors", "numpy", "scipy")
 
 
@@ -47,7 +49,7 @@ class Data:
     """The tokens that a recipe speaks of, read before anything is computed."""
 
     calibration: Tokens | None
-    evaluations: dict[str, tuple[Tokens, int]]  # by name, with the batch size
+    evaluations: tuple[Evaluation, ...]
 
 
 def compress(model: PreTrainedModel, recipe: Recipe | str | Path | Mapping[str, Any], *, tokenizer: Any = None,
@@ -77,19 +79,16 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
 def read_data(recipe: Recipe, config: PretrainedConfig, tokenizer: Any, evaluate: bool = True) -> Data:
     """All the tokens that a recipe names. Raises InputError, with the recipe's line."""
 
-    def read(spec: Any, *where: str | int) -> Tokens:
-        found = load_tokens(spec.data, tokenizer, vocab_size=config.vocab_size, split=spec.split,
-                            sequences=spec.sequences, tokens=spec.tokens, where=recipe.where(*where))  # fmt: skip
-        check_positions(config, found.ids.shape[1], recipe.where(*where))
-        if where[0] == "evaluate":
-            check_windows(found, recipe.where(*where))
-        return found
-
-    calibration = read(recipe.calibrate, "calibrate", "data") if recipe.calibrate else None
-    evaluations = {
-        e.perplexity.label: (read(e.perplexity, "evaluate", n, "perplexity", "data"), e.perplexity.batch)
+    calibration = None
+    if (spec := recipe.calibrate) is not None:
+        where = recipe.where("calibrate", "data")
+        calibration = load_tokens(spec.data, tokenizer, vocab_size=config.vocab_size, split=spec.split,
+                                  sequences=spec.sequences, tokens=spec.tokens, where=where)  # fmt: skip
+        check_positions(config, calibration.ids.shape[1], where)
+    evaluations = tuple(
+        prepare(e.part, e.kind, config, tokenizer, recipe.where("evaluate", n, e.kind, "data"))
         for n, e in enumerate(recipe.evaluate if evaluate else ())
-    }
+    )
     return Data(calibration, evaluations)
 
 
@@ -162,6 +161,8 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
         },
         "predicted_seconds": {"dense": chart.seconds({}), "sliced": chart.seconds(widths)},
         "perplexity": {},
+        "divergence": {},
+        "tasks": [],
         "predicted": {"loss": sliced.predicted, "measured": None},
         "search": sliced.search,
         "exactness": sliced.certificate.to_dict(),
@@ -179,22 +180,18 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
 def _measure(report: dict[str, Any], seconds: dict[str, float], dense: PreTrainedModel, small: PreTrainedModel,
              data: Data, tokenizer: Any, progress: Progress) -> None:  # fmt: skip
     models = {"dense": dense, "sliced": small}
+    asked = data.evaluations
+    if tokenizer is not None and not any(isinstance(e, Samples) for e in asked):
+        asked = (*asked, Samples(SamplesPart(prompts=PROMPTS[:1]), tokenizer))
     with timed(seconds, "evaluate"):
-        for name, (tokens, batch) in data.evaluations.items():
-            found = {
-                side: perplexity(m, tokens, batch, progress, f"perplexity of {name}, {side}")
-                for side, m in models.items()
-            }
-            report["perplexity"][name] = {**found, "recovered": None, "tokens": int(tokens.mask[:, 1:].sum())}
-        for found in list(report["perplexity"].values())[:1]:
-            report["predicted"]["measured"] = log_ratio(found["dense"], found["sliced"])
+        report |= measure(asked, models, progress)
+    for found in report["perplexity"].values():
+        found["recovered"] = None
+    for found in list(report["perplexity"].values())[:1]:
+        report["predicted"]["measured"] = log_ratio(found["dense"], found["sliced"])
     with timed(seconds, "speed"):
         length = min(256, positions(dense.config) or 256)
         report["tokens_per_second"] = tokens_per_second(models, length)
-    if tokenizer is not None:
-        with timed(seconds, "sample"):
-            text = {side: sample(m, tokenizer, PROMPT) for side, m in models.items()}
-            report["samples"] = [{"prompt": PROMPT, **text}]
 
 
 def log_ratio(dense: float, sliced: float) -> float | None:

@@ -386,7 +386,7 @@ def test_what_is_measured_is_the_loss_of_the_model_that_comes_out() -> None:
     asked = recipe({"greedy": {"loss": "measured", "step": 0.5}})
     found = sliced(asked)
     _, held = heldout.split(tokens(), "")
-    from invariance.evaluate import perplexity
+    from invariance.losses import perplexity
 
     dense, after = (math.log(perplexity(m.float(), held)) for m in (model_of("llama"), found.model))
     assert found.predicted == pytest.approx(after - dense, abs=1e-4) and abs(after - dense) > 1e-3

