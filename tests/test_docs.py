@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from invariance import cli, families, interfaces, manual
 from invariance.interfaces import ENTRY_POINTS
-from invariance.recipe import Budget, Calibrate, Perplexity, Recipe, Step, parse_recipe
+from invariance.recipe import Budget, Calibrate, Recipe, Step, parse_recipe
+from invariance.recipe_evaluate import Divergence, Perplexity, Samples, Tasks
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -142,7 +143,11 @@ def test_the_methods_page_is_what_the_docstrings_make():
     )
 
 
-@pytest.mark.parametrize("part", [Recipe, Step, Calibrate, Perplexity, Budget], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "part",
+    [Recipe, Step, Calibrate, Perplexity, Divergence, Tasks, Samples, Budget],
+    ids=lambda p: p.__name__,
+)
 def test_every_key_of_a_recipe_is_explained(part):
     text = (ROOT / "docs/recipes.md").read_text()
     missing = [key for key in part.model_fields if f"`{key}`" not in text and f"`{{{key}: " not in text]

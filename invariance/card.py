@@ -1,0 +1,108 @@
+"""The model card beside a checkpoint: what was done to it, what was lost, what it costs, whose it was."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from . import evaluate_words
+from . import report_words as words
+from .grid import Grid
+from .models import origin
+
+Report = Mapping[str, Any]
+
+
+def card(report: Report) -> str:
+    """The README.md of a checkpoint's folder, as model hubs read it: metadata, then Markdown."""
+    name = report["model"]["name"]
+    parts = [
+        f"---\n{_yaml(_metadata(report))}---",
+        f"# {name}, sliced",
+        words.summary(report),
+        "## Load",
+        words.checkpoint(report),
+        f"```python\n{loading(report)}\n```",
+        "## What it costs",
+        _costs(report).markdown(),
+        "## What it is worth",
+        *(_evaluation(report) or ["Nothing was measured."]),
+        *_samples(report),
+        "## Exactness",
+        words.exactness(report),
+        "## Recipe",
+        f"`invariance run recipe.yaml` with invariance {report['version']} makes it again from:",
+        f"```yaml\n{_yaml(report['recipe'])}```",
+        "## Licence",
+        _licence(report),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def readme(report: Report) -> str:
+    """The README.md of a run's folder: which file holds what."""
+    return f"""# {report["model"]["name"]}, sliced
+
+How to load it, what it costs and what it is worth: [model/README.md](model/README.md).
+
+| file | what it holds |
+|---|---|
+| `model/` | the checkpoint (safetensors), its config, tokenizer and model card |
+| `report.html` | everything measured, to read in a browser |
+| `report.json` | the same, to read by a program |
+| `spectra.json` | the energy of every direction of every basis |
+| `recipe.yaml` | the recipe in full: `invariance run recipe.yaml` makes this folder again |
+"""
+
+
+def loading(report: Report) -> str:
+    """The lines of Python that load the checkpoint."""
+    stock = report["model"]["stock"]
+    first = "" if stock else "import invariance  # registers the model type\n"
+    return f'{first}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("model")'
+
+
+def _metadata(report: Report) -> dict[str, Any]:
+    found = {
+        "license": report["model"].get("licence"),
+        "base_model": origin(report["model"]["name"]),
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["invariance", "compression"],
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _costs(report: Report) -> Grid:
+    rows = [row.cells for row in (*words.parameters(report), *words.costs(report), words.speed(report))]
+    return Grid("", ["", "dense", "sliced", "ratio"], rows)
+
+
+def _evaluation(report: Report) -> list[str]:
+    return [f"{g.caption}\n\n{g.markdown()}" for g in evaluate_words.grids(report)]
+
+
+def _samples(report: Report) -> list[str]:
+    if not report["samples"]:
+        return []
+    sides = [side for side in evaluate_words.SIDES if side in report["samples"][0]]
+    rows = [[found["prompt"], *(found[side] or words.NONE for side in sides)] for found in report["samples"]]
+    return [Grid("", ["prompt", *sides], rows).markdown()]
+
+
+def _licence(report: Report) -> str:
+    name, licence = report["model"]["name"], report["model"].get("licence")
+    if licence is None:
+        return f"Where {name} was read from, no licence is stated. Ask its source before you pass this checkpoint on."
+    return f"{name} is under the licence `{licence}`, which holds for this checkpoint too: it is made from its weights."
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style, yaml.width = False, 4096
+    yaml.representer.sort_base_mapping_type_on_output = False
+    yaml.dump(value, stream)
+    return stream.getvalue()
