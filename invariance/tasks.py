@@ -26,6 +26,7 @@ GROUPS = {
 }  # fmt: skip
 SIGNIFICANCE = 0.05  # of all differences of a run together
 PLAIN = (bool, int, float, np.number, np.bool_)
+SEED = 1234  # of the examples in front of a question, as lm-eval has it
 BOOTSTRAPS = 1000  # for standard errors that have no formula
 FORMS = (
     f"Give a task of lm-eval, such as gsm8k; one of {', '.join(GROUPS)}; or a task file that ends in .yaml."
@@ -49,6 +50,10 @@ def load(part: Tasks, where: str) -> list[Any]:
         for each in GROUPS.get(name, (name,)):
             tasks += _load(manager, each, where)
     tasks = list({t.task_name: t for t in tasks}.values())  # a group may name one again
+    for task in tasks:
+        shots = task.get_config("num_fewshot") if part.shots is None else part.shots
+        task.set_config(key="num_fewshot", value=shots or 0)
+        task.set_fewshot_seed(seed=SEED)
     unsafe = [t.task_name for t in tasks if t.get_config("unsafe_code")]
     if unsafe and not part.run_code:
         raise InputError(
@@ -104,17 +109,16 @@ def _load(manager: Any, name: str, where: str) -> list[Any]:
 
 def scores(model: PreTrainedModel, tokenizer: Any, tasks: Sequence[Any], part: Tasks) -> dict[str, Any]:
     """What lm-eval finds of one model: its results, with the score of every question."""
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
     with hub(), _hushed():
         lm = HFLM(
             pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=part.batch
         )
-        return simple_evaluate(
+        return evaluate(
             lm,
-            tasks=list(tasks),
-            num_fewshot=part.shots,
+            {"tasks": {t.task_name: t for t in tasks}, "groups": {}, "group_map": {}},
             limit=part.limit,
             bootstrap_iters=BOOTSTRAPS,
             confirm_run_unsafe_code=part.run_code,
