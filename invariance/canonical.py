@@ -45,12 +45,7 @@ def canonicalize(
             "embedding, and its head reads the table uncentred. Use `tie: untie`."
         )
     with torch.no_grad():
-        for edge in layout.edges:
-            stage = model.get_submodule(edge.stage)
-            assert isinstance(stage, Stage)
-            if stage.norm is None:
-                continue
-            _fold(stage.norm, [m for n, m in stage.linears().items() if n not in ("out", "down")])
+        _fold_stages(model, layout)
         _fold_head(model, layout, tie)
         if layout.centred:
             _centre(model, label(model))
@@ -80,6 +75,26 @@ def _fold(norm: Norm, readers: Sequence[Linear]) -> None:
         if norm.gain is not None:
             first.weight = _like(first.weight.double() * norm.gain.double(), first.weight)
     norm.gain = norm.bias = None
+
+
+def _fold_stages(model: PreTrainedModel, layout: Layout) -> None:
+    for edge in layout.edges:
+        stage = model.get_submodule(edge.stage)
+        assert isinstance(stage, Stage)
+        if stage.norm is not None:
+            _fold(stage.norm, [m for n, m in stage.linears().items() if n not in ("out", "down")])
+
+
+@torch.no_grad()
+def fold_again(model: PreTrainedModel, layout: Layout) -> None:
+    """Fold the gains that norms of a folded model have got since, its final one too, into what reads them."""
+    _fold_stages(model, layout)
+    norm: nn.Module = model.get_submodule(layout.architecture.final_norm)
+    reader: nn.Module = model.get_submodule(layout.architecture.head)
+    if isinstance(norm, nn.Sequential):  # a tied head is read through a matrix of its own
+        norm, reader = norm.children()
+    assert isinstance(norm, Norm) and isinstance(reader, nn.Linear)
+    _fold(norm, [reader])
 
 
 def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:

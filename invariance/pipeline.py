@@ -49,6 +49,9 @@ class Sliced:
     seconds: dict[str, float] = field(default_factory=dict)
     predicted: float | None = None  # the loss in nats per token, where selectors or energies tell
     search: dict[str, float] | None = None  # what a selector that measures asked for
+    encodes: dict[str, Float64[Tensor, "d k"]] = field(
+        default_factory=dict
+    )  # of the points of the stream that changed
 
 
 @contextmanager
@@ -133,8 +136,19 @@ class _Run:
             certificate = self._certify()
         spectra = {name: basis.energy for name, basis in self.bases.items()}
         predicted = chosen.loss if isinstance(chosen, Predicted) else self._predicted(chosen)
+        encodes = {
+            n: c.encode[0] for n, c in self.changes.items() if self.layout.spaces[n].kind == "residual"
+        }
         return Sliced(
-            self.model, self.layout, chosen, spectra, certificate, self.seconds, predicted, self.search
+            self.model,
+            self.layout,
+            chosen,
+            spectra,
+            certificate,
+            self.seconds,
+            predicted,
+            self.search,
+            encodes,
         )
 
     def _stands(self, unit: Unit) -> bool:
@@ -335,6 +349,7 @@ class _Run:
                         stay=self.layout.stages(widths), progress=self.progress)  # fmt: skip
         spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
+        self.changes = {m: decided[u.space.name] for m, u in self.unit_of.items() if u.space.name in decided}
 
     def _certify(self) -> Certificate:
         """The certificate of all bases at once, on probe tokens that need no text."""

@@ -25,6 +25,7 @@ from .named_methods import METHODS, choices, described, named
 from .overrides import override
 from .parts import Count, Fraction, Part, Seed, Word, as_tuple
 from .recipe_evaluate import Evaluations
+from .recover_options import Recover
 from .yaml_text import MAX_BYTES, Located, located, parse, safe_yaml, show
 
 SPACES = {
@@ -178,6 +179,7 @@ class Recipe(Part):
     tie: Literal["keep", "untie"] = "untie"  # whether tied embeddings stay tied
     seed: Seed = 0  # the seed of all that is random, a whole number from 0
     steps: Steps  # what is done to which spaces, as in [{spaces: residual, rotate: pca}]
+    recover: Recover | None = None  # training after slicing, as in {lora: {rank: 16}, epochs: 1}
     evaluate: Evaluations = ()  # what is measured, as in [{perplexity: {data: wikitext2}}]
 
     _root: Any = PrivateAttr(default=None)  # the text it was read from
@@ -213,6 +215,8 @@ class Recipe(Part):
             why = "each `select` fixes its widths" if fixed else "none has a `select`"
             instead = "Add one that spends it, such as `select: uniform` with no width, or remove the budget"
             raise Problem(f"no step spends it: {why}. {instead}", "budget")
+        if self.recover and not self.recover.train and not self.calibrate:
+            raise Problem("there is no text to train on. Add `recover: {train: {data: ...}}`", "recover")
         labels = [(e.kind, e.part.label) for e in self.evaluate]
         for i, (kind, label) in enumerate(labels):
             if (kind, label) in labels[:i]:
@@ -240,13 +244,32 @@ class Recipe(Part):
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a file, then apply ``key=value`` overrides. Raises InputError."""
-    path = Path(path)
+    return parse_recipe(read_text(Path(path)), str(path), overrides)
+
+
+def parse_recipe(text: str, where: str = "<recipe>", overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from YAML text, then apply ``key=value`` overrides. Raises InputError."""
+    return _checked(tree(text, where, overrides))
+
+
+def load_recover(path: Path | None, overrides: Sequence[str] = ()) -> Recover:
+    """Read what a recipe has under ``recover`` from a file of its own, if there is one. Raises InputError."""
+    if path is None:
+        root = located({}, "recover")
+        for assignment in overrides:
+            override(root, assignment)
+        return validate(Recover, root)
+    return validate(Recover, tree(read_text(path), str(path), overrides))
+
+
+def read_text(path: Path) -> str:
+    """The text of a recipe's file. Raises InputError."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise InputError(f"{path}: larger than 1 MiB; a recipe takes a page. Is it the right file?")
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8")
     except FileNotFoundError:
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
         raise InputError(f"{path}: no such file{near}") from None
@@ -255,11 +278,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"{path}:{line}: not UTF-8 text. Save it as UTF-8, or name another file.") from None
     except (OSError, ValueError) as e:
         raise InputError(f"{path}: {getattr(e, 'strerror', e)}. Give the path of a YAML file.") from None
-    return parse_recipe(text, str(path), overrides)
 
 
-def parse_recipe(text: str, where: str = "<recipe>", overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from YAML text, then apply ``key=value`` overrides. Raises InputError."""
+def tree(text: str, where: str, overrides: Sequence[str] = ()) -> Located:
+    """YAML text as a tree of values, ``key=value`` overrides applied. Raises InputError."""
     root = parse(text, lambda line: f"{where}:{line}")
     if root is None or root.value is None:
         raise InputError(f"{where}:1: empty. Write at least `model` and `steps`.")
@@ -269,7 +291,7 @@ def parse_recipe(text: str, where: str = "<recipe>", overrides: Sequence[str] = 
         )
     for assignment in overrides:
         override(root, assignment)
-    return _checked(root)
+    return root
 
 
 def _checked(root: Located) -> Recipe:

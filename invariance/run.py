@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import os
 import platform
+import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,20 +16,22 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from .basis_file import Basis
 from .bench import tokens_per_second
 from .checkpoint import InvarianceForCausalLM, wrap
 from .data import Tokens, load_tokens
 from .errors import InputError
-from .evaluate import Evaluation, Samples, measure, peak_memory, prepare
+from .evaluate import Evaluation, Models, Samples, measure, peak_memory, prepare
 from .export import stock
 from .families import check_positions, positions
 from .files import replacing, write_json, write_text
-from .models import cache_dir, licence, load_config, load_model, load_tokenizer
+from .models import cache_dir, licence, load_config, load_model, load_tokenizer, weights_digest
 from .pipeline import Sliced, slice_model, timed
 from .plan import Plan, plan
 from .recipe import Recipe, load_recipe
 from .recipe_evaluate import PROMPTS
 from .recipe_evaluate import Samples as SamplesPart
+from .verify import copy_in
 from .walk import Progress, quiet
 
 PACKAGES = ("invariance", "torch", "transformers", "safetensors", "numpy", "scipy")
@@ -42,6 +45,9 @@ class Outcome:
     report: dict[str, Any]
     spectra: dict[str, list[float]]
     stored: torch.dtype  # what the checkpoint holds; the model's numbers are rounded to it already
+    basis: Basis  # of its residual stream
+    blocks: list[int]  # those that the checkpoint has, of the dense model's
+    logs: Path | None = None  # the curves of recovery
 
 
 @dataclass
@@ -50,6 +56,7 @@ class Data:
 
     calibration: Tokens | None
     evaluations: tuple[Evaluation, ...]
+    training: Tokens | None = None
 
 
 def compress(model: PreTrainedModel, recipe: Recipe | str | Path | Mapping[str, Any], *, tokenizer: Any = None,
@@ -79,17 +86,21 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
 def read_data(recipe: Recipe, config: PretrainedConfig, tokenizer: Any, evaluate: bool = True) -> Data:
     """All the tokens that a recipe names. Raises InputError, with the recipe's line."""
 
-    calibration = None
-    if (spec := recipe.calibrate) is not None:
-        where = recipe.where("calibrate", "data")
-        calibration = load_tokens(spec.data, tokenizer, vocab_size=config.vocab_size, split=spec.split,
-                                  sequences=spec.sequences, tokens=spec.tokens, where=where)  # fmt: skip
-        check_positions(config, calibration.ids.shape[1], where)
+    def read(spec: Any, *where: str | int) -> Tokens:
+        place = recipe.where(*where)
+        found = load_tokens(spec.data, tokenizer, vocab_size=config.vocab_size, split=spec.split,
+                            sequences=spec.sequences, tokens=spec.tokens, where=place)  # fmt: skip
+        check_positions(config, found.ids.shape[1], place)
+        return found
+
+    calibration = read(recipe.calibrate, "calibrate", "data") if recipe.calibrate else None
     evaluations = tuple(
         prepare(e.part, e.kind, config, tokenizer, recipe.where("evaluate", n, e.kind, "data"))
         for n, e in enumerate(recipe.evaluate if evaluate else ())
     )
-    return Data(calibration, evaluations)
+    where = ("recover", "train", "data") if recipe.recover and recipe.recover.train else ("recover",)
+    training = read(recipe.recover.text(recipe.calibrate), *where) if recipe.recover else None
+    return Data(calibration, evaluations, training)
 
 
 def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, evaluate: bool = True,
@@ -102,22 +113,50 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
     if tokenizer is None and recipe.calibrate and not recipe.calibrate.data.endswith(".npy"):
         tokenizer = load_tokenizer(recipe.model)
     data = data or read_data(recipe, model.config, tokenizer, evaluate)
+    if recipe.recover is not None:
+        from .recover import check, recover  # which imports Lightning
+
+        assert data.training is not None
+        check(recipe.recover, data.training, model.device, recipe.where("recover"))
     sliced = slice_model(model, chart, data.calibration if chart.reads_tokens else None, store=cache_dir("moments"),
                          progress=progress)  # fmt: skip
-    original = model.config
     stored = stored or model.dtype
+    basis = Basis.of(sliced.layout, sliced.encodes)
+    before, recovered = None, None
+    if recipe.recover is not None:
+        assert data.training is not None
+        if evaluate:
+            with timed(sliced.seconds, "export"):
+                kept = replace(sliced, model=copy_in(sliced.model.dtype, sliced.model))
+                before, _ = _exported(kept, chart, recipe, model, stored)
+        with timed(sliced.seconds, "recover"):
+            recovered = recover(sliced.model, basis, model, data.training, recipe.recover, seed=recipe.seed,
+                                identity={"dense": weights_digest(model), "recipe": recipe.to_dict()},
+                                where=recipe.where("recover"), progress=progress)  # fmt: skip
     with timed(sliced.seconds, "export"):
-        made, why = stock(sliced.model, sliced.layout, chart.dense, original)
-        small = made if made is not None else wrap(sliced.model, sliced.layout, original, recipe.tie)
-        cast(small, stored)
-        cast(small, model.dtype)
-    report = _report(recipe, chart, sliced, small, why, original, stored)
+        small, why = _exported(sliced, chart, recipe, model, stored)
+    report = _report(recipe, chart, sliced, small, why, model.config, stored)
+    report["recover"] = recovered.report if recovered is not None else None
     if evaluate:
-        _measure(report, sliced.seconds, model, small, data, tokenizer, progress)
+        trained = {} if before is None else {"recovered": small}
+        models = {"dense": model, "sliced": small if before is None else before, **trained}
+        _measure(report, sliced.seconds, models, data, tokenizer, progress)
     report["seconds"] = {step: round(s, 3) for step, s in sliced.seconds.items()}
     report["peak_memory_bytes"] = peak_memory()
     spectra = {name: energy.sum(0).tolist() for name, energy in sliced.spectra.items()}
-    return Outcome(small, report, spectra, stored)
+    blocks = sliced.layout.blocks(sliced.widths) if report["model"]["stock"] else sliced.layout.blocks({})
+    logs = recovered.logs if recovered is not None else None
+    return Outcome(small, report, spectra, stored, basis, blocks, logs)
+
+
+def _exported(sliced: Sliced, chart: Plan, recipe: Recipe, dense: PreTrainedModel,
+              stored: torch.dtype) -> tuple[PreTrainedModel, str]:  # fmt: skip
+    """A sliced model as its checkpoint has it, to compute with in the dense one's dtype, and why it is no stock one."""
+    made, why = stock(sliced.model, sliced.layout, chart.dense, dense.config)
+    small = made if made is not None else wrap(sliced.model, sliced.layout, dense.config, recipe.tie)
+    cast(small, stored)
+    cast(small, dense.dtype)
+    return small, why
 
 
 def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
@@ -166,6 +205,7 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
         "tasks": [],
         "predicted": {"loss": sliced.predicted, "measured": None},
         "search": sliced.search,
+        "recover": None,
         "exactness": sliced.certificate.to_dict(),
         "widths": {name: widths.get(name, s.dim) for name, s in layout.spaces.items()},
         "dims": {name: s.dim for name, s in layout.spaces.items()},
@@ -178,21 +218,22 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
     }
 
 
-def _measure(report: dict[str, Any], seconds: dict[str, float], dense: PreTrainedModel, small: PreTrainedModel,
-             data: Data, tokenizer: Any, progress: Progress) -> None:  # fmt: skip
-    models = {"dense": dense, "sliced": small}
+def _measure(report: dict[str, Any], seconds: dict[str, float], models: Models, data: Data, tokenizer: Any,
+             progress: Progress) -> None:  # fmt: skip
+    """All that was asked for, of the dense model, the sliced one, and where there is one, the recovered one."""
     asked = data.evaluations
     if tokenizer is not None and not any(isinstance(e, Samples) for e in asked):
         asked = (*asked, Samples(SamplesPart(prompts=PROMPTS[:1]), tokenizer))
     with timed(seconds, "evaluate"):
         report |= measure(asked, models, progress)
     for found in report["perplexity"].values():
-        found["recovered"] = None
+        found.setdefault("recovered", None)
     for found in list(report["perplexity"].values())[:1]:
         report["predicted"]["measured"] = log_ratio(found["dense"], found["sliced"])
     with timed(seconds, "speed"):
-        length = min(256, positions(dense.config) or 256)
-        report["tokens_per_second"] = tokens_per_second(models, length)
+        pair = {side: models[side] for side in ("dense", "sliced")}
+        length = min(256, positions(models["dense"].config) or 256)
+        report["tokens_per_second"] = tokens_per_second(pair, length)
 
 
 def log_ratio(dense: float, sliced: float) -> float | None:
@@ -200,13 +241,13 @@ def log_ratio(dense: float, sliced: float) -> float | None:
     return math.log(sliced / dense) if math.isfinite(sliced / dense) else None
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse an output folder that holds something, before any work is done."""
+def check_output(output: Path, overwrite: bool, made: str = "report.json") -> None:
+    """Refuse an output folder that holds something, before any work is done; ``made`` is in every folder of a run."""
     if output.exists() and not output.is_dir():
         raise InputError(f"--output {output}: a file is there. Name a folder.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise InputError(f"--output {output}: the folder is not empty. Name another, or say --overwrite.")
-    if output.is_dir() and any(output.iterdir()) and not (output / "report.json").is_file():
+    if output.is_dir() and any(output.iterdir()) and not (output / made).is_file():
         raise InputError(
             f"--output {output}: the folder holds something that is no run's output. Name another."
         )
@@ -237,6 +278,11 @@ def write(output: Path, result: Outcome, recipe: Recipe, tokenizer: Any) -> None
         write_text(folder / "report.html", page(result.report, result.spectra))
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         write_text(folder / "README.md", readme(result.report))
+        result.basis.write(folder, result.blocks)
+        if result.logs is not None:
+            shutil.copytree(result.logs, folder / "recover")
+    if result.logs is not None:
+        shutil.rmtree(result.logs.parent, ignore_errors=True)  # what was kept to resume from
 
 
 def run(path: Path, output: Path, overrides: list[str], *, device: str = "cpu", overwrite: bool = False,

