@@ -136,7 +136,9 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
     with timed(sliced.seconds, "export"):
         small, why = _exported(sliced, chart, recipe, model, stored)
     report = _report(recipe, chart, sliced, small, why, model.config, stored)
-    report["recover"] = recovered.report if recovered is not None else None
+    if recovered is not None:
+        report["recover"] = recovered.report
+        report["versions"] |= {p: version(p) for p in ("lightning", "peft")}
     if evaluate:
         trained = {} if before is None else {"recovered": small}
         models = {"dense": model, "sliced": small if before is None else before, **trained}

@@ -18,6 +18,7 @@ from invariance import cli, families, interfaces, manual
 from invariance.interfaces import ENTRY_POINTS
 from invariance.recipe import Budget, Calibrate, Recipe, Step, parse_recipe
 from invariance.recipe_evaluate import Divergence, Perplexity, Samples, Tasks
+from invariance.recover_options import Local, Lora, Loss, Recover, Text
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -152,6 +153,12 @@ def test_every_key_of_a_recipe_is_explained(part):
     text = (ROOT / "docs/recipes.md").read_text()
     missing = [key for key in part.model_fields if f"`{key}`" not in text and f"`{{{key}: " not in text]
     assert not missing
+
+
+def test_every_key_of_recovery_is_explained():
+    text = (ROOT / "docs/recover.md").read_text()
+    parts = (Recover, Lora, Loss, Text, Local)
+    assert not [key for part in parts for key in part.model_fields if f"`{key}`" not in text]
 
 
 def test_every_key_of_a_report_is_explained():

@@ -23,6 +23,7 @@ from invariance.verify import logits, relative_error, tolerance
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 STOCK = {"demo", "dense-target", "global-basis", "hadamard", "mlp", "random"}  # one basis, uniform widths
+STOCK |= {"recover-lora", "recover-distill"}
 STOCK |= {"best-stock", "kv-cache", "shortgpt", "replace-me", "obs", "output-aware", "reader-weighted"}
 OWN = {
     "kv-cache-per-head",
@@ -44,6 +45,8 @@ NARROWER: dict[str, dict[str, Any]] = {
     "modegpt": {f"steps.{n}.widths.multiple_of": k for n, k in enumerate((8, 2, 2))},
     "nonuniform": {"steps.0.widths.multiple_of": 2},
     "best": {"steps.0.widths.multiple_of": 8, "steps.1.widths.multiple_of": 2},
+    "recover-distill": {"recover.held_out": 2, "recover.tokens": 320, "recover.batch": 2},
+    "recover-lora": {"recover.held_out": 2, "recover.tokens": 320, "recover.batch": 2},
 }
 IDS = torch.arange(1, 25)[None] % VOCABULARY
 DEPTH = 4

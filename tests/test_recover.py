@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def test_the_dense_stream_is_mapped_exactly_into_a_rotated_students_basis(family
     unmapped = Teacher(master.model, master.layout, Basis.of(layout, {})).streams(ids, None)
     assert hidden_loss(found, unmapped, mask).item() > 0.1
     master.check(model, layout)
-    with pytest.raises(InputError, match="basis.safetensors"):
+    with pytest.raises(InputError, match="in this model's basis"):
         Teacher(master.model, master.layout, Basis.of(layout, {})).check(model, layout)
 
 
@@ -161,7 +162,7 @@ def test_kl_over_all_tokens_is_kl_and_over_fewer_a_lower_bound_that_rises() -> N
     bound = tolerance(F32, 0) * math.log(VOCABULARY)
     assert abs(over(VOCABULARY, q) - whole) <= bound
     found = [over(k, q) for k in (1, 4, 16, VOCABULARY)]
-    assert all(a < b for a, b in zip(found, found[1:], strict=False))
+    assert all(a < b for a, b in pairwise(found))
     assert all(abs(over(k, p)) <= bound for k in (1, 4, VOCABULARY))
 
 
@@ -273,10 +274,11 @@ def same(one: list[dict[str, float]], other: list[dict[str, float]], bound: floa
 
 def test_a_run_that_was_killed_goes_on_along_the_same_curve(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = options(epochs=2, checks=5, lora={"dropout": 0.2}, loss={"kl": 1.0}, local={"sequences": 4})
-    dense, basis = model_of("llama", seed=1), Basis.unchanged(restructured()[1])
+    dense, basis = model_of("llama"), Basis.unchanged(restructured()[1])
 
     def go(name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        model, _ = restructured()
+        model, layout = restructured()
+        model.get_parameter(f"{layout.edges[1].stage}.mlp.down.weight").data.zero_()  # something to recover
         return train(model, asked, dense, basis, name).report, weights(model)
 
     whole, learned = go("whole")
