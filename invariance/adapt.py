@@ -28,6 +28,7 @@ def adapt(model: PreTrainedModel, layout: Layout, options: Recover, seed: int) -
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             inject_adapter_in_model(config, model)
+        model.eval()  # adapters come in training mode
     elif options.weights == "full":
         model.requires_grad_(True)
     else:

@@ -47,8 +47,8 @@ class Basis:
             return
         first: dict[int, str] = {}  # points that share one basis share one tensor
         for point, E in self.encode.items():
-            first.setdefault(id(E), point)
-        shared = {point: first[id(E)] for point, E in self.encode.items()}
+            first.setdefault(E.data_ptr(), point)
+        shared = {point: first[E.data_ptr()] for point, E in self.encode.items()}
         tensors = {point: self.encode[point].float().cpu() for point in first.values()}
         told = {
             "points": json.dumps(shared),

@@ -85,8 +85,9 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
     steps, per_step = _steps(options, train, trainer, where)
     trainer.val_check_interval = max(steps // options.checks, 1) * options.accumulate
     module = Recovery(student, layout, options, teacher if options.loss.hidden else None, seed)
-    start, began = time.perf_counter(), _step(work / LAST)
-    fit(trainer, module, Text(Windows(train, kept), Windows(held), options, steps, seed), work / LAST)
+    start, begun = time.perf_counter(), _step(work / LAST)
+    text = Text(Windows(train, kept), Windows(held), options, steps, seed, begun)
+    fit(trainer, module, text, work / LAST)
     seconds = time.perf_counter() - start
     end = torch.load(work / LAST, weights_only=True, map_location="cpu")
     curve = [{"step": 0, HELD_OUT: math.log(before)}, *end["callbacks"]["Curve"]["points"]]
@@ -104,7 +105,7 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
         "best_step": chosen["step"],
         "stopped_early": ran < steps,
         "held_out": {"before": before, "after": math.exp(chosen[HELD_OUT]), "tokens": held.ids.numel()},
-        "tokens_per_second": round((ran - began) * per_step / seconds, 1),
+        "tokens_per_second": round((ran - begun) * per_step / seconds, 1),
         "curve": curve,
         "local": stages,
     }

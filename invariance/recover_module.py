@@ -203,18 +203,20 @@ class Order:
 
 
 class Text(LightningDataModule):
-    """The windows to train on, and those that are held out."""
+    """The windows to train on, from step ``begun``, and those that are held out."""
 
-    def __init__(self, train: Windows, held: Windows, options: Recover, steps: int, seed: int) -> None:
+    def __init__(
+        self, train: Windows, held: Windows, options: Recover, steps: int, seed: int, begun: int
+    ) -> None:
         super().__init__()
-        self.train, self.held, self.options, self.steps, self.seed = train, held, options, steps, seed
+        self.train, self.held, self.options = train, held, options
+        self.steps, self.seed, self.begun = steps, seed, begun
 
     def train_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
-        trainer = self.trainer
-        assert trainer is not None
-        each = self.options.accumulate
+        trainer, each = self.trainer, self.options.accumulate
+        assert trainer is not None  # whose own count of steps is not restored yet
         order = Order(len(self.train), self.options.batch, self.steps * each, self.seed, trainer.global_rank,
-                      trainer.world_size, start=trainer.global_step * each)  # fmt: skip
+                      trainer.world_size, start=self.begun * each)  # fmt: skip
         return DataLoader(self.train, batch_sampler=order)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader:  # type: ignore[type-arg]
