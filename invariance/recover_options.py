@@ -78,17 +78,13 @@ class Recover(Part):
     learning_rate: Positive | None = None  # the highest; null for 3e-4 (lora), 3e-5 (full), 1e-3 (norms)
     warmup: Share = 0.05  # the share of steps in which it rises; then it falls, as a cosine
     weight_decay: Weight = 0.01  # of matrices, by AdamW
-    checks: Count = (
-        10  # how often the held-out windows are measured, and a checkpoint to resume from is written
-    )
+    checks: Count = 10  # how often held-out windows are measured and a checkpoint is written
     patience: Count = 3  # how many such checks without gain end the training
     top: Count = 32  # how many of the dense model's most likely tokens are kept for `kl`
     checkpointing: bool = False  # whether activations are computed again instead of kept, true or false
     local: Local | None = None  # stages first, one by one, as in {epochs: 1}
     logger: Literal["csv", "tensorboard", "wandb", "mlflow"] = "csv"  # who keeps the curves
-    trainer: dict[str, Any] = Field(
-        default_factory=dict
-    )  # options of Lightning's Trainer, as in {devices: 2}
+    trainer: dict[str, Any] = Field(default_factory=dict)  # of Lightning's Trainer, as in {devices: 2}
 
     @field_validator("trainer")
     @classmethod
