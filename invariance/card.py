@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -42,19 +43,28 @@ def card(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def readme(report: Report) -> str:
-    """The README.md of a run's folder: which file holds what."""
+FILES = {
+    "model": "the checkpoint (safetensors), its config, tokenizer and model card",
+    "report.html": "everything measured, to read in a browser",
+    "report.json": "the same, to read by a program",
+    "spectra.json": "the energy of every direction of every basis",
+    "basis.safetensors": "the basis of the residual stream, which `invariance recover` needs to compare streams",
+    "recover": "the curves of recovery",
+    "recipe.yaml": "the recipe in full: `invariance run recipe.yaml` makes this folder again",
+}
+
+
+def readme(report: Report, folder: Path) -> str:
+    """The README.md of a run's folder: which of the files that are there holds what."""
+    found = [(folder / name, holds) for name, holds in FILES.items() if (folder / name).exists()]
+    rows = "\n".join(f"| `{path.name}{'/' * path.is_dir()}` | {holds} |" for path, holds in found)
     return f"""# {report["model"]["name"]}, sliced
 
 How to load it, what it costs and what it is worth: [model/README.md](model/README.md).
 
 | file | what it holds |
 |---|---|
-| `model/` | the checkpoint (safetensors), its config, tokenizer and model card |
-| `report.html` | everything measured, to read in a browser |
-| `report.json` | the same, to read by a program |
-| `spectra.json` | the energy of every direction of every basis |
-| `recipe.yaml` | the recipe in full: `invariance run recipe.yaml` makes this folder again |
+{rows}
 """
 
 

@@ -34,7 +34,8 @@ def _error(error: float | None, factor: float = 1, digits: int = 3) -> str:
     return "" if error is None else f" ± {factor * error:.{digits}f}"
 
 
-def _sides(found: Mapping[str, Any]) -> list[str]:
+def sides_of(found: Mapping[str, Any]) -> list[str]:
+    """The models that something was measured of, the reference first."""
     return [side for side in SIDES if found.get(side) is not None]
 
 
@@ -50,7 +51,7 @@ def perplexity(report: Mapping[str, Any]) -> list[Grid]:
     found = report["perplexity"]
     if not found:
         return []
-    sides = _sides(next(iter(found.values())))
+    sides = sides_of(next(iter(found.values())))
     compared = len(sides) > 1
     rows = []
     for name, each in found.items():
@@ -75,7 +76,7 @@ def perplexity(report: Mapping[str, Any]) -> list[Grid]:
 def divergence(name: str, found: Mapping[str, Any]) -> list[Grid]:
     """By position, one table for each model that was compared."""
     made = []
-    for side in _sides(found):
+    for side in sides_of(found):
         if side == found["reference"]:
             continue
         each = found[side]
@@ -101,7 +102,7 @@ def tasks(report: Mapping[str, Any]) -> list[Grid]:
     found = report["tasks"]
     if not found:
         return []
-    sides = _sides(found[0])
+    sides = sides_of(found[0])
     rows = []
     for each in found:
         metric = each["metric"] if each["filter"] == "none" else f"{each['metric']}, {each['filter']}"
@@ -129,8 +130,8 @@ def _verdict(significant: bool | None) -> str:
 def samples(report: Mapping[str, Any]) -> list[Any]:
     """Continuations side by side, for the terminal."""
     made = []
-    for found in report["samples"]:
-        sides = _sides(found)
+    for found in report.get("samples") or []:
+        sides = sides_of(found)
         texts = Table(*sides, title=Text(found["prompt"]), title_justify="left", expand=True)
         for column in texts.columns:
             column.ratio = 1

@@ -178,9 +178,10 @@ def _samples(report: Report) -> list[Element]:
     for sample in report.get("samples") or []:
         texts = [
             el("div", el("h3", _capital(side)), el("p", (sample[side] or NONE).strip()))
-            for side in ("dense", "sliced")
+            for side in evaluate_words.sides_of(sample)
         ]
-        found.append(el("div", el("p", el("b", sample["prompt"])), *texts, class_="sample"))
+        class_ = "sample three" if len(texts) == 3 else "sample"
+        found.append(el("div", el("p", el("b", sample["prompt"])), *texts, class_=class_))
     return [el("h2", "Samples"), *(found or [_missing("sample continuations")])]
 
 
@@ -231,12 +232,7 @@ def table(report: Report) -> Group:
     parts: list[RenderableType] = [sizes, Text(words.exactness(report))]
     if report.get("tasks"):
         parts += [g.table() for g in evaluate_words.tasks(report)]
-    for sample in report.get("samples") or []:
-        texts = Table("dense", "sliced", title=Text(sample["prompt"]), title_justify="left", expand=True)
-        for column in texts.columns:
-            column.ratio = 1
-        texts.add_row(Text(sample["dense"] or NONE), Text(sample["sliced"] or NONE))
-        parts.append(Padding(texts, (1, 0)))
+    parts += [Padding(texts, (1, 0)) for texts in evaluate_words.samples(report)]
     if output := report["output"]:
         parts.append(Text(f"checkpoint  {output}/model\nreport      {output}/report.html", overflow="fold"))
     return Group(*parts)

@@ -67,6 +67,7 @@ g:hover > .curve { stroke-width: 2.6; }
 .ramp { display: inline-flex; margin: 0 8px; vertical-align: -1px; }
 .ramp span { width: 9px; height: 11px; background: var(--shade); }
 .sample { display: grid; grid-template-columns: 1fr 1fr; gap: 0 24px; }
+.sample.three { grid-template-columns: 1fr 1fr 1fr; }
 .sample { border-top: 1px solid var(--line); padding: 14px 0 4px; }
 .sample p { white-space: pre-wrap; }
 .sample > p { grid-column: 1 / -1; max-width: none; }
@@ -81,7 +82,7 @@ pre {
 summary { cursor: pointer; }
 @media (max-width: 560px) {
   main { padding: 24px 16px 48px; }
-  .sample { grid-template-columns: 1fr; }
+  .sample, .sample.three { grid-template-columns: 1fr; }
   table { font-size: .875rem; }
   svg { font-size: 12.5px; }
   th, td { padding-left: 10px; }

@@ -214,6 +214,11 @@ def width_words(widths: Sequence[Width]) -> str:
     return f"{kept} of {dims} in {len(widths)} space{'s' * (len(widths) > 1)}"
 
 
+def _best(trained: Mapping[str, Any]) -> str:
+    best, steps = trained["best_step"], trained["steps"]
+    return f"the best was after step {best} of {steps}" if best else f"none of {steps} steps was better"
+
+
 def summary(report: Report) -> str:
     """The run in one paragraph."""
     model, total = report["model"], parameters(report)[0]
@@ -226,6 +231,11 @@ def summary(report: Report) -> str:
         after = f", and to {plain(row.recovered)} after recovery" if row.recovered is not None else ""
         said.append(
             f"Perplexity on {name} went from {row.cells[1]} to {row.cells[2]} ({row.cells[3]}){after}."
+        )
+    if trained := report.get("recover"):
+        said.append(
+            f"Recovery trained {count(trained['trained_parameters'])} parameters ({trained['weights']}) on "
+            f"{count(trained['tokens'])} tokens; {_best(trained)}."
         )
     if (report.get("exactness") or {}).get("passed"):
         moved = error(report["exactness"]["relative_error"])

@@ -279,10 +279,10 @@ def write(output: Path, result: Outcome, recipe: Recipe, tokenizer: Any) -> None
         write_json(folder / "spectra.json", result.spectra)
         write_text(folder / "report.html", page(result.report, result.spectra))
         write_text(folder / "recipe.yaml", recipe.to_yaml())
-        write_text(folder / "README.md", readme(result.report))
         result.basis.write(folder, result.blocks)
         if result.logs is not None:
             shutil.copytree(result.logs, folder / "recover")
+        write_text(folder / "README.md", readme(result.report, folder))
     if result.logs is not None:
         shutil.rmtree(result.logs.parent, ignore_errors=True)  # what was kept to resume from
 

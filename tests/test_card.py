@@ -106,4 +106,7 @@ def test_the_base_model_is_a_hub_id_or_nothing(root: Path, name: str, found: str
 
 
 def test_the_folder_says_where_to_read_on(root: Path) -> None:
-    assert "(model/README.md)" in (root / "made/README.md").read_text()
+    said = (root / "made/README.md").read_text()
+    assert "(model/README.md)" in said
+    files = {path.name for path in (root / "made").iterdir()} - {"README.md"}
+    assert {name.rstrip("/") for name in re.findall(r"^\| `(.*?)`", said, re.MULTILINE)} == files

@@ -349,15 +349,32 @@ def recipe(*steps: dict[str, Any], **keys: Any) -> Recipe:
     return Recipe.from_dict({"model": "m", "calibrate": data, "steps": list(steps)} | keys)
 
 
-def test_a_recipe_recovers_what_it_sliced(folder: Path) -> None:
+STEPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "stock": lambda: [RESIDUAL, MLP],
+    "ours": lambda: [RESIDUAL | {"segments": "stage"}, MLP],
+    "fewer blocks": lambda: [
+        {"spaces": ["mlp", "heads"], "widths": {"min": 0}, "select": {"shortgpt": {"blocks": 1}}}
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", ["stock", "ours"])
+def test_a_recipe_recovers_what_it_sliced(kind: str, folder: Path) -> None:
     save_model(folder / "dense")
     keys: dict[str, Any] = {"held_out": 4, "batch": 2, "epochs": 2, "learning_rate": 1e-2}
-    made = recipe(RESIDUAL, MLP, recover=keys, evaluate=[{"perplexity": {"data": "tokens.npy"}}])
+    asked = [{e: {"data": "tokens.npy"}} for e in ("perplexity", "divergence")]
+    made = recipe(*STEPS[kind](), recover=keys, evaluate=asked)
     text = made.to_yaml().replace("model: m", f"model: {folder / 'dense'}")
     (folder / "recipe.yaml").write_text(text)
     report = run(folder / "recipe.yaml", folder / "out", [])
     found, perplexities = report["recover"], report["perplexity"]["tokens.npy"]
-    assert report["model"]["stock"] and perplexities["recovered"] < perplexities["sliced"]
+    assert report["model"]["stock"] == (kind == "stock")
+    alone = outcome(model_of("llama"), made.model_copy(update={"recover": None})).report["perplexity"]
+    assert perplexities["sliced"] == alone["tokens.npy"]["sliced"]  # before anything was trained
+    divergence = report["divergence"]["tokens.npy"]
+    assert divergence["reference"] == "dense" and divergence["recovered"]["kl"] != divergence["sliced"]["kl"]
+    assert "| recovered |" in (folder / "out/model/README.md").read_text()
+    assert perplexities["recovered"] < perplexities["sliced"]
     assert report["seconds"]["recover"] > 0 and found["best_step"] > 0
     model = AutoModelForCausalLM.from_pretrained(folder / "out/model").eval()
     assert stored(model) == report["parameters"]["sliced"]["total"]
@@ -366,16 +383,8 @@ def test_a_recipe_recovers_what_it_sliced(folder: Path) -> None:
     checks = [float(row[HELD_OUT]) for row in rows if row[HELD_OUT]]
     assert checks == pytest.approx([point[HELD_OUT] for point in found["curve"][1:]])
     assert not list((folder / "cache/recover").iterdir())
-    assert {n: t.shape for n, t in load_file(folder / "out/basis.safetensors").items()} == {"x.0.0": (32, 24)}
-
-
-STEPS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "stock": lambda: [RESIDUAL, MLP],
-    "ours": lambda: [RESIDUAL | {"segments": "stage"}, MLP],
-    "fewer blocks": lambda: [
-        {"spaces": ["mlp", "heads"], "widths": {"min": 0}, "select": {"shortgpt": {"blocks": 1}}}
-    ],
-}
+    shapes = {n: t.shape for n, t in load_file(folder / "out/basis.safetensors").items()}
+    assert shapes["x.0.0"] == (32, 24) and (len(shapes) == 1) == (kind == "stock")
 
 
 @pytest.mark.parametrize("kind", STEPS)

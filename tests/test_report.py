@@ -80,7 +80,21 @@ def report() -> dict[str, Any]:
         "dims": dims,
         "kinds": {name: "residual" if name.startswith("x.") else "mlp" for name in dims},
         "tokens_per_second": {"dense": 812.0, "sliced": 903.0},
-        "samples": [{"prompt": "The people", "dense": " have a history", "sliced": " have been"}],
+        "samples": [
+            {
+                "prompt": "The people",
+                "dense": " have a history",
+                "sliced": " have been",
+                "recovered": " have seen",
+            }
+        ],
+        "recover": {
+            "weights": "lora",
+            "trained_parameters": 2_500_000,
+            "tokens": 262_144,
+            "best_step": 90,
+            "steps": 128,
+        },
         "seconds": {"calibrate": 96.4, "fit": 31.0},
         "peak_memory_bytes": 3 * 2**30,
         "versions": {"python": "3.11.2", "torch": "2.9.0"},
@@ -93,7 +107,15 @@ def gaps(report: dict[str, Any]) -> dict[str, Any]:
     empty = {key: {} for key in ("perplexity", "exactness", "widths", "dims", "kinds", "seconds", "versions")}
     unknown = {"dense": None, "sliced": None}
     nothing = {key: unknown for key in ("tokens_per_second", "flops_per_token", "kv_bytes_per_token")}
-    return {**report, **empty, **nothing, "samples": [], "output": None, "peak_memory_bytes": None}
+    return {
+        **report,
+        **empty,
+        **nothing,
+        "samples": [],
+        "recover": None,
+        "output": None,
+        "peak_memory_bytes": None,
+    }
 
 
 class _Page(HTMLParser):
@@ -141,6 +163,7 @@ def test_the_page_states_the_golden_facts(report, spectra):
         "432 to 576 (434 on average) of 576 in 61 spaces (residual stream)",
         "1000 to 1232 (1116 on average) of 1536 in 30 spaces (MLP)",
         "Perplexity on sotu went from 45.50 to 78.75 (1.73×), and to 60.50 after recovery.",
+        "Recovery trained 2.5M parameters (lora) on 262.1k tokens; the best was after step 90 of 128.",
         "certified exact, to 4.1e-14",
         "within the 7.0e-12 that rounding alone explains",
         "half of a change moves them by 0.87",
@@ -253,7 +276,7 @@ def test_the_terminal_states_the_golden_facts(report):
         "perplexity, sotu 45.50 78.75 1.73×",
         "after recovery 45.50 60.50 1.33×",
         "tokens per second 812 903 1.11×",
-        "have a history have been",
+        "have a history have been have seen",
         "checkpoint runs/a run/model",
         "report runs/a run/report.html",
     ):
