@@ -407,7 +407,7 @@ def test_an_interrupted_save_leaves_no_half_file(tmp_path: Path, monkeypatch: py
     moments = Moments({("x.0.0", RAW): Moment(torch.eye(3, dtype=torch.float64)[None], 7)})
     store = Store.keyed(tmp_path, {"weights": "w"})
 
-    def stopped(_tensors: Any, path: Path) -> None:
+    def stopped(_tensors: Any, path: Path, _metadata: Any = None) -> None:
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
