@@ -55,11 +55,11 @@ class DynamicProgramming(Selector, name="dynamic_programming"):
     needs_budget = True
 
     @property
-    def measures(self) -> bool:  # type: ignore[override]
+    def measures(self) -> bool:
         return self.curves == "measured"
 
     @property
-    def needs_spectra(self) -> bool:  # type: ignore[override]
+    def needs_spectra(self) -> bool:
         return self.curves == "spectra"
 
     def allocate(self, spectra: Spectra, cost: Bill, budget: float | None) -> Mapping[Space, int]:

@@ -38,11 +38,11 @@ class HeadSVD(Rotator, name="head_svd"):
             raise ValueError("floor must be between 0 and 1")
 
     @property
-    def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
+    def needs(self) -> frozenset[Statistic]:
         return statistics(self.metric)
 
     @property
-    def nats(self) -> bool:  # type: ignore[override]
+    def nats(self) -> bool:
         return self.metric == "fisher"
 
     def fit(self, space: Space, moments: Moments) -> Basis:

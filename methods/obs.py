@@ -40,11 +40,11 @@ class OBS(Rotator, name="obs"):
             raise ValueError("rounds must be at least 1")
 
     @property
-    def needs(self) -> frozenset[Statistic]:  # type: ignore[override]
+    def needs(self) -> frozenset[Statistic]:
         return statistics(self.metric)
 
     @property
-    def nats(self) -> bool:  # type: ignore[override]
+    def nats(self) -> bool:
         return self.metric == "fisher"
 
     def fit(self, space: Space, moments: Moments) -> Basis:
