@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from . import cli_measure
+from . import cli_ablate, cli_measure
 from .errors import InputError, InvarianceError
 from .terminal import (
     Device,
@@ -232,6 +232,8 @@ def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Jso
 
 command(cli_measure.evaluate)
 command(cli_measure.bench)
+command(cli_ablate.ablate)
+command(cli_ablate.compare)
 
 
 @command

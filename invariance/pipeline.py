@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from .errors import CertificateError, InputError, InvarianceError
 from .heldout import HeldOut, split
 from .interfaces import Statistic
 from .layout import Layout
-from .models import weights_digest
+from .memo import Memo, digest
 from .moments import Key, Moments, Store, check_finite, reader_moment
 from .plan import MEASURED, Plan
 from .refit import HELD_OUT
@@ -74,25 +75,44 @@ def calibration_dtype(asked: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+@dataclass(frozen=True)
+class Share:
+    """One process's share of the calibration: every ``of``-th batch, and what adds up the moments of all shares."""
+
+    rank: int
+    of: int
+    add: Callable[[Moments], Moments]
+
+
+def calibrate(model: PreTrainedModel, plans: Sequence[Plan], tokens: Tokens, *, store: Path, memo: Memo | None = None,
+              progress: walk.Progress = walk.quiet, share: Share | None = None) -> None:  # fmt: skip
+    """Measure, in one walk, what several plans ask of the dense model, and keep it for them in ``store``.
+
+    The plans must have one ``calibration``, so that what they ask is kept under one hash.
+    """
+    _Run(model, plans[0], tokens, store, progress, memo or Memo(), share).calibrate_for(plans)
+
+
 def slice_model(model: PreTrainedModel, plan: Plan, tokens: Tokens | None, *, store: Path | None = None,
-                progress: walk.Progress = walk.quiet) -> Sliced:  # fmt: skip
+                progress: walk.Progress = walk.quiet, memo: Memo | None = None) -> Sliced:  # fmt: skip
     """Carry out a plan on a family's model, which is left as it is.
 
-    ``store`` is a folder where moments of the dense model are kept and looked up. Raises CertificateError when the
+    ``store`` is a folder where moments of the dense model are kept and looked up, ``memo`` what earlier runs on the same
+    model have computed. Raises CertificateError when the
     rotations alone move the logits (oneshot: before anything is cut; sequential orders find their rotations behind
     cuts, so there it is a copy of the dense model that is rotated, after the walk), InputError when the tokens are
     too few.
     """
-    return _Run(model, plan, tokens, store, progress).run()
+    return _Run(model, plan, tokens, store, progress, memo or Memo()).run()
 
 
 class _Run:
     """One run's state: the working model and what is known so far."""
 
     def __init__(self, model: PreTrainedModel, plan: Plan, tokens: Tokens | None, store: Path | None,
-                 progress: walk.Progress) -> None:  # fmt: skip
+                 progress: walk.Progress, memo: Memo, share: Share | None = None) -> None:  # fmt: skip
         self.original, self.plan, self.tokens, self.progress = model, plan, tokens, progress
-        self.store = store
+        self.store, self.memo, self.share = store, memo, share
         self.held: Tokens | None = None
         self.search: dict[str, float] | None = None
         if plan.measures:
@@ -113,7 +133,7 @@ class _Run:
         plan = self.plan
         self.fisher = self._stored([(p, Statistic.FISHER) for p in plan.fisher_points], self._measure_fisher)
         if plan.recipe.order == "oneshot":
-            moments = self._calibrate(walk.together(plan.wanted(), plan.compared))
+            moments = self._calibrate(plan.of_dense())
             self._fit(plan.units, moments)
             chosen = self._allocate(moments, self._influence(moments))
             plan.check_attention(chosen)
@@ -126,12 +146,12 @@ class _Run:
         else:
             influence = self._influence(self._calibrate(plan.compared))
             widths: Widths | None = plan.allocate(None, influence=influence)
-            ahead = [u for u in plan.units if widths is None or self._stands(u)]
-            moments = self._calibrate({m: n for m, n in plan.wanted().items() if self.unit_of[m] in ahead})
+            ahead = [u for u in plan.units if widths is None or plan.stands(u)]
+            moments = self._calibrate(plan.of_dense())
             self._fit(ahead, moments)
             chosen = self._allocate(moments, influence) if widths is None else widths
             plan.check_attention(chosen)
-            self.bases = {n: b for n, b in self.bases.items() if self._stands(self.unit_of[n])}
+            self.bases = {n: b for n, b in self.bases.items() if plan.stands(self.unit_of[n])}
             self._walk_sequentially(moments, chosen)
             certificate = self._certify()
         spectra = {name: basis.energy for name, basis in self.bases.items()}
@@ -151,11 +171,12 @@ class _Run:
             encodes,
         )
 
-    def _stands(self, unit: Unit) -> bool:
-        """Whether a unit's basis is that of the dense model: that of several spaces must stand before the first of
-        them is cut, and what is refit to the dense stream keeps the channels and heads that are best there. All others
-        are fitted, or fitted again, behind the cuts before them."""
-        return len(unit.members) > 1 or (self.plan.follows and unit.space.kind != "residual")
+    def calibrate_for(self, plans: Sequence[Plan]) -> None:
+        """All that the plans ask of the dense model, into the store."""
+        if not self.share:
+            points = dict.fromkeys(p for plan in plans for p in plan.fisher_points)
+            self._stored([(p, Statistic.FISHER) for p in points], self._measure_fisher)
+        self._calibrate(walk.together(*(plan.of_dense() for plan in plans)))
 
     def _check_tokens(self) -> None:
         if not self.plan.reads_tokens:
@@ -179,7 +200,15 @@ class _Run:
         calibrate = self.plan.recipe.calibrate
         assert calibrate is not None and self.tokens is not None
         dtype, stream = self._dtypes()
-        return walk.enter(self.model, self.layout, self.tokens.batches(calibrate.batch), dtype, stream), dtype
+        tokens = list(self.tokens.batches(calibrate.batch))
+        if self.share:
+            tokens = tokens[self.share.rank :: self.share.of]
+        batches = walk.enter(self.model, self.layout, tokens, dtype, stream)
+        for batch, (_, mask) in zip(batches, tokens, strict=True):
+            if calibrate.skip:  # the tokens pass the model, and no moment sees them
+                batch.mask = mask.clone()
+                batch.mask[:, : calibrate.skip] = False
+        return batches, dtype
 
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """What branches compute in, and what the stream is kept in."""
@@ -205,7 +234,7 @@ class _Run:
             if missing:
                 found = measure(missing)
                 check_finite(found)
-                if store:
+                if store and (self.share is None or self.share.rank == 0):
                     store.save(found)
                 moments = moments.merge(found)
         return moments
@@ -215,7 +244,8 @@ class _Run:
         for name, statistic in keys:
             wanted[name] = wanted.get(name, frozenset()) | {statistic}
         batches, dtype = self._batches()
-        return walk.oneshot(self.model, self.layout, batches, wanted, dtype, self.progress)
+        found = walk.oneshot(self.model, self.layout, batches, wanted, dtype, self.progress)
+        return self.share.add(found) if self.share else found
 
     def _measure_fisher(self, keys: list[Key]) -> Moments:
         assert self.tokens is not None
@@ -224,21 +254,23 @@ class _Run:
     def _keyed_store(self) -> Store | None:
         if self.store is None:
             return None
-        assert self.tokens is not None
+        assert self.tokens is not None and self.plan.recipe.calibrate is not None
         dtype, stream = self._dtypes()
+        skip = self.plan.recipe.calibrate.skip
         return Store.keyed(
             self.store,
             {
                 "format": MOMENTS_FORMAT,
                 "transformers": transformers.__version__,
-                "weights": weights_digest(self.original),
+                "weights": self.memo.weights(self.original),
                 "config": self.original.config.to_json_string(use_diff=False),
                 "tokens": self.tokens.digest(),
                 "folded": str(self.layout.folded),
                 "dtype": str(dtype),
                 "stream": str(stream),
                 "device": self.model.device.type,
-            },
+            }
+            | ({"skip": str(skip)} if skip else {}),
         )
 
     def _moments_of(self, unit: Unit, moments: Moments) -> Moments:
@@ -253,8 +285,18 @@ class _Run:
 
     def _fit(self, units: tuple[Unit, ...] | list[Unit], moments: Moments) -> None:
         with timed(self.seconds, "fit"):
+            source = self._source()
             for unit in self.progress(units, "fit bases", len(units)):
-                self.bases[unit.space.name] = self._basis(unit, moments)
+                key = ("basis", *source, unit.members, unit.fitted, json.dumps(unit.rotate.spec()))
+                self.bases[unit.space.name] = self.memo.once(
+                    key, partial(self._basis, unit, moments), lambda basis: basis.A.nbytes
+                )
+
+    def _source(self) -> tuple[str, ...]:
+        """What bases of the dense model are fitted to, beside a method and its options: weights, form, moments."""
+        store = self._keyed_store() if self.plan.reads_tokens else None
+        form = f"{self.layout.folded} {self.plan.recipe.tie} {self.plan.layout.select(['edge'])}"
+        return self.memo.weights(self.original), form, store.folder.name if store else ""
 
     def _basis(self, unit: Unit, moments: Moments) -> Basis:
         basis = unit.rotate.fit(unit.fitted, self._moments_of(unit, moments))
@@ -334,10 +376,12 @@ class _Run:
                     if first not in self.bases:
                         check_finite(moments)
                         self.bases[first] = self._basis(unit, moments)
-                    decided[first] = self._cut(unit, ahead if self._stands(unit) else moments, widths)
+                    decided[first] = self._cut(unit, ahead if self.plan.stands(unit) else moments, widths)
             return decided[first]
 
-        wanted = {m: frozenset() if self._stands(u) else u.needs & MEASURED for m, u in self.unit_of.items()}
+        wanted = {
+            m: frozenset() if self.plan.stands(u) else u.needs & MEASURED for m, u in self.unit_of.items()
+        }
         batches: list[walk.Batch] = []
         start = time.perf_counter()
         before = self.seconds.get("fit", 0.0)
@@ -359,8 +403,16 @@ class _Run:
         if self.tokens is not None:
             ids = self.tokens.ids[:1, :PROBE_TOKENS]
         with timed(self.seconds, "verify"):
-            certificate = certify(self.original, bases, ids, fold=self.plan.fold, tie=self.plan.recipe.tie,
-                                  seed=self.plan.recipe.seed)  # fmt: skip
+            asked = json.dumps([[*bases], self.plan.fold, self.plan.recipe.tie, self.plan.recipe.seed])
+            different = {id(A): A for A in (*bases.values(), ids)}  # segments share theirs
+            places = {at: n for n, at in enumerate(different)}
+            which = [places[id(A)] for A in bases.values()]
+            rotation = digest(f"{self.memo.weights(self.original)} {asked} {which}", different.values())
+            certificate = self.memo.once(
+                ("certificate", rotation),
+                lambda: certify(self.original, bases, ids, fold=self.plan.fold, tie=self.plan.recipe.tie,
+                                seed=self.plan.recipe.seed),
+            )  # fmt: skip
         if not certificate.passed:
             raise CertificateError(f"{certificate.failure}. Nothing is written.")
         return certificate

@@ -86,6 +86,28 @@ class Plan:
         """What calibration measures, by space; empty when nothing is asked of the data."""
         return {m: need for u in self.units for m in u.members if (need := u.needs & MEASURED)}
 
+    def stands(self, unit: Unit) -> bool:
+        """Whether a unit's basis is that of the dense model: that of several spaces must stand before the first of
+        them is cut, and what is refit to the dense stream keeps the channels and heads that are best there. In sequential
+        orders all others are fitted, or fitted again, behind the cuts before them."""
+        return len(unit.members) > 1 or (self.follows and unit.space.kind != "residual")
+
+    def of_dense(self) -> Mapping[str, frozenset[Statistic]]:
+        """What a run measures of the dense model, by space: in sequential orders of the bases that stand, or of all where
+        a selector must see them first."""
+        wanted = self.wanted()
+        if self.recipe.order != "oneshot" and self.allocate(None, influence=[1.0] * self.blocks) is not None:
+            standing = {m for u in self.units if self.stands(u) for m in u.members}
+            wanted = {m: n for m, n in wanted.items() if m in standing}
+        compared = self.compared
+        return {n: wanted.get(n, frozenset()) | compared.get(n, frozenset()) for n in (*wanted, *compared)}
+
+    @property
+    def calibration(self) -> str:
+        """What decides, beside the model, under which hash its moments are kept: plans with the same can share a walk."""
+        split = self.layout.select(["edge"])
+        return f"{self.recipe.calibrate!r} {self.layout.folded} {split} {self.follows} {self.measures}"
+
     @property
     def fisher_points(self) -> list[str]:
         """The points of the stream whose Fisher the methods ask for, of their own spaces or of those before them."""

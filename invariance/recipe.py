@@ -19,14 +19,14 @@ from pydantic import (
 )
 
 from .complaints import Problem, validate
-from .errors import InputError, did_you_mean
+from .errors import did_you_mean
 from .interfaces import Method, Rotator, Selector, Slicer, Statistic
 from .named_methods import METHODS, choices, described, named
 from .overrides import override
 from .parts import Count, Fraction, Part, Seed, Word, as_tuple
 from .recipe_evaluate import Evaluations
 from .recover_options import Recover
-from .yaml_text import MAX_BYTES, Located, located, parse, safe_yaml, show
+from .yaml_text import Located, located, parse_mapping, read_text, safe_yaml, show
 
 SPACES = {
     "residual": "x",
@@ -71,6 +71,7 @@ class Calibrate(Part):
     split: Word = "train"  # which split of the data
     batch: Count = 8  # how many sequences pass at a time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # what the forward pass computes in
+    skip: Annotated[int, Field(ge=0)] = 0  # how many first tokens of a sequence pass the model unmeasured
 
 
 class Budget(Part):
@@ -227,7 +228,7 @@ class Recipe(Part):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
         """The inverse of ``to_dict``. Raises InputError."""
-        return _checked(located(data, "<recipe>"))
+        return recipe_of(located(data, "<recipe>"))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe in full, defaults included, as JSON can hold it; methods as a recipe writes them."""
@@ -244,57 +245,29 @@ class Recipe(Part):
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe from a file, then apply ``key=value`` overrides. Raises InputError."""
-    return parse_recipe(read_text(Path(path)), str(path), overrides)
-
-
-def parse_recipe(text: str, where: str = "<recipe>", overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe from YAML text, then apply ``key=value`` overrides. Raises InputError."""
-    return _checked(tree(text, where, overrides))
+    return parse_recipe(read_text(path), str(path), overrides)
 
 
 def load_recover(path: Path | None, overrides: Sequence[str] = ()) -> Recover:
     """Read what a recipe has under ``recover`` from a file of its own, if there is one. Raises InputError."""
-    if path is None:
-        root = located({}, "recover")
-        for assignment in overrides:
-            override(root, assignment)
-        return validate(Recover, root)
-    return validate(Recover, tree(read_text(path), str(path), overrides))
-
-
-def read_text(path: Path) -> str:
-    """The text of a recipe's file. Raises InputError."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise InputError(f"{path}: larger than 1 MiB; a recipe takes a page. Is it the right file?")
-        return raw.decode("utf-8")
-    except FileNotFoundError:
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
-        raise InputError(f"{path}: no such file{near}") from None
-    except UnicodeDecodeError as e:
-        line = raw.count(b"\n", 0, e.start) + 1
-        raise InputError(f"{path}:{line}: not UTF-8 text. Save it as UTF-8, or name another file.") from None
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: {getattr(e, 'strerror', e)}. Give the path of a YAML file.") from None
-
-
-def tree(text: str, where: str, overrides: Sequence[str] = ()) -> Located:
-    """YAML text as a tree of values, ``key=value`` overrides applied. Raises InputError."""
-    root = parse(text, lambda line: f"{where}:{line}")
-    if root is None or root.value is None:
-        raise InputError(f"{where}:1: empty. Write at least `model` and `steps`.")
-    if not isinstance(root.value, dict):
-        raise InputError(
-            f"{root.where}: got {show(root.value)}, but a recipe is a mapping of keys to values."
-        )
+    root = located({}, "recover")
+    if path is not None:
+        root = parse_mapping(read_text(path, "recovery"), str(path), "recovery", "`train`")
     for assignment in overrides:
         override(root, assignment)
-    return root
+    return validate(Recover, root)
 
 
-def _checked(root: Located) -> Recipe:
+def parse_recipe(text: str, where: str = "<recipe>", overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from YAML text, then apply ``key=value`` overrides. Raises InputError."""
+    root = parse_mapping(text, where, "recipe", "`model` and `steps`")
+    for assignment in overrides:
+        override(root, assignment)
+    return recipe_of(root)
+
+
+def recipe_of(root: Located) -> Recipe:
+    """The recipe that a tree of values holds. Raises InputError."""
     recipe = validate(Recipe, root)
     recipe._root = root
     return recipe

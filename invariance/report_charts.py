@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,21 +39,26 @@ def _clean(text: str) -> str:
     return re.sub("[^\t\n\r -~\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
 
 
-def document(title: str, *body: Element) -> str:
-    """A page that may load nothing and run nothing, as text."""
+def document(title: str, *body: Element, script: str | None = None, style: str = "") -> str:
+    """A page that may load nothing, and run nothing but the script given, as text."""
+    allowed = "default-src 'none'; style-src 'unsafe-inline'"
+    if script is not None:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        allowed += f"; script-src 'sha256-{digest}'"
     head = el(
         "head",
         el("meta", charset="utf-8"),
         el(
             "meta",
             http_equiv="Content-Security-Policy",
-            content="default-src 'none'; style-src 'unsafe-inline'",
+            content=allowed,
         ),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("title", title),
-        el("style", STYLE),
+        el("style", STYLE + style),
     )
-    root = el("html", head, el("body", el("main", *body)), lang="en")
+    run = None if script is None else el("script", script)
+    root = el("html", head, el("body", el("main", *body), run), lang="en")
     return "<!doctype html>\n" + ElementTree.tostring(root, encoding="unicode", method="html") + "\n"
 
 
@@ -85,33 +92,33 @@ class Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def _svg(title: str, description: str, height: float, *marks: Element) -> Element:
+def svg(title: str, description: str, height: float, *marks: Element) -> Element:
     said = (el("title", title), el("desc", description))
     return el("svg", *said, *marks, viewBox=f"0 0 {WIDTH} {height:g}", role="img")
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Element:
+def line(x1: float, y1: float, x2: float, y2: float, class_: str) -> Element:
     return el("line", x1=f"{x1:.1f}", y1=f"{y1:.1f}", x2=f"{x2:.1f}", y2=f"{y2:.1f}", class_=class_)
 
 
-def _rect(x: float, y: float, width: float, height: float, class_: str) -> Element:
+def rect(x: float, y: float, width: float, height: float, class_: str) -> Element:
     place = {"x": f"{x:.2f}", "y": f"{y:.1f}", "width": f"{width:.2f}", "height": f"{height:.1f}"}
     return el("rect", **place, class_=class_)
 
 
-def _text(x: float, y: float, text: str, anchor: str = "middle", class_: str | None = None) -> Element:
-    return el("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=class_)
+def text(x: float, y: float, said: str, anchor: str = "middle", class_: str | None = None) -> Element:
+    return el("text", said, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor, class_=class_)
 
 
-def _axes(
+def axes(
     x: Scale, y: Scale, xs: Mapping[float, str], ys: Mapping[float, str], below: str
 ) -> Iterator[Element]:
     for value, label in ys.items():
-        yield _line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid")
-        yield _text(LEFT - 6, y(value) + 3.5, label, "end")
+        yield line(LEFT, y(value), WIDTH - RIGHT, y(value), "grid")
+        yield text(LEFT - 6, y(value) + 3.5, label, "end")
     for value, label in xs.items():
-        yield _text(x(value), HEIGHT - BOTTOM + 14, label)
-    yield _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, below)
+        yield text(x(value), HEIGHT - BOTTOM + 14, label)
+    yield text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, below)
 
 
 def _quarters(top: int) -> dict[float, str]:
@@ -132,9 +139,9 @@ def widths_chart(title: str, description: str, spaces: Sequence[Width]) -> Eleme
     for n, space in enumerate(spaces):
         left, wide = x(n + 0.09), 0.82 * (x(1) - x(0))
         heights = ((space.dim, "whole"), (space.kept, "kept"))
-        rects = [_rect(left, y(value), wide, y(0) - y(value), class_) for value, class_ in heights]
+        rects = [rect(left, y(value), wide, y(0) - y(value), class_) for value, class_ in heights]
         bars.append(el("g", el("title", f"{space.name}: {space.kept} of {space.dim} kept"), *rects))
-    return _svg(title, description, HEIGHT, *_axes(x, y, ticks, _quarters(top), "block"), *bars)
+    return svg(title, description, HEIGHT, *axes(x, y, ticks, _quarters(top), "block"), *bars)
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ def spectra_chart(title: str, description: str, curves: Sequence[Curve]) -> Elem
     step = -(-(high - low) // 6)
     decades: dict[float, str] = {n: _power(n) for n in range(high, low - 1, -step)}
     xs = {float(max(n, 1)): str(int(max(n, 1))) for n in _quarters(longest)}
-    marks = list(_axes(x, y, xs, decades, "direction, by falling energy"))
+    marks = list(axes(x, y, xs, decades, "direction, by falling energy"))
     places = [_Places(found, x, y) for found in shares]
     marks += [_curve(curve, found) for curve, found in zip(curves, places, strict=True)]
     cut = {c.kept for c in curves if c.kept < len(c.energies)}
@@ -176,7 +183,7 @@ def spectra_chart(title: str, description: str, curves: Sequence[Curve]) -> Elem
     else:
         found = [p(c.kept) for c, p in zip(curves, places, strict=True) if c.kept < len(c.energies)]
         marks += [el("circle", cx=f"{cx:.1f}", cy=f"{cy:.1f}", r="1.9", class_="dot") for cx, cy in found]
-    return _svg(title, description, HEIGHT, *marks)
+    return svg(title, description, HEIGHT, *marks)
 
 
 @dataclass(frozen=True)
@@ -206,8 +213,8 @@ def _curve(curve: Curve, places: _Places) -> Element:
 def _cut(cut: int, x: Scale) -> list[Element]:
     """A line through all curves, its label on the side where there is room."""
     side, anchor = (5, "start") if cut < 0.7 * x.high else (-5, "end")
-    line = _line(x(cut), TOP, x(cut), HEIGHT - BOTTOM, "cut")
-    return [line, _text(x(cut) + side, TOP + 9, f"cut at {cut}", anchor, "strong")]
+    drawn = line(x(cut), TOP, x(cut), HEIGHT - BOTTOM, "cut")
+    return [drawn, text(x(cut) + side, TOP + 9, f"cut at {cut}", anchor, "strong")]
 
 
 def _power(n: int) -> str:
@@ -225,16 +232,14 @@ def errors_chart(
     for n, (name, (said, value)) in enumerate(errors.items()):
         top = 34 * n + 20
         place = high if not math.isfinite(value) else math.log10(value) if value > 0 else low
-        marks.append(_text(x(low), top - 7, f"{name}: {said}", "start", "strong"))
-        marks.append(
-            _rect(x(low), top, max(x(place) - x(low), 1), 8, "kept" if value <= limit else "control")
-        )
+        marks.append(text(x(low), top - 7, f"{name}: {said}", "start", "strong"))
+        marks.append(rect(x(low), top, max(x(place) - x(low), 1), 8, "kept" if value <= limit else "control"))
         if limit > 0:
-            marks.append(_line(x(math.log10(limit)), top - 2, x(math.log10(limit)), top + 12, "limit"))
+            marks.append(line(x(math.log10(limit)), top - 2, x(math.log10(limit)), top + 12, "limit"))
     bottom = 34 * len(errors) + 18
     step = -(-(high - low) // 8)
     ticks = [v for v in range(high, low, -step) if low < v < high]
-    return _svg(title, description, bottom + 6, *marks, *(_text(x(v), bottom, _power(v)) for v in ticks))
+    return svg(title, description, bottom + 6, *marks, *(text(x(v), bottom, _power(v)) for v in ticks))
 
 
 @dataclass(frozen=True)
@@ -254,10 +259,10 @@ def bars_chart(title: str, description: str, bars: Sequence[Bar]) -> Element:
     marks = []
     for n, bar in enumerate(bars):
         top = 34 * n + 20
-        marks.append(_text(1, top - 7, f"{bar.name}: {bar.said}", "start", "strong"))
-        marks.append(_rect(1, top, max(x(bar.median) - 1, 1), 8, "kept"))
-        marks.append(_line(x(bar.low), top + 4, x(bar.high), top + 4, "limit"))
-    return _svg(title, description, 34 * len(bars) + 6, *marks)
+        marks.append(text(1, top - 7, f"{bar.name}: {bar.said}", "start", "strong"))
+        marks.append(rect(1, top, max(x(bar.median) - 1, 1), 8, "kept"))
+        marks.append(line(x(bar.low), top + 4, x(bar.high), top + 4, "limit"))
+    return svg(title, description, 34 * len(bars) + 6, *marks)
 
 
 def ramp(first: str, last: str) -> Element:

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +25,8 @@ from .evaluate import Evaluation, Models, Samples, measure, peak_memory, prepare
 from .export import stock
 from .families import check_positions, positions
 from .files import replacing, write_json, write_text
-from .models import cache_dir, licence, load_config, load_model, load_tokenizer, weights_digest
+from .memo import Memo
+from .models import cache_dir, licence, load_config, load_model, load_tokenizer
 from .pipeline import Sliced, slice_model, timed
 from .plan import Plan, plan
 from .recipe import Recipe, load_recipe
@@ -104,11 +105,16 @@ def read_data(recipe: Recipe, config: PretrainedConfig, tokenizer: Any, evaluate
 
 
 def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, evaluate: bool = True,
-            data: Data | None = None, stored: torch.dtype | None = None, progress: Progress = quiet) -> Outcome:  # fmt: skip
+            data: Data | None = None, stored: torch.dtype | None = None, progress: Progress = quiet,
+            memo: Memo | None = None, extras: bool = True,
+            early: Callable[[PreTrainedModel], None] | None = None) -> Outcome:  # fmt: skip
     """Slice, export and, if asked, measure a model by a recipe.
 
-    ``stored`` is the dtype of the checkpoint that the model came from, by default the model's own.
+    ``stored`` is the dtype of the checkpoint that the model came from, by default the model's own. ``memo`` remembers
+    what the runs on one model have in common; ``extras`` are the speed and a sampled text, which no recipe asks for.
+    ``early`` sees the finished model before it is measured, and may raise.
     """
+    memo = memo or Memo()
     chart = plan(recipe, model.config, device=model.device, progress=progress)
     if tokenizer is None and recipe.calibrate and not recipe.calibrate.data.endswith(".npy"):
         tokenizer = load_tokenizer(recipe.model)
@@ -119,7 +125,7 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
         assert data.training is not None
         check(recipe.recover, data.training, model.device, recipe.where("recover"))
     sliced = slice_model(model, chart, data.calibration if chart.reads_tokens else None, store=cache_dir("moments"),
-                         progress=progress)  # fmt: skip
+                         progress=progress, memo=memo)  # fmt: skip
     stored = stored or model.dtype
     basis = Basis.of(sliced.layout, sliced.encodes)
     before, recovered = None, None
@@ -131,7 +137,7 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
                 before, _ = _exported(kept, chart, recipe, model, stored)
         with timed(sliced.seconds, "recover"):
             recovered = recover(sliced.model, basis, model, data.training, recipe.recover, seed=recipe.seed,
-                                identity={"dense": weights_digest(model), "recipe": recipe.to_dict()},
+                                identity={"dense": memo.weights(model), "recipe": recipe.to_dict()},
                                 where=recipe.where("recover"), progress=progress)  # fmt: skip
     with timed(sliced.seconds, "export"):
         small, why = _exported(sliced, chart, recipe, model, stored)
@@ -139,10 +145,14 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
     if recovered is not None:
         report["recover"] = recovered.report
         report["versions"] |= {p: version(p) for p in ("lightning", "peft")}
+    if early is not None:
+        early(small)
     if evaluate:
         trained = {} if before is None else {"recovered": small}
         models = {"dense": model, "sliced": small if before is None else before, **trained}
-        _measure(report, sliced.seconds, models, data, tokenizer, progress)
+        _measure(report, sliced.seconds, models, data, progress, memo)
+        if extras:
+            _extras(report, sliced.seconds, models, data, tokenizer, progress)
     report["seconds"] = {step: round(s, 3) for step, s in sliced.seconds.items()}
     report["peak_memory_bytes"] = peak_memory()
     spectra = {name: energy.sum(0).tolist() for name, energy in sliced.spectra.items()}
@@ -220,22 +230,32 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
     }
 
 
-def _measure(report: dict[str, Any], seconds: dict[str, float], models: Models, data: Data, tokenizer: Any,
-             progress: Progress) -> None:  # fmt: skip
+def _measure(report: dict[str, Any], seconds: dict[str, float], models: Models, data: Data, progress: Progress,
+             memo: Memo) -> None:  # fmt: skip
     """All that was asked for, of the dense model, the sliced one, and where there is one, the recovered one."""
-    asked = data.evaluations
-    if tokenizer is not None and not any(isinstance(e, Samples) for e in asked):
-        asked = (*asked, Samples(SamplesPart(prompts=PROMPTS[:1]), tokenizer))
     with timed(seconds, "evaluate"):
-        report |= measure(asked, models, progress)
+        report |= measure(data.evaluations, models, progress, memo)
     for found in report["perplexity"].values():
         found.setdefault("recovered", None)
     for found in list(report["perplexity"].values())[:1]:
         report["predicted"]["measured"] = log_ratio(found["dense"], found["sliced"])
+
+
+def _extras(report: dict[str, Any], seconds: dict[str, float], models: Models, data: Data, tokenizer: Any,
+            progress: Progress) -> None:  # fmt: skip
+    """What a single run shows unasked: a text of each model, and the speed of the dense and the sliced one."""
+    if tokenizer is not None and not any(isinstance(e, Samples) for e in data.evaluations):
+        unasked = Samples(SamplesPart(prompts=PROMPTS[:1]), tokenizer)
+        with timed(seconds, "evaluate"):
+            report["samples"] = unasked.measure(models, progress)
     with timed(seconds, "speed"):
-        pair = {side: models[side] for side in ("dense", "sliced")}
-        length = min(256, positions(models["dense"].config) or 256)
-        report["tokens_per_second"] = tokens_per_second(pair, length)
+        report["tokens_per_second"] = speed(models["dense"], models["sliced"])
+
+
+def speed(dense: PreTrainedModel, sliced: PreTrainedModel) -> dict[str, float]:
+    """Tokens per second of both, in windows that the dense model takes."""
+    length = min(256, positions(dense.config) or 256)
+    return tokens_per_second({"dense": dense, "sliced": sliced}, length)
 
 
 def log_ratio(dense: float, sliced: float) -> float | None:

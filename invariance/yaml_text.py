@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
@@ -12,7 +13,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
-from .errors import InputError
+from .errors import InputError, did_you_mean
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 10_000, 32  # of a recipe's text, its aliases expanded
 TEXT_TAGS = {
@@ -83,6 +84,37 @@ def parse(text: str, where: Callable[[int], str]) -> Located | None:
         raise InputError(f"{at}: not YAML: {first_line(e)}. Recipes are plain text.") from None
     except (ValueError, OverflowError, AssertionError) as e:  # escapes beyond Unicode, odd directives
         raise InputError(f"{where(line)}: not YAML: {e}. Check escapes.") from None
+
+
+def read_text(path: str | Path, what: str = "recipe") -> str:
+    """The text of a recipe's file, or of another one as short. Raises InputError."""
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise InputError(f"{path}: larger than 1 MiB; a {what} takes a page. Is it the right file?")
+        return raw.decode("utf-8")
+    except FileNotFoundError:
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        raise InputError(f"{path}: no such file{near}") from None
+    except UnicodeDecodeError as e:
+        line = raw.count(b"\n", 0, e.start) + 1
+        raise InputError(f"{path}:{line}: not UTF-8 text. Save it as UTF-8, or name another file.") from None
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: {getattr(e, 'strerror', e)}. Give the path of a YAML file.") from None
+
+
+def parse_mapping(text: str, where: str, what: str, least: str) -> Located:
+    """The mapping that a recipe is, or something else that is one. Raises InputError."""
+    root = parse(text, lambda line: f"{where}:{line}")
+    if root is None or root.value is None:
+        raise InputError(f"{where}:1: empty. Write at least {least}.")
+    if not isinstance(root.value, dict):
+        raise InputError(
+            f"{root.where}: got {show(root.value)}, but a {what} is a mapping of keys to values."
+        )
+    return root
 
 
 @dataclasses.dataclass

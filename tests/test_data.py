@@ -283,3 +283,15 @@ def test_batches_cover_all_sequences_in_order():
     assert [len(ids) for ids, _ in batches] == [2, 1]
     assert torch.equal(torch.cat([ids for ids, _ in batches]), tokens.ids)
     assert all(ids.shape == mask.shape for ids, mask in batches)
+
+
+def test_the_sources_of_python_are_text_in_two_splits_that_share_nothing(tokenizer):
+    found = {
+        split: load_tokens(
+            "packaged:python", tokenizer, vocab_size=10**6, split=split, sequences=2, tokens=16
+        )
+        for split in ("train", "test")
+    }
+    assert not torch.equal(found["train"].ids, found["test"].ids)
+    with pytest.raises(InputError, match="did you mean 'python'"):
+        load_tokens("packaged:pyton", tokenizer, vocab_size=10**6)

@@ -1,0 +1,194 @@
+"""Two reports or more side by side: numbers, widths layer by layer, sampled texts. The first is the measure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+from xml.etree.ElementTree import Element
+
+from rich.table import Table
+from rich.text import Text
+
+from . import report_charts as charts
+from . import report_words as words
+from . import study_charts
+from .errors import InputError
+from .report_charts import el
+from .study_charts import Series
+
+Report = dict[str, Any]
+Show = Callable[[float | None, float | None], str]
+
+
+@dataclass(frozen=True)
+class Side:
+    """A report and the name that tells it from the others."""
+
+    name: str
+    report: Report
+
+
+def load(paths: Sequence[Path]) -> list[Side]:
+    """The reports of runs, named by their folders. Raises InputError."""
+    if len(paths) < 2:
+        raise InputError(f"{paths[0]}: one run has nothing to be compared with. Give two or more.")
+    return [Side(name, _report(path)) for name, path in zip(_names(paths), paths, strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' names, as much of their paths as tells them apart."""
+    folders = [(p.parent if p.name == "report.json" else p).resolve() for p in paths]
+    for parts in range(1, max(len(f.parts) for f in folders) + 1):
+        names = ["/".join(f.parts[-parts:]) for f in folders]
+        if len(set(names)) == len(set(folders)):
+            break
+    return [f"{n} ({names[: i + 1].count(n)})" if names.count(n) > 1 else n for i, n in enumerate(names)]
+
+
+def _report(path: Path) -> Report:
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{file}: {e.strerror}. Give the folder that `invariance run` wrote.") from None
+    except ValueError as e:
+        raise InputError(
+            f"{file}: not valid JSON ({e}). Give the folder that `invariance run` wrote."
+        ) from None
+    if not isinstance(found, dict) or not {"model", "parameters", "widths"} <= set(found):
+        raise InputError(f"{file}: no report of a run. Give the folder that `invariance run` wrote.")
+    return found
+
+
+def numbers(sides: Sequence[Side]) -> dict[str, tuple[list[float | None], Show]]:
+    """Quantity → what every side has of it, and how it is shown."""
+    found: dict[str, tuple[list[float | None], Show]] = {}
+    each = [_rows(side.report) for side in sides]
+    for name, show in {n: s for rows in each for n, (_, s) in rows.items()}.items():
+        found[name] = [rows[name][0] if name in rows else None for rows in each], show
+    return found
+
+
+def _rows(report: Report) -> dict[str, tuple[float | None, Show]]:
+    rows = [*words.parameters(report)[:1], words.blocks(report), *words.costs(report), words.speed(report)]
+    rows += words.perplexities(report)
+    found: dict[str, tuple[float | None, Show]] = {row.name: (row.sliced, row.show) for row in rows}
+    found |= {f"{r.name}, recovered": (r.recovered, r.show) for r in rows if r.recovered is not None}
+    found["seconds"] = sum((report.get("seconds") or {}).values()), words.rate
+    return found
+
+
+def layers(sides: Sequence[Side]) -> dict[str, dict[str, list[int | None]]]:
+    """Kind → space → its width in every report, those spaces that not all have alike."""
+    found: dict[str, dict[str, list[int | None]]] = {}
+    each = [{w.name: w.kept for ws in words.spaces(s.report).values() for w in ws} for s in sides]
+    for name in sorted({n for widths in each for n in widths}, key=words.order):
+        kept = [widths.get(name) for widths in each]
+        if len(set(kept)) > 1:
+            kind = next(words.kind_of(s.report, name) for s, w in zip(sides, each, strict=True) if name in w)
+            found.setdefault(kind, {})[name] = kept
+    return found
+
+
+def samples(sides: Sequence[Side]) -> dict[str, dict[str, str]]:
+    """Prompt → side → its text, for prompts that two sides have or more; beside them the first dense model's."""
+    found: dict[str, dict[str, str]] = {}
+    for side in sides:
+        for sample in side.report.get("samples") or []:
+            texts = found.setdefault(sample["prompt"], {"dense": sample.get("dense") or words.NONE})
+            texts[side.name] = sample.get("sliced") or words.NONE
+    return {prompt: texts for prompt, texts in found.items() if len(texts) > 2}
+
+
+def document(sides: Sequence[Side]) -> dict[str, Any]:
+    """The comparison as plain data."""
+    return {
+        "runs": [side.name for side in sides],
+        "numbers": {name: values for name, (values, _) in numbers(sides).items()},
+        "widths": layers(sides),
+        "samples": samples(sides),
+    }
+
+
+def _cells(values: Sequence[float | None], show: Show) -> list[str]:
+    """Values, those after the first with their ratio to it."""
+    top = max((v for v in values if v is not None), default=None)
+    first, *others = values
+    return [show(first, top), *(f"{show(v, top)}  {words.ratio(first, v)}" for v in others)]
+
+
+def tables(sides: Sequence[Side]) -> list[Any]:
+    """The comparison for the terminal."""
+    names = [s.name for s in sides]
+    sizes = _table(["", *names], "numbers; ratios are to the first")
+    for column in sizes.columns[1:]:
+        column.justify = "right"
+    for name, (values, show) in numbers(sides).items():
+        sizes.add_row(Text(name), *_cells(values, show))
+    found: list[Any] = [sizes]
+    for kind, spaces in layers(sides).items():
+        table = _table(["space", *names], f"widths that differ: {words.kind_words(kind)}")
+        for space, kept in spaces.items():
+            table.add_row(space, *(words.NONE if k is None else str(k) for k in kept))
+        found.append(table)
+    for prompt, texts in samples(sides).items():
+        table = _table(list(texts), prompt)
+        table.expand, table.title_justify = True, "left"
+        for column in table.columns:
+            column.ratio = 1
+        table.add_row(*(Text(t.strip()) for t in texts.values()))
+        found.append(table)
+    return found
+
+
+def _table(columns: Sequence[str], title: str) -> Table:
+    """An empty table; names and titles are text, whatever brackets they hold."""
+    table = Table(title=Text(title))
+    for name in columns:
+        table.add_column(Text(name, overflow="fold"))
+    return table
+
+
+def page(sides: Sequence[Side]) -> str:
+    """The comparison as one HTML page that loads nothing."""
+    names = [s.name for s in sides]
+    rows: list[Sequence[Element | str]] = [[n, *_cells(v, show)] for n, (v, show) in numbers(sides).items()]
+    body = [
+        el("p", "Comparison · invariance", class_="soft"),
+        el("h1", " · ".join(names)),
+        el("h2", "Numbers"),
+        charts.table("Ratios are to the first.", ["What", *names], rows),
+        el("h2", "Widths that differ"),
+    ]
+    figures = [_widths(sides, kind) for kind in layers(sides)]
+    shades = [(s.name, _shade(n, sides)) for n, s in enumerate(sides)]
+    body += (
+        [el("div", *figures, class_="charts"), study_charts.legend(shades)] if figures else [el("p", "None.")]
+    )
+    for prompt, texts in samples(sides).items():
+        cells = (el("div", el("h3", name), el("p", text.strip())) for name, text in texts.items())
+        body += [el("h2", "Samples"), el("div", el("p", el("b", prompt)), *cells, class_="sample")]
+    return charts.document("Comparison · invariance", *body, style=study_charts.STYLE)
+
+
+def _shade(n: int, sides: Sequence[Side]) -> float:
+    return n / max(len(sides) - 1, 1)
+
+
+def _widths(sides: Sequence[Side], kind: str) -> Element:
+    """The widths of one kind by block, a line a run."""
+    series = []
+    for n, side in enumerate(sides):
+        blocks: dict[int, list[float]] = {}
+        for width in words.spaces(side.report).get(kind, []):
+            blocks.setdefault(width.block, []).append(width.kept / max(width.dim, 1))
+        points = [(float(b), v, v, v) for b, values in sorted(blocks.items()) for v in [fmean(values)]]
+        if points:
+            series.append(Series(side.name, _shade(n, sides), points))
+    title = words.kind_words(kind)
+    caption = el("figcaption", el("b", title), " · share of each block's width that is kept")
+    return el("figure", caption, study_charts.layers(f"Widths of the {title}", series))

@@ -1,0 +1,172 @@
+"""The study: a recipe and what varies in it, read from YAML so that every mistake is told with its line."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .complaints import validate
+from .errors import InputError
+from .overrides import assign, override
+from .parts import Part, Words
+from .recipe import Recipe, recipe_of
+from .study_factors import Alternative, Factor, Label, read_factor, read_searched
+from .yaml_text import Located, parse_mapping, read_text, show
+
+MAX_RUNS = 1000
+
+
+class Search(Part):
+    """Trials that are chosen by what those before them gave."""
+
+    over: dict[str, Any]  # keys with lists of values or ranges, as in {seed: {low: 0, high: 9}}
+    trials: Annotated[int, Field(ge=1, le=MAX_RUNS)] = 32  # how many runs
+    sampler: Literal["tpe", "nsga2"] = "tpe"  # tpe (a model of what was good) or nsga2 (evolution of a front)
+    minimize: Words = ("perplexity", "parameters")  # columns of the results
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0  # the seed of the sampler
+    prune: bool = False  # whether runs stop that are worse than the median early, true or false
+
+
+class StudyFile(Part):
+    """What a study's file holds."""
+
+    base: Any  # a recipe, or the path of one beside the study's file
+    set: dict[str, Any] = Field(
+        default_factory=dict
+    )  # keys of the recipe that all runs have otherwise, as in {order: oneshot}
+    grid: dict[str, Any] = Field(
+        default_factory=dict
+    )  # keys of which all combinations are run, as in {seed: [0, 1]}
+    zip: dict[str, Any] = Field(default_factory=dict)  # keys that vary together, one value of each a run
+    search: Search | None = None  # in place of all being run, as in {over: {seed: [0, 1]}, trials: 2}
+    x: str | None = None  # the key or column along the curves' x axis
+    speed: bool = False  # whether tokens per second are measured too, true or false
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One run of a study: what it has of each factor, and its recipe."""
+
+    varied: Mapping[str, Label]
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Study:
+    """A base recipe and what varies, checked."""
+
+    name: str
+    base: Located
+    grid: tuple[Factor, ...]
+    zipped: tuple[Factor, ...]
+    searched: tuple[Factor, ...]
+    options: StudyFile
+    where: str
+
+    @property
+    def factors(self) -> list[str]:
+        return [f.name for f in (*self.grid, *self.zipped, *self.searched)]
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """Factors by as much of their ends as tells them apart, for tables."""
+        ends = {f: [".".join(f.split(".")[-n:]) for n in range(1, f.count(".") + 2)] for f in self.factors}
+        return {
+            f: next((e for e in found if sum(e in other for other in ends.values()) == 1), f)
+            for f, found in ends.items()
+        }
+
+    def variant(self, chosen: Mapping[str, Alternative]) -> Variant:
+        """The run that has these alternatives of the factors. Raises InputError at the line of what cannot be."""
+        tree = copy.deepcopy(self.base)
+        for alternative in chosen.values():
+            for path, value in alternative.values:
+                assign(tree, path, copy.deepcopy(value), value.where)
+        return Variant({name: a.label for name, a in chosen.items()}, recipe_of(tree))
+
+    def choices(self) -> Iterator[dict[str, Alternative]]:
+        """All combinations of the grid, each with every item of the zipped lists."""
+        rows = list(zip(*(f.alternatives for f in self.zipped), strict=True)) or [()]
+        names = [f.name for f in (*self.grid, *self.zipped)]
+        for chosen in itertools.product(*(f.alternatives for f in self.grid)):
+            for row in rows:
+                yield dict(zip(names, (*chosen, *row), strict=True))
+
+    def variants(self) -> list[Variant]:
+        """All runs of a study that is no search, in the order of its file."""
+        return [self.variant(chosen) for chosen in self.choices()]
+
+
+def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
+    """Read a study from a file; ``key=value`` overrides change its base recipe. Raises InputError."""
+    path = Path(path)
+    root = parse_mapping(read_text(path, "study"), str(path), "study", "`base` and `grid`")
+    options = validate(StudyFile, root)
+    base = _base(root, path)
+    for key, value in _entries(root.child("set")):
+        assign(base, key.split("."), value, value.where)
+    for assignment in overrides:
+        override(base, assignment)
+    search = root.child("search")
+    grid, zipped = (tuple(map(read_factor, *_columns(root.child(key)))) for key in ("grid", "zip"))
+    searched = tuple(map(read_searched, *_columns(search.child("over") if search else None)))
+    study = Study(path.stem, base, grid, zipped, searched, options, str(path))
+    _check(study, root)
+    return study
+
+
+def _check(study: Study, root: Located) -> None:
+    names = study.factors
+    if twice := next((n for i, n in enumerate(names) if n in names[:i]), None):
+        raise InputError(f"{study.where}: '{twice}' varies twice. Let each key vary in one place.")
+    if study.searched and (study.grid or study.zipped):
+        raise InputError(
+            f"{study.where}: a study is a grid or a search. Move `grid` and `zip` into `search.over`, or remove one."
+        )
+    lengths = {f.name: len(f.alternatives) for f in study.zipped}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"'{name}' has {n}" for name, n in lengths.items())
+        node = root.child("zip")
+        raise InputError(
+            f"{node.where if node else study.where}: lists of different lengths: {told}. Zipped keys need one value "
+            "each a run; use `grid` for all combinations."
+        )
+    count = len(list(itertools.islice(study.choices(), MAX_RUNS + 1)))
+    if count > MAX_RUNS:
+        raise InputError(f"{study.where}: more than {MAX_RUNS} runs. Vary less at a time, or use `search`.")
+    search = study.options.search
+    if search is not None and search.prune and search.minimize != ("perplexity",):
+        node = root.child("search")
+        raise InputError(
+            f"{node.where if node else study.where}: only a search that minimizes perplexity alone can be pruned. Write "
+            "`minimize: [perplexity]`, or remove `prune`."
+        )
+
+
+def _base(root: Located, path: Path) -> Located:
+    base = root.child("base")
+    assert base is not None
+    if isinstance(base.value, dict):
+        return base
+    if not isinstance(base.value, str):
+        raise InputError(f"{base.where}: base: got {show(base.plain())}; write a recipe, or the path of one.")
+    file = path.parent / base.value
+    try:
+        return parse_mapping(read_text(file), str(file), "recipe", "`model` and `steps`")
+    except InputError as e:
+        raise InputError(f"{base.where}: base: {e}") from None
+
+
+def _entries(node: Located | None) -> list[tuple[str, Located]]:
+    return list(node.value.items()) if node is not None and isinstance(node.value, dict) else []
+
+
+def _columns(node: Located | None) -> tuple[list[str], list[Located]]:
+    found = _entries(node)
+    return [key for key, _ in found], [value for _, value in found]

@@ -1,0 +1,176 @@
+"""The charts of a study as inline SVG: points over two costs, curves with bands, heat maps by layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from xml.etree.ElementTree import Element
+
+from .report_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, axes, el, rect, svg, text
+
+LOG_FROM = 8  # values whose largest is so many times the least stand on a logarithmic axis
+CELL, NAMES = 13, 150  # of a heat map: the height of a row, and how much of its width the names take
+
+STYLE = """
+.point { fill: var(--shade); } .point.best { stroke: var(--ink); stroke-width: 1.5; }
+.front { fill: none; stroke: var(--soft); stroke-dasharray: 3 3; }
+.thick { stroke-width: 1.7; } .band { fill: var(--shade); opacity: .18; }
+.heat { fill: color-mix(in oklab, var(--kept) calc(var(--v) * 100%), var(--whole)); }
+.keys { display: flex; flex-wrap: wrap; gap: 4px 14px; }
+.key { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 5px; background: var(--shade); }
+th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--kept); }
+th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
+a { color: var(--kept); } tr.best th { font-weight: 650; }
+details { border-top: 1px solid var(--line); padding: 8px 0; } pre:target { outline: 2px solid var(--kept); }
+"""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run in a plot: ``shade`` (0 to 1) is its series, ``best`` whether it lies on the front."""
+
+    key: str
+    said: str
+    x: float
+    y: float
+    shade: float
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """One curve: of each x the least, the mean and the largest y over the seeds."""
+
+    name: str
+    shade: float
+    points: Sequence[tuple[float, float, float, float]]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The y axis of a plot, logarithmic where values differ much."""
+
+    scale: Scale
+    log: bool
+
+    def __call__(self, value: float) -> float:
+        return self.scale(math.log10(value) if self.log else value)
+
+    @classmethod
+    def over(cls, values: Sequence[float]) -> Axis:
+        low, high = min(values), max(values)
+        log = low > 0 and high / low > LOG_FROM
+        low, high = (math.log10(low), math.log10(high)) if log else (low, high)
+        room = 0.06 * (high - low) or abs(high) * 0.05 or 1.0
+        return cls(Scale(low - room, high + room, HEIGHT - BOTTOM, TOP), log)
+
+    @property
+    def ticks(self) -> dict[float, str]:
+        if not self.log:
+            return ticks(self.scale.low, self.scale.high)
+        decades = range(math.floor(self.scale.low), math.ceil(self.scale.high) + 1)
+        steps = (1, 2, 5) if len(decades) <= 4 else (1,)
+        marks = [m * 10.0**n for n in decades for m in steps]
+        return {m: f"{m:g}" for m in marks if self.scale.low <= math.log10(m) <= self.scale.high}
+
+
+def ticks(low: float, high: float, most: int = 6) -> dict[float, str]:
+    """Round numbers between two bounds, with short labels."""
+    step = 10.0 ** math.floor(math.log10((high - low) / most))
+    step = next(step * m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= most)
+    first = math.ceil(low / step - 1e-9)
+    values = [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]
+    return {v: _short(v, step) for v in values}
+
+
+def _short(value: float, step: float) -> str:
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 10 * size or (abs(value) >= size and step >= size / 100):
+            return f"{value / size:.4g}{unit}"
+    return f"{value:.6g}" if abs(value) < 1e5 else f"{value:.3g}"
+
+
+def _across(values: Sequence[float]) -> Scale:
+    low, high = min(values), max(values)
+    room = 0.05 * (high - low) or abs(high) * 0.05 or 1.0
+    return Scale(low - room, high + room, LEFT, WIDTH - RIGHT)
+
+
+def scatter(title: str, points: Sequence[Point], across: str) -> Element:
+    """Points that lead to their runs; those on the front are joined and ringed."""
+    x, y = _across([p.x for p in points]), Axis.over([p.y for p in points])
+    marks = list(axes(x, y.scale, ticks(x.low, x.high), _placed(y), across))
+    best = sorted((p for p in points if p.best), key=lambda p: p.x)
+    if len(best) > 1:
+        path = "M" + "L".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in best)
+        marks.append(el("path", d=path, class_="front"))
+    for p in sorted(points, key=lambda p: p.best):
+        place = {"cx": f"{x(p.x):.1f}", "cy": f"{y(p.y):.1f}", "r": "4.5" if p.best else "3.5"}
+        dot = el("circle", el("title", p.said), **place, class_="point best" if p.best else "point")
+        marks.append(el("a", dot, href=f"#recipe-{p.key}", style=f"--t:{p.shade:.3f}", aria_label=p.said))
+    return svg(title, f"{len(points)} runs, {len(best)} on the front", HEIGHT, *marks)
+
+
+def _placed(y: Axis) -> dict[float, str]:
+    """Labels by where they stand on the scale that the axes draw on."""
+    return {(math.log10(v) if y.log else v): said for v, said in y.ticks.items()}
+
+
+def curves(title: str, series: Sequence[Series], across: str) -> Element:
+    """Means as lines, what lies between the seeds as bands."""
+    every = [p for s in series for p in s.points]
+    x, y = _across([p[0] for p in every]), Axis.over([v for p in every for v in p[1:]])
+    xs = {p[0]: f"{p[0]:g}" for p in every}
+    marks = list(axes(x, y.scale, xs if len(xs) <= 8 else ticks(x.low, x.high), _placed(y), across))
+    for s in series:
+        lows = [f"{x(a):.1f},{y(low):.1f}" for a, low, _, _ in s.points]
+        highs = [f"{x(a):.1f},{y(high):.1f}" for a, _, _, high in s.points]
+        means = [(x(a), y(mean)) for a, _, mean, _ in s.points]
+        drawn = [el("title", s.name)]
+        if lows != highs:
+            drawn.append(el("path", d="M" + "L".join([*lows, *reversed(highs)]) + "Z", class_="band"))
+        drawn.append(el("path", d="M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in means), class_="curve thick"))
+        drawn += [el("circle", cx=f"{a:.1f}", cy=f"{b:.1f}", r="2.6", class_="point") for a, b in means]
+        marks.append(el("g", *drawn, style=f"--t:{s.shade:.3f}"))
+    return svg(title, "; ".join(s.name for s in series), HEIGHT, *marks)
+
+
+def heat(title: str, names: Sequence[str], rows: Sequence[Sequence[float | None]], unit: str) -> Element:
+    """Rows of values from 0 to 1, one a layer, from left to right; what is not known is left empty."""
+    layers = max(len(r) for r in rows)
+    x = Scale(0, layers, NAMES, WIDTH - 4)
+    marks = []
+    for n, (name, values) in enumerate(zip(names, rows, strict=True)):
+        top = n * CELL
+        marks.append(text(NAMES - 6, top + CELL - 3.5, name if len(name) <= 26 else name[:25] + "…", "end"))
+        for layer, value in enumerate(values):
+            if value is not None:
+                box = rect(x(layer), top, x(1) - x(0) - 0.4, CELL - 1, "heat")
+                box.set("style", f"--v:{min(max(value, 0.0), 1.0):.3f}")
+                box.append(el("title", f"{name}, block {layer}: {value:.3g} {unit}"))
+                marks.append(box)
+    bottom = len(rows) * CELL + 13
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 10**6) if layers <= 10 * s)
+    marks += [text(x(n + 0.5), bottom, str(n)) for n in range(0, layers, step)]
+    return svg(title, f"{len(rows)} rows of {layers} blocks", bottom + 6, *marks)
+
+
+def layers(title: str, series: Sequence[Series]) -> Element:
+    """A value by layer, one line a run."""
+    every = [p for s in series for p in s.points]
+    x = Scale(0, max(*(p[0] for p in every), 1), LEFT, WIDTH - RIGHT)
+    y = Scale(0, max(*(p[2] for p in every), 1), HEIGHT - BOTTOM, TOP)
+    marks = list(axes(x, y, ticks(0, x.high), ticks(0, y.high), "block"))
+    for s in series:
+        path = "M" + "L".join(f"{x(a):.1f},{y(b):.1f}" for a, _, b, _ in s.points)
+        marks.append(
+            el("g", el("title", s.name), el("path", d=path, class_="curve thick"), style=f"--t:{s.shade:.3f}")
+        )
+    return svg(title, "; ".join(s.name for s in series), HEIGHT, *marks)
+
+
+def legend(series: Sequence[tuple[str, float]]) -> Element:
+    """The names of series beside their colours."""
+    items = (el("span", el("i", style=f"--t:{shade:.3f}", class_="key"), name) for name, shade in series)
+    return el("p", *items, class_="legend keys")

@@ -1,0 +1,239 @@
+"""What a study found, on one HTML page that loads nothing: front, curves, heat maps, a table to sort, recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any
+from xml.etree.ElementTree import Element
+
+from . import report_charts as charts
+from . import report_words as words
+from . import study_charts
+from . import study_table as tables
+from .report_charts import el
+from .study import Study
+from .study_charts import Point, Series
+from .study_table import DONE, Row
+
+Reports = Mapping[str, Mapping[str, Any]]
+Spectra = Mapping[str, Mapping[str, Sequence[float]]]
+HEAT_ROWS = 48  # the most that one heat map shows
+
+SCRIPT = """
+for (const button of document.querySelectorAll('th button')) {
+  button.addEventListener('click', () => {
+    const head = button.closest('th'), table = head.closest('table'), body = table.tBodies[0];
+    const column = [...head.parentNode.children].indexOf(head);
+    const down = head.getAttribute('aria-sort') === 'ascending';
+    for (const other of head.parentNode.children) other.removeAttribute('aria-sort');
+    head.setAttribute('aria-sort', down ? 'descending' : 'ascending');
+    const value = row => row.children[column].dataset.v ?? '';
+    const compare = (a, b) => {
+      const x = value(a), y = value(b);
+      if (x === '' || y === '') return (x === '') - (y === '');
+      const known = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
+      return down ? -known : known;
+    };
+    for (const row of [...body.rows].sort(compare)) body.append(row);
+  });
+}
+const open = () => {
+  const found = location.hash && document.getElementById(location.hash.slice(1));
+  if (found && found.closest('details')) { found.closest('details').open = true; found.scrollIntoView(); }
+};
+addEventListener('hashchange', open);
+open();
+"""
+
+
+def page(
+    study: Study, rows: Sequence[Row], reports: Reports, spectra: Spectra, recipes: Mapping[str, str]
+) -> str:
+    """One HTML file that holds everything it shows."""
+    done = [r for r in rows if r["status"] == DONE]
+    axis = tables.cost_axis(done)
+    best = tables.front(done, (axis, "perplexity"))
+    shades = _shades(study, done)
+    body = [
+        el("p", "Ablation study · invariance", class_="soft"),
+        el("h1", study.name),
+        el("p", _summary(study, rows, best)),
+        *_front(study, done, best, axis, shades),
+        *_curves(study, done, shades),
+        *_table(study, rows, best),
+        *_layers(study, done, best, reports, spectra, shades),
+        *_recipes(study, done, recipes),
+    ]
+    return charts.document(f"{study.name} · invariance", *body, script=SCRIPT, style=study_charts.STYLE)
+
+
+def _summary(study: Study, rows: Sequence[Row], best: set[str]) -> str:
+    counts = {s: sum(r["status"] == s for r in rows) for s in dict.fromkeys(r["status"] for r in rows)}
+    said = ", ".join(f"{n} {status}" for status, n in counts.items()) or "none"
+    return f"What varies: {', '.join(study.factors)}. Runs: {said}. {len({r['run'] for r in rows} & best)} lie on the front."
+
+
+def _series_name(study: Study, r: Row, without: Sequence[str] = ()) -> str:
+    """What a run has of the factors, seeds and the curves' x left out."""
+    left = [str(r[f]) for f in study.factors if f != "seed" and f not in without and f in r]
+    return " · ".join(left) or "all"
+
+
+def _x(study: Study, done: Sequence[Row]) -> str | None:
+    """What the curves run over: the study's `x`, or the factor with the most numbers."""
+    if study.options.x is not None:
+        return study.options.x
+    counts = {}
+    for f in study.factors:
+        values = {r.get(f) for r in done}
+        if (
+            f != "seed"
+            and values
+            and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+        ):
+            counts[f] = len(values)
+    return max(counts, key=lambda f: counts[f]) if counts and max(counts.values()) > 1 else None
+
+
+def _shades(study: Study, done: Sequence[Row]) -> dict[str, float]:
+    """Series → its place on the scale of colours."""
+    x = _x(study, done)
+    names = list(dict.fromkeys(_series_name(study, r, [x] if x else []) for r in done))
+    return {name: n / max(len(names) - 1, 1) for n, name in enumerate(names)}
+
+
+def _front(
+    study: Study, done: Sequence[Row], best: set[str], axis: str, shades: Mapping[str, float]
+) -> list[Element]:
+    x = _x(study, done)
+    points = [
+        Point(r["run"], f"{_series_name(study, r)}: {tables.cell(axis, r[axis])} {axis}, perplexity {r['perplexity']:.2f}",
+              r[axis], r["perplexity"], shades[_series_name(study, r, [x] if x else [])], r["run"] in best)
+        for r in done if r.get("perplexity") is not None
+    ]  # fmt: skip
+    if not points:
+        return [el("h2", "Cost and loss"), el("p", "No run was measured.", class_="soft")]
+    drawn = study_charts.scatter(f"Perplexity over {axis}", points, axis.replace("_", " "))
+    caption = el(
+        "figcaption", el("b", "Perplexity"), f" over {axis.replace('_', ' ')}; a point leads to its recipe"
+    )
+    return [
+        el("h2", "Cost and loss"),
+        el("figure", caption, drawn),
+        study_charts.legend(list(shades.items())),
+    ]
+
+
+def _curves(study: Study, done: Sequence[Row], shades: Mapping[str, float]) -> list[Element]:
+    x = _x(study, done)
+    if x is None:
+        return []
+    groups: dict[str, dict[float, list[float]]] = {}
+    for r in done:
+        if r.get("perplexity") is not None and isinstance(r.get(x), int | float):
+            groups.setdefault(_series_name(study, r, [x]), {}).setdefault(r[x], []).append(r["perplexity"])
+    series = [
+        Series(
+            name, shades.get(name, 0.0), [(a, min(ys), fmean(ys), max(ys)) for a, ys in sorted(found.items())]
+        )
+        for name, found in groups.items()
+    ]
+    if not series:
+        return []
+    caption = el("figcaption", el("b", "Perplexity"), f" over {x}; bands span the seeds")
+    drawn = study_charts.curves(f"Perplexity over {x}", series, x)
+    return [el("h2", "Curves"), el("figure", caption, drawn), study_charts.legend(list(shades.items()))]
+
+
+def _table(study: Study, rows: Sequence[Row], best: set[str]) -> list[Element]:
+    names = [*study.factors, *tables.shown(rows), "status"]
+    titles = [study.titles.get(n, n.replace("_", " ")) for n in names]
+    button = [
+        el("th", el("button", t, type="button", title=n), scope="col")
+        for n, t in zip(names, titles, strict=True)
+    ]
+    body = []
+    for r in rows:
+        link = (
+            el("a", str(r.get(names[0])), href=f"#recipe-{r['run']}")
+            if r["status"] == DONE
+            else str(r.get(names[0]))
+        )
+        first = el("th", link, scope="row", data_v=_sortable(r.get(names[0])))
+        cells = [el("td", tables.cell(n, r.get(n)), data_v=_sortable(r.get(n))) for n in names[1:-1]]
+        status = el("td", r["status"], title=r.get("reason"), data_v=r["status"])
+        body.append(el("tr", first, *cells, status, class_="best" if r["run"] in best else None))
+    whole = el("table", el("caption", "Every run; a heading sorts, a name leads to its recipe."),
+               el("thead", el("tr", *button)), el("tbody", *body), id="runs")  # fmt: skip
+    failed = [
+        el("p", f"{_series_name(study, r)}: {r['reason']}", class_="soft") for r in rows if r.get("reason")
+    ]
+    return [el("h2", "Runs"), el("div", whole, class_="scroll"), *failed]
+
+
+def _sortable(value: Any) -> str:
+    return "" if value is None else str(value)
+
+
+def _layers(study: Study, done: Sequence[Row], best: set[str], reports: Reports, spectra: Spectra,
+            shades: Mapping[str, float]) -> list[Element]:  # fmt: skip
+    """Widths and lost energies by layer, kind by kind, of every run that cut there."""
+    x = _x(study, done)
+    figures = []
+    kinds = list(dict.fromkeys(k for r in done for k in words.spaces(reports[r["run"]])))
+    for kind in kinds:
+        names, kept, lost, lines = [], [], [], []
+        for r in {r["run"]: r for r in done}.values():
+            widths = words.spaces(reports[r["run"]]).get(kind, [])
+            if all(w.kept == w.dim for w in widths):
+                continue
+            names.append(_series_name(study, r))
+            share = by_block({w.name: w.kept / max(w.dim, 1) for w in widths})
+            kept.append(share)
+            lost.append(by_block(energy_lost(spectra[r["run"]], {w.name: w.kept for w in widths})))
+            if r["run"] in best:
+                points = [(float(n), v, v, v) for n, v in enumerate(share) if v is not None]
+                lines.append(Series(names[-1], shades[_series_name(study, r, [x] if x else [])], points))
+        title = words.kind_words(kind)
+        if lines:
+            figures.append(_figure(title, "share of each block's width that is kept, runs on the front",
+                                   study_charts.layers(f"Widths of the {title}", lines)))  # fmt: skip
+        for said, rows in (("width kept", kept), ("energy cut", lost)):
+            if any(v is not None for found in rows for v in found):
+                drawn = study_charts.heat(
+                    f"{said}, {title}", names[:HEAT_ROWS], rows[:HEAT_ROWS], f"of the {said.split()[0]}"
+                )
+                figures.append(_figure(title, f"{said} by block (across) and run (down), as a share", drawn))
+    return [el("h2", "Layer by layer"), el("div", *figures, class_="charts")] if figures else []
+
+
+def _figure(kind: str, caption: str, drawn: Element) -> Element:
+    return el("figure", el("figcaption", el("b", kind), f" · {caption}"), drawn)
+
+
+def by_block(values: Mapping[str, float]) -> list[float | None]:
+    """The mean of spaces' values in each block."""
+    found: dict[int, list[float]] = {}
+    for name, value in values.items():
+        found.setdefault(words.block(name), []).append(value)
+    return [fmean(found[n]) if n in found else None for n in range(max(found, default=-1) + 1)]
+
+
+def energy_lost(spectra: Mapping[str, Sequence[float]], widths: Mapping[str, int]) -> dict[str, float]:
+    """The share of each basis's energy that lies beyond its cut; bases whose energies say nothing are left out."""
+    found = {}
+    for name, energies in spectra.items():
+        whole = sum(energies)
+        if name in widths and widths[name] < len(energies) and whole > 0 and len(set(energies)) > 1:
+            found[name] = sum(energies[widths[name] :]) / whole
+    return found
+
+
+def _recipes(study: Study, done: Sequence[Row], recipes: Mapping[str, str]) -> list[Element]:
+    found = []
+    for r in {r["run"]: r for r in done}.values():
+        command = f"invariance run runs/{r['run']}/recipe.yaml --output again"
+        text = el("pre", f"# {command}\n{recipes[r['run']]}", id=f"recipe-{r['run']}", tabindex=0)
+        found.append(el("details", el("summary", f"{_series_name(study, r)} ({r['run']})"), text))
+    return [el("h2", "Recipes"), *found]

@@ -1,0 +1,185 @@
+"""Searches over recipes: Optuna proposes the runs, its storage remembers them, and the study keeps their results."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .ablate import Ablation
+from .errors import InputError, did_you_mean
+from .runners import Runner
+from .study import Variant
+from .study_factors import Alternative, Factor
+from .study_job import PRUNED, carry_out
+from .study_plan import Job, preparations
+from .walk import Progress
+
+STORAGE = "search.db"
+FIRST = 8  # trials that are drawn at random before the sampler has an opinion
+
+
+def search(ablation: Ablation, runner: Runner, workers: int, progress: Progress) -> None:
+    """Carry out trials until there are as many as the study asks for; those of an earlier call count.
+
+    The sampler's seed follows from how many trials there were, so a search that was interrupted goes on as if it had not been.
+    """
+    optuna = _optuna()
+    asked = ablation.study.options.search
+    assert asked is not None
+    if asked.prune and workers > 1:
+        raise InputError(
+            f"{ablation.study.where}: a search that prunes runs one trial at a time. Leave out --workers."
+        )
+    ablation.output.mkdir(parents=True, exist_ok=True)
+    found = optuna.create_study(
+        storage=f"sqlite:///{ablation.output / STORAGE}", study_name=ablation.study.name, load_if_exists=True,
+        directions=["minimize"] * len(asked.minimize), pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
+    )  # fmt: skip
+    states = optuna.trial.TrialState
+    for trial in found.get_trials(deepcopy=False, states=(states.RUNNING,)):  # of a process that was killed
+        found.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+        found.tell(trial.number, state=states.FAIL)
+    _restore(ablation, found, states)
+    prepared: set[str] = set()
+    while (left := asked.trials - _counted(found, states)) > 0:
+        trials = []
+        for n in range(min(workers, left)):
+            number = _counted(found, states) + n  # not the trial's own, which those given back have raised
+            found.sampler = _sampler(optuna, asked, number)
+            trials.append(found.ask())
+        jobs = [_job(ablation, trial) for trial in trials]
+        missing = {job.key for job in ablation.missing}
+        if new := [j for j in jobs if j is not None and j.key in missing and j.calibration not in prepared]:
+            list(runner(preparations(new)))
+            prepared |= {job.calibration for job in new}
+        _measure(ablation, list(zip(trials, jobs, strict=True)), runner, found, states, progress)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError:
+        raise InputError(
+            "a search needs the package optuna. Run `pip install 'invariance[search]'`."
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def _sampler(optuna: Any, asked: Any, number: int) -> Any:
+    if asked.sampler == "nsga2":
+        return optuna.samplers.NSGAIISampler(
+            seed=asked.seed + number, population_size=max(min(asked.trials // 4, 50), 4)
+        )
+    return optuna.samplers.TPESampler(seed=asked.seed + number, n_startup_trials=FIRST)
+
+
+def _counted(found: Any, states: Any) -> int:
+    """Trials that are over, one way or another; those of a killed process were given back."""
+    again = sum(t.state is states.FAIL and "reason" not in t.user_attrs for t in found.trials)
+    return len([t for t in found.trials if t.state.is_finished()]) - again
+
+
+def _restore(ablation: Ablation, found: Any, states: Any) -> None:
+    """The runs of earlier trials, as rows of the results."""
+    for trial in found.trials:
+        if trial.state.is_finished() and "run" in trial.user_attrs:
+            variant = ablation.study.variant(_chosen(ablation.study.searched, trial.params))
+            _add(ablation, ablation.planner.job([variant]), variant)
+            if reason := trial.user_attrs.get("reason"):
+                ablation.failures[trial.user_attrs["run"]] = reason
+
+
+def _add(ablation: Ablation, job: Job, variant: Variant) -> None:
+    if job.key not in {other.key for other in ablation.jobs}:
+        ablation.variants.append(variant)
+        ablation.jobs.append(job)
+
+
+def _suggest(trial: Any, factor: Factor) -> None:
+    if factor.range is None:
+        trial.suggest_categorical(factor.name, [str(a.label) for a in factor.alternatives])
+    elif factor.range.whole:
+        step = int(factor.range.step or 1)
+        trial.suggest_int(
+            factor.name, int(factor.range.low), int(factor.range.high), step=step, log=factor.range.log
+        )
+    else:
+        trial.suggest_float(
+            factor.name, factor.range.low, factor.range.high, step=factor.range.step, log=factor.range.log
+        )
+
+
+def _chosen(factors: Sequence[Factor], params: dict[str, Any]) -> dict[str, Alternative]:
+    return {
+        f.name: f.at(params[f.name])
+        if f.range
+        else next(a for a in f.alternatives if str(a.label) == params[f.name])
+        for f in factors
+    }
+
+
+def _job(ablation: Ablation, trial: Any) -> Job | None:
+    """The run of a trial, or None where its recipe cannot be; the study learns of it either way."""
+    for factor in ablation.study.searched:
+        _suggest(trial, factor)
+    try:
+        variant = ablation.study.variant(_chosen(ablation.study.searched, trial.params))
+        job = ablation.planner.job([variant])
+    except InputError as e:  # not all that a search proposes can be run: a budget that no widths meet
+        trial.set_user_attr("reason", str(e))
+        ablation.tell(f"trial {trial.number}: {e}")
+        return None
+    trial.set_user_attr("run", job.key)
+    _add(ablation, job, variant)
+    return job
+
+
+def _measure(ablation: Ablation, pairs: list[tuple[Any, Job | None]], runner: Runner, found: Any, states: Any,
+             progress: Progress) -> None:  # fmt: skip
+    missing = {job.key for job in ablation.missing}
+    wanted = {job.key: job for _, job in pairs if job is not None and job.key in missing}
+    asked = ablation.study.options.search
+    assert asked is not None
+    if asked.prune:
+        (trial, _), *_ = pairs
+        answers = [
+            carry_out(job.request, ablation.setting, progress, _judge(trial)) for job in wanted.values()
+        ]
+    else:
+        answers = list(runner([job.request for job in wanted.values()]))
+    for answer in answers:
+        ablation.keep(wanted[answer.request.name], answer, f"trial {pairs[0][0].number}")
+    for trial, job in pairs:
+        values = None if job is None else _values(ablation, job, asked.minimize)
+        if values is None:
+            reason = trial.user_attrs.get("reason") or (job and ablation.failures.get(job.key)) or "no values"
+            trial.set_user_attr("reason", reason)
+            pruned = reason.startswith(PRUNED)
+            found.tell(trial, state=states.PRUNED if pruned else states.FAIL)
+        else:
+            found.tell(trial, values)
+
+
+def _judge(trial: Any) -> Callable[[float], bool]:
+    def judge(value: float) -> bool:
+        trial.report(value, 1)
+        return bool(trial.should_prune())
+
+    return judge
+
+
+def _values(ablation: Ablation, job: Job, names: Sequence[str]) -> list[float] | None:
+    """What the search minimizes, of a run that is done and measured."""
+    found = next(r for r in ablation.rows() if r["run"] == job.key)
+    if found["status"] != "done":
+        return None
+    if unknown := [n for n in names if n not in found]:
+        numbers = [n for n, v in found.items() if isinstance(v, int | float)]
+        raise InputError(
+            f"{ablation.study.where}: search.minimize: no column of the results is called '{unknown[0]}'"
+            f"{did_you_mean(unknown[0], numbers)}"
+        )
+    values = [found[n] for n in names]
+    return None if any(v is None or not math.isfinite(v) for v in values) else [float(v) for v in values]

@@ -1,0 +1,147 @@
+"""The results of a study: one tidy row a run, the Pareto front, files for programs and a table for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+from rich.table import Table
+from rich.text import Text
+
+from . import report_words as words
+from .files import replacing
+
+Row = dict[str, Any]
+DONE, FAILED, PRUNED, WAITING = "done", "failed", "pruned", "not run"
+COSTS = ("parameters", "flops", "kv_bytes")
+SHOWN = (
+    "parameters",
+    "flops",
+    "kv_bytes",
+    "perplexity",
+    "ratio",
+    "predicted_loss",
+    "measured_loss",
+    "seconds",
+)
+
+
+def row(
+    key: str, varied: Mapping[str, Any], report: Mapping[str, Any] | None, status: str, reason: str = ""
+) -> Row:
+    """The row of a run; what is not known is None."""
+    found: Row = {"run": key, **varied, "status": status, "reason": reason or None}
+    if report is None:
+        return found
+    found |= {"model": report["model"]["name"], "stock": report["model"]["stock"]}
+    for name, section in zip(COSTS, ("parameters", "flops_per_token", "kv_bytes_per_token"), strict=True):
+        for side in ("sliced", "dense"):
+            value = report[section][side]
+            found[name + ("" if side == "sliced" else "_dense")] = (
+                value["total"] if name == "parameters" else value
+            )
+    for part in ("embedding", "blocks", "shortcuts", "head"):
+        found[f"parameters_{part}"] = report["parameters"]["sliced"][part]
+    for n, (name, values) in enumerate(report["perplexity"].items()):
+        best = values["sliced"] if values.get("recovered") is None else values["recovered"]
+        if not n:
+            found |= {
+                "perplexity": best,
+                "ratio": best / values["dense"] if best and values["dense"] else None,
+            }
+        found |= {f"perplexity.{name}.{side}": values.get(side) for side in ("dense", "sliced", "recovered")}
+    found |= {
+        f"{kind}_loss": report["predicted"][source]
+        for kind, source in (("predicted", "loss"), ("measured", "measured"))
+    }
+    rate = report["tokens_per_second"]["sliced"]
+    found |= {
+        "seconds_per_token": 1 / rate if rate else None,
+        "exactness": report["exactness"]["relative_error"],
+    }
+    found["seconds"] = round(sum(report["seconds"].values()), 3)
+    found |= {f"seconds.{step}": value for step, value in report["seconds"].items()}
+    return found | {f"version.{name}": value for name, value in report["versions"].items()}
+
+
+def front(rows: Sequence[Row], by: tuple[str, str]) -> set[str]:
+    """The runs that no other beats: none is at most as large in both columns, and smaller in one."""
+    known = [
+        (r[by[0]], r[by[1]], r["run"]) for r in rows if r.get(by[0]) is not None and r.get(by[1]) is not None
+    ]
+    return {
+        run for x, y, run in known
+        if not any(a <= x and b <= y and (a < x or b < y) for a, b, _ in known)
+    }  # fmt: skip
+
+
+def cost_axis(rows: Sequence[Row]) -> str:
+    """The cost that tells the runs apart: parameters, unless all have the same."""
+    return next((c for c in COSTS if len({r.get(c) for r in rows if r.get(c) is not None}) > 1), COSTS[0])
+
+
+def columns(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for found in rows for name in found))
+
+
+def arrow(rows: Sequence[Row]) -> pyarrow.Table:
+    """The rows as one table; a column whose values are of several kinds becomes words."""
+    found = {}
+    for name in columns(rows):
+        values = [r.get(name) for r in rows]
+        kinds = {type(v) for v in values if v is not None}
+        mixed = len(kinds) > 1 and kinds != {int, float}
+        found[name] = [None if v is None else str(v) for v in values] if mixed else values
+        if kinds == {int, float}:
+            found[name] = [None if v is None else float(v) for v in values]
+    return pyarrow.table(found)
+
+
+def write(folder: Path, rows: Sequence[Row]) -> None:
+    """results.parquet and results.csv, each under a temporary name first."""
+    table = arrow(rows)
+    with replacing(folder / "results.parquet") as path:
+        pyarrow.parquet.write_table(table, path)
+    with replacing(folder / "results.csv") as path:
+        pyarrow.csv.write_csv(table, path)
+
+
+def cell(name: str, value: Any) -> str:
+    """A value as the tables show it."""
+    if value is None:
+        return words.NONE
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if name in ("parameters", "flops"):
+        return words.count(value)
+    if name == "kv_bytes":
+        return words.size(value)
+    if name == "seconds_per_token":
+        return f"{1000 * value:.3g} ms"
+    return words.plain(value) if isinstance(value, float) else f"{value:,}"
+
+
+def shown(rows: Sequence[Row]) -> list[str]:
+    """The columns that are worth a reader's time: those that some run has, and not all the same cost."""
+    known = [name for name in (*SHOWN, "seconds_per_token") if any(r.get(name) is not None for r in rows)]
+    return [n for n in known if n not in COSTS[1:] or len({r.get(n) for r in rows}) > 1]
+
+
+def terminal(name: str, factors: Mapping[str, str], rows: Sequence[Row]) -> Table:
+    """One line a run by falling cost, those on the Pareto front marked; ``factors`` have their titles."""
+    axis = cost_axis(rows)
+    best = front(rows, (axis, "perplexity"))
+    title = f"{name}: ● no other run has less {axis} and less perplexity"
+    table = Table("", *factors.values(), *(n.replace("_", " ") for n in shown(rows)), title=title)
+    for column in table.columns[1 + len(factors) :]:
+        column.justify = "right"
+    for r in sorted(rows, key=lambda r: (r["status"] != DONE, -(r.get(axis) or 0), r.get("perplexity") or 0)):
+        mark = "●" if r["run"] in best else "" if r["status"] == DONE else "✗"
+        cells = [Text(str(r.get(f))) for f in factors] + [Text(cell(n, r.get(n))) for n in shown(rows)]
+        style = "bold green" if r["run"] in best else "" if r["status"] == DONE else "dim"
+        table.add_row(mark, *cells, style=style)
+    return table

@@ -1,0 +1,75 @@
+"""Reports side by side: ratios to the first, widths that differ, texts of the same prompt."""
+
+# ruff: noqa: F401, F811 - a fixture is imported, and named by arguments
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from folders import invoke
+from test_report import NASTY, _Page, report
+
+
+@pytest.fixture
+def runs(tmp_path: Path, report: dict[str, Any]) -> list[Path]:
+    other = copy.deepcopy(report)
+    other["parameters"]["sliced"]["total"] //= 2
+    other["perplexity"]["sotu"] |= {"sliced": 157.5, "recovered": None}
+    other["widths"] |= {"mlp.3": 512, "mlp.4": 512}
+    other["samples"][0]["sliced"] = f" {NASTY}"
+    for name, found in (("a", report), ("b", other)):
+        (tmp_path / name / "run").mkdir(parents=True)
+        (tmp_path / name / "run" / "report.json").write_text(json.dumps(found))
+    return [tmp_path / name / "run" for name in "ab"]
+
+
+def test_numbers_widths_and_texts_stand_side_by_side(runs: list[Path]) -> None:
+    status, out, err = invoke("compare", *runs, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["runs"] == ["a/run", "b/run"]
+    first, second = found["numbers"]["parameters"]
+    assert second == first // 2
+    assert found["numbers"]["perplexity, sotu"] == [78.75, 157.5]
+    assert found["numbers"]["perplexity, sotu, recovered"] == [60.5, None]
+    assert found["widths"] == {"mlp": {"mlp.3": [1024, 512], "mlp.4": [1032, 512]}}
+    assert found["samples"] == {
+        "The people": {"dense": " have a history", "a/run": " have been", "b/run": f" {NASTY}"}
+    }
+
+
+def test_the_terminal_shows_ratios_to_the_first(runs: list[Path]) -> None:
+    status, out, _ = invoke("compare", runs[0] / "report.json", runs[1])
+    assert status == 0 and "157.50  2.00×" in out and "mlp.3" in out and "mlp.5" not in out and NASTY in out
+
+
+def test_the_page_holds_the_same_and_loads_nothing(runs: list[Path], tmp_path: Path) -> None:
+    assert invoke("compare", *runs, "--html", tmp_path / "both.html")[0] == 0
+    html = (tmp_path / "both.html").read_text()
+    assert "<script>" not in html and "default-src 'none'" in html
+    assert "157.50  2.00×" in _Page(html).text and NASTY in _Page(html).text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "Give the folder that `invariance run` wrote"),
+        ("{", "not valid JSON"),
+        ("{}", "no report of a run"),
+    ],
+)
+def test_what_is_no_report_is_refused(runs: list[Path], tmp_path: Path, text: str | None, said: str) -> None:
+    (tmp_path / "c").mkdir()
+    if text is not None:
+        (tmp_path / "c" / "report.json").write_text(text)
+    status, _, err = invoke("compare", runs[0], tmp_path / "c")
+    assert status == 2 and said in " ".join(err.split()) and "Traceback" not in err
+
+
+def test_one_run_has_nothing_to_be_compared_with(runs: list[Path]) -> None:
+    status, _, err = invoke("compare", runs[0])
+    assert status == 2 and "two or more" in err

@@ -1,0 +1,77 @@
+"""Searches: trials are proposed, remembered, resumed as if nothing had happened, and stopped early."""
+
+# ruff: noqa: F401, F811 - fixtures are imported, and named by arguments
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_ablate import BASE, ablate, no_model_in_memory, root
+
+from invariance import study_job, study_search
+
+optuna = pytest.importorskip("optuna")
+
+OVER = "over: {steps.0.select.uniform.width: {low: 8, high: 32}, steps.0.rotate: [pca, random_orthogonal]}"
+COLUMNS = ("steps.0.select.uniform.width", "steps.0.rotate", "run", "perplexity")
+
+
+def facts(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
+    return [tuple(r.get(c) for c in COLUMNS) for r in rows]
+
+
+def test_a_search_that_is_interrupted_goes_on_as_if_it_had_not_been(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"{BASE}search: {{{OVER}, trials: 6, sampler: tpe, seed: 3}}\n"
+    monkeypatch.setattr(study_search, "FIRST", 2)
+    whole, _ = ablate(root, text, "whole")
+    real, calls = study_job.Bench.run, []
+
+    def killed(self: Any, *args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):  # exit status 130
+        patch.setattr(study_job.Bench, "run", killed)
+        ablate(root, text, "parts")
+    rows, said = ablate(root, text, "parts")
+    assert facts(rows) == facts(whole)
+    assert said.count("perplexity ") == len({r["run"] for r in rows}) - 3
+    again, said = ablate(root, text, "parts")
+    assert facts(again) == facts(whole) and "perplexity " not in said
+
+
+def test_trials_whose_recipe_cannot_be_count_and_do_not_stop_the_search(root: Path) -> None:
+    text = (
+        BASE
+        + "search: {over: {steps.0.select.uniform.width: [24, 99]}, trials: 4, sampler: nsga2, minimize: [perplexity]}\n"
+    )
+    rows, said = ablate(root, text, "impossible")
+    assert [r["steps.0.select.uniform.width"] for r in rows] == [
+        24
+    ] and "width 99 is more than the 32 directions" in said
+
+
+def test_a_trial_that_is_worse_than_the_median_early_is_stopped(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([5.0] * 6 + [50.0] * 6)
+    real = study_job.perplexity
+    monkeypatch.setattr(study_job, "perplexity", lambda *args: next(values))
+    assert real is not study_job.perplexity
+    text = BASE + f"search: {{{OVER}, trials: 8, minimize: [perplexity], prune: true, seed: 1}}\n"
+    rows, _ = ablate(root, text, "pruned")
+    status = [r["status"] for r in rows]
+    assert "done" in status and "pruned" in status
+    assert all("stopped early: perplexity 50.00" in r["reason"] for r in rows if r["status"] == "pruned")
+
+
+def test_what_is_no_column_is_refused_with_the_nearest(root: Path) -> None:
+    text = BASE + f"search: {{{OVER}, trials: 1, minimize: [perplexty]}}\n"
+    with pytest.raises(AssertionError, match="did you mean 'perplexity'"):
+        ablate(root, text, "misspelt")
