@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 from transformers.utils import logging
+
+from invariance import interfaces
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 _PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking a failing model test takes minutes
@@ -26,3 +30,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)  # at these sizes two threads mostly wait for each other
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    interfaces.registry("rotate")
+    monkeypatch.setattr(interfaces, "_REGISTRY", copy.deepcopy(interfaces._REGISTRY))

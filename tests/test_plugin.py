@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
 import json
 import sys
@@ -13,7 +12,7 @@ import pytest
 from folders import invoke, save_model, save_tokens
 
 from invariance import interfaces
-from invariance.interfaces import ENTRY_POINTS, registry
+from invariance.interfaces import ENTRY_POINTS
 
 PLUGIN = '''\
 from __future__ import annotations
@@ -37,13 +36,6 @@ model: ROOT/model
 steps:
   - {spaces: mlp, rotate: {backwards: {first: 3}}, select: {uniform: {width: 40}}}
 """
-
-
-@pytest.fixture(autouse=True)
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers is gone after it."""
-    registry("rotate")
-    monkeypatch.setattr(interfaces, "_REGISTRY", copy.deepcopy(interfaces._REGISTRY))
 
 
 @pytest.fixture(scope="module")
