@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -444,9 +444,11 @@ def test_a_damaged_memory_of_losses_counts_as_missing(tmp_path: Path, content: s
 # --- What the energies predict.
 
 
+@dataclass(frozen=True)
 class InNats(Rotator):
     """Channels as they are, with energies that are losses by their own word."""
 
+    name = "in_nats"
     produces = Group.PERMUTATION
     nats = True
 
