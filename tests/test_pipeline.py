@@ -280,8 +280,10 @@ def test_oneshot_moments_are_those_of_the_familys_own_signals(family: str) -> No
         bound = 1e-6  # the family's norms compute in float32
         assert close(walked.known[name, RAW].total, by_hand.known[name, RAW].total, bound), name
         w = 1 / behind(family, signals, name).square().mean(-1, keepdim=True)
-        by_hand.add((name, WEIGHTED), x, space.copies, max(heads, space.copies), w)
-        assert close(walked.known[name, WEIGHTED].mean, by_hand.known[name, WEIGHTED].mean, bound), name
+        by_hand.add((name, WEIGHTED), x * w.sqrt(), space.copies, max(heads, space.copies))
+        assert close(
+            walked.known[name, WEIGHTED].mean, by_hand.known[name, WEIGHTED].total / w.sum(), bound
+        ), name
         assert not close(walked.known[name, WEIGHTED].mean, by_hand.known[name, RAW].mean, 1e-3), name
         if space.kind == "residual":
             unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + {"llama": 1e-6}.get(family, 1e-5))
