@@ -70,7 +70,7 @@ def adapted(layout: Layout) -> list[str]:
     return [
         name.removesuffix(".weight")
         for name, axes in layout.axes.items()
-        if len(axes) == 2 and name.endswith(".weight") and layout.part(name) == "blocks"
+        if len(axes) == 2 and name.endswith(".weight") and layout.parts[name] == "blocks"
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fnmatch import fnmatchcase
+from functools import cached_property
 from math import prod
 
 from torch import nn
@@ -152,7 +153,8 @@ class Layout:
 
     def width(self, space: str, widths: Mapping[str, int]) -> int:
         """The width of a space in a choice of widths, which leaves out those that keep theirs."""
-        return widths.get(space, self.spaces[space].dim)
+        k = widths.get(space)
+        return self.spaces[space].dim if k is None else k
 
     def widths(self, now: Layout) -> dict[str, int]:
         """The widths of this model's spaces in a later layout of it, 0 where their branch is gone."""
@@ -187,17 +189,28 @@ class Layout:
             runs = runs // groups * self.width(axis.outer.space, widths)
         return runs * self.width(axis.space, widths)
 
+    @cached_property
+    def _factors(self) -> dict[str, tuple[int, tuple[Axis, ...]]]:
+        """Weight → how long its axes without a label are together, and those with one."""
+        return {
+            name: (
+                prod(n for n, a in zip(self.shapes[name], axes, strict=True) if a is None),
+                tuple(a for a in axes if a is not None),
+            )
+            for name, axes in self.axes.items()
+        }
+
     def _sizes(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Weight → how many numbers it stores; those that go are left out."""
         gone = self.gone(widths)
-        return {
-            name: prod(
-                n if a is None else self.length(a, widths)
-                for n, a in zip(self.shapes[name], axes, strict=True)
-            )
-            for name, axes in self.axes.items()
-            if not name.startswith(gone)
-        }
+        sizes = {}
+        for name, (size, axes) in self._factors.items():
+            if gone and name.startswith(gone):
+                continue
+            for axis in axes:
+                size *= self.length(axis, widths)
+            sizes[name] = size
+        return sizes
 
     def written_behind(self, space: str) -> list[str]:
         """The points of the stream that what reads a space writes; a point itself. None for queries, keys and all else
@@ -222,8 +235,12 @@ class Layout:
         """The biases that linear layers have got since an earlier layout of the model."""
         return sorted(n for n in self.shapes.keys() - before.shapes.keys() if n.endswith(".bias"))
 
-    def part(self, name: str) -> str:
-        """Which of Parameters' fields a weight counts towards."""
+    @cached_property
+    def parts(self) -> dict[str, str]:
+        """Weight → which of Parameters' fields it counts towards."""
+        return {name: self._part(name) for name in self.axes}
+
+    def _part(self, name: str) -> str:
         if name.startswith(tuple(f"{e}." for e in self.architecture.embed)):
             return "embedding"
         if name.startswith(self.architecture.blocks + "."):
@@ -237,8 +254,9 @@ class Layout:
         segments = segments or {}
         count = dict.fromkeys(("embedding", "blocks", "shortcuts", "head"), 0)
         for name, size in self._sizes(widths).items():
-            if not name.endswith(".shortcut"):
-                count[self.part(name)] += size
+            part = self.parts[name]
+            if part != "shortcuts":
+                count[part] += size
         for e in self.shortcut_stages(segments):
             count["shortcuts"] += prod(widths.get(p, self.spaces[p].dim) for p in (e.source, e.target))
         return Parameters(**count)
@@ -257,7 +275,7 @@ class Layout:
         matrices = sum(
             size
             for name, size in sizes.items()
-            if len(self.axes[name]) == 2 and self.part(name) in ("blocks", "head")
+            if len(self.axes[name]) == 2 and self.parts[name] in ("blocks", "head")
         )
         if self.tied:
             matrices += sizes[f"{self.architecture.embed[0]}.weight"]
