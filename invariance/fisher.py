@@ -1,4 +1,4 @@
-"""The output-KL Fisher: what a small error of the signal on a space costs in nats, from gradients of sampled labels."""
+"""The output-KL Fisher: what errors of a signal, or queries without some dims, cost in nats, from gradients of sampled labels."""
 
 from __future__ import annotations
 
@@ -31,23 +31,30 @@ def measure(
     tokens: Tokens,
     progress: Progress = quiet,
     *,
+    queries: Iterable[str] = (),
     seed: int = SEED,
 ) -> Moments:
-    """E[g gᵀ] at points of the stream, g = ∂/∂x_t Σ_s log p(y_s), with a label y_s ~ p drawn for every real token s.
+    """FISHER, E[g gᵀ], at points of the stream, g = ∂/∂x_t Σ_s log p(y_s), with a label y_s ~ p drawn for every real token s.
 
     The labels are the model's own, so E[g] = 0, their cross terms vanish, and E[g gᵀ] = Σ_s J_stᵀ F_s J_st, with J_st
     the derivative of the logits at s by x_t and F_s the softmax's Fisher: errors e_t of mean 0, uncorrelated between
     tokens, cost ½ E[eᵀ F e] nats of KL a token, to second order. One backward pass a sequence, in float32 (bfloat16's
     are slow on CPUs).
 
-    Source: Martens 2020, arXiv:1412.1193: the true Fisher, by labels that the model itself draws.
+    TAYLOR, E[m mᵀ] with m = Σ_h q_h ∘ ∂/∂q_h Σ_s log p(y_s) over the query heads h that share a KV head, for the query/key
+    spaces ``queries``: the queries of a token without the dims S err by −q_S, which costs ½ E[(Σ_{j∈S} m_j)²] nats a token,
+    to second order and with other tokens' queries whole. Turning by positions leaves q_j g_j of a pair's two dims
+    together as it is.
+
+    Source: Martens 2020, arXiv:1412.1193: the true Fisher, by labels that the model itself draws; Theis et al. 2018,
+    arXiv:1801.05787, equation 8, for what is left out.
     """
-    points = list(points)
+    points, queries = list(points), list(queries)
     twin = copy_in(torch.float32, model).requires_grad_(False)
     g = torch.Generator().manual_seed(seed)
     moments = Moments()
     sequences = list(Tokens(tokens.ids[:SEQUENCES], tokens.mask[:SEQUENCES]).batches(1))
-    with _signals(twin, layout, points) as signals:
+    with _signals(twin, layout, points) as signals, _queries(twin, layout, queries) as asked:
         for ids, real in progress(sequences, "measure the Fisher", len(sequences)):
             padded = None if bool(real.all()) else real.long().to(twin.device)
             with torch.enable_grad():
@@ -55,9 +62,21 @@ def measure(
                 logits = real_tokens(logits, real)
                 labels = sample(logits.detach(), g)
                 likelihood = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).sum()
-                gradients = torch.autograd.grad(likelihood, [signals[p] for p in points])
-            for point, gradient in zip(points, gradients, strict=True):
+                found = [*(signals[p] for p in points), *(asked[n] for n in queries)]
+                gradients = torch.autograd.grad(likelihood, found)
+            for point, gradient in zip(points, gradients, strict=False):
                 moments.add((point, Statistic.FISHER), real_tokens(gradient, real))
+            for name, gradient in zip(queries, gradients[len(points) :], strict=True):
+                copies = layout.spaces[name].copies
+                m = rearrange(
+                    gradient * asked[name].detach(),
+                    "b t (c r d) -> b t c r d",
+                    c=copies,
+                    d=layout.spaces[name].dim,
+                )
+                moments.add(
+                    (name, Statistic.TAYLOR), real_tokens(m.sum(-2).flatten(-2), real), copies, copies
+                )
     return moments.cpu()
 
 
@@ -86,6 +105,28 @@ def _signals(model: PreTrainedModel, layout: Layout, points: list[str]) -> Itera
     ]
     try:
         yield signals
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _queries(model: PreTrainedModel, layout: Layout, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """The queries of spaces when the model runs, ready to be differentiated by."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, q: Tensor) -> Tensor:
+        found[name] = q if q.requires_grad else q.detach().requires_grad_()
+        return found[name]
+
+    handles = [
+        model.get_submodule(f"{layout.attention(n)}.q").register_forward_hook(
+            lambda _m, _a, q, n=n: keep(n, q)
+        )
+        for n in names
+    ]
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()

@@ -36,6 +36,7 @@ class Statistic(Enum):
     SEEN = "seen"  # as the readers see it: NORMED on the stream, WEIGHTED where what is read is added to it, else RAW
     MEAN = "mean"  # E[x] of the signal as it is
     FISHER = "fisher"  # E[g gᵀ], g the gradient of a sampled label's log-likelihood: ½ E[eᵀFe] nats a token for errors e
+    TAYLOR = "taylor"  # E[m mᵀ], m = Σ q ∘ g over the queries of a KV head: dropping dims S costs ½ Σ_S of it, in nats
     QUERIES = "queries"  # E[q qᵀ] of the queries that meet a KV head's keys, before positions turn them
     READERS = "readers"  # Σ WᵀW over the weights that read the space; no calibration needed
     COSINE = (
@@ -98,6 +99,7 @@ class Rotator(Method, ABC):
     nested: ClassVar[bool] = (
         False  # whether an energy supposes that all behind it are gone; then it need not fall
     )
+    refits: ClassVar[bool] = False  # whether energies suppose that the readers are refit
 
     @property
     def nats(self) -> bool:

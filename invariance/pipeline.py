@@ -131,7 +131,7 @@ class _Run:
 
     def run(self) -> Sliced:
         plan = self.plan
-        self.fisher = self._stored([(p, Statistic.FISHER) for p in plan.fisher_points], self._measure_fisher)
+        self.curved = self._stored(plan.gradients, self._measure_gradients)
         if plan.recipe.order == "oneshot":
             moments = self._calibrate(plan.of_dense())
             self._fit(plan.units, moments)
@@ -174,8 +174,8 @@ class _Run:
     def calibrate_for(self, plans: Sequence[Plan]) -> None:
         """All that the plans ask of the dense model, into the store."""
         if not self.share:
-            points = dict.fromkeys(p for plan in plans for p in plan.fisher_points)
-            self._stored([(p, Statistic.FISHER) for p in points], self._measure_fisher)
+            keys = dict.fromkeys(key for plan in plans for key in plan.gradients)
+            self._stored(list(keys), self._measure_gradients)
         self._calibrate(walk.together(*(plan.of_dense() for plan in plans)))
 
     def _check_tokens(self) -> None:
@@ -247,9 +247,10 @@ class _Run:
         found = walk.oneshot(self.model, self.layout, batches, wanted, dtype, self.progress)
         return self.share.add(found) if self.share else found
 
-    def _measure_fisher(self, keys: list[Key]) -> Moments:
+    def _measure_gradients(self, keys: list[Key]) -> Moments:
         assert self.tokens is not None
-        return fisher.measure(self.model, self.layout, [name for name, _ in keys], self.tokens, self.progress)
+        points, queries = ([n for n, s in keys if s is of] for of in (Statistic.FISHER, Statistic.TAYLOR))
+        return fisher.measure(self.model, self.layout, points, self.tokens, self.progress, queries=queries)
 
     def _keyed_store(self) -> Store | None:
         if self.store is None:
@@ -279,8 +280,11 @@ class _Run:
             found = reader_moment(self.model, self.layout, self.layout.spaces[member])
             moments = moments.merge(Moments({(member, Statistic.READERS): found}))
         for member in unit.members if Statistic.FISHER in unit.needs else ():
-            found = fisher.moment(self.model, self.layout, self.layout.spaces[member], self.fisher)
+            found = fisher.moment(self.model, self.layout, self.layout.spaces[member], self.curved)
             moments = moments.merge(Moments({(member, Statistic.FISHER): found}))
+        if Statistic.TAYLOR in unit.needs:
+            keys = [(member, Statistic.TAYLOR) for member in unit.members]
+            moments = moments.merge(Moments({key: self.curved.known[key] for key in keys}))
         return (moments.beside if unit.joint else moments.pooled)(unit.members, unit.space.name)
 
     def _fit(self, units: tuple[Unit, ...] | list[Unit], moments: Moments) -> None:
@@ -352,7 +356,7 @@ class _Run:
         """The energies that widths lose, where those of all spaces that are cut are losses in nats per token, and
         assume the refit that the slicer makes, or none."""
         cut = [u for u in self.plan.units if widths[u.space.name] < u.space.dim]
-        if not all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.nested for u in cut):
+        if not all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.refits for u in cut):
             return None
         return sum(self.bases[u.space.name].energy[:, widths[u.space.name] :].sum().item() for u in cut)
 

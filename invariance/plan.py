@@ -19,11 +19,12 @@ from .interfaces import Method, Selector, Statistic
 from .latency import Latency, table
 from .layout import Layout, Parameters, layout_of
 from .models import cache_dir
+from .moments import Key
 from .recipe import Constraints, Recipe, Step
 from .space import Group, Space
 from .walk import Progress, quiet
 
-NOT_MEASURED = {Statistic.SEEN, Statistic.READERS, Statistic.FISHER, Statistic.COSINE}
+NOT_MEASURED = {Statistic.SEEN, Statistic.READERS, Statistic.FISHER, Statistic.TAYLOR, Statistic.COSINE}
 MEASURED = frozenset(Statistic) - NOT_MEASURED  # by the walk, for units
 M = TypeVar("M", bound=Method | None)
 
@@ -69,7 +70,7 @@ class Plan:
     @property
     def reads_tokens(self) -> bool:
         """Whether a run needs tokens to calibrate on."""
-        return self.follows or self.measures or bool(self.wanted() or self.compared or self.fisher_points)
+        return self.follows or self.measures or bool(self.wanted() or self.compared or self.gradients)
 
     @property
     def measures(self) -> bool:
@@ -113,6 +114,15 @@ class Plan:
         """The points of the stream whose Fisher the methods ask for, of their own spaces or of those before them."""
         asked = [m for u in self.units if Statistic.FISHER in u.needs for m in u.members]
         return list(dict.fromkeys(p for m in asked for p in self.layout.written_behind(m)))
+
+    @property
+    def gradients(self) -> list[Key]:
+        """What backward passes measure: the Fisher at points of the stream, and what queries lose without some dims."""
+        queries = [m for u in self.units if Statistic.TAYLOR in u.needs for m in u.members]
+        return [
+            *((p, Statistic.FISHER) for p in self.fisher_points),
+            *((q, Statistic.TAYLOR) for q in queries),
+        ]
 
     def _new_biases(self, widths: Widths) -> int:
         """What the biases store that slicers give to readers without one."""

@@ -31,7 +31,7 @@ class OBS(Rotator, name="obs"):
     rounds: int = 4  # groups in which channels go
     metric: Metric = "readers"  # what an error costs: its energy behind the readers, or nats by the fisher
     produces = Group.PERMUTATION
-    nested = True
+    nested = refits = True
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:

@@ -26,7 +26,7 @@ class RidgeLeverage(Rotator, name="ridge_leverage"):
     ridge: float = 1e-2  # λ as a fraction of the mean energy of a channel
     produces = Group.PERMUTATION
     needs = frozenset({Statistic.SEEN, Statistic.READERS})
-    nested = True
+    nested = refits = True
 
     def __post_init__(self) -> None:
         if not self.ridge > 0:

@@ -151,6 +151,45 @@ def test_a_space_inside_a_stage_gets_its_own_gradients_moment(family: str) -> No
     assert layout.written_behind("qk.0") == []
 
 
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_queries_without_some_dims_cost_what_taylor_says(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """½ ε² Σ_S M is the KL, summed over positions, of scaling the dims S of one token's queries by 1 − ε, mean over
+    the tokens; without what two dims do together it is another number."""
+    model, layout = canonical_copy(model_of(family), fold=True, tie="untie")
+    space, draws, eps = layout.spaces["qk.0"], 1500, 1e-3
+    monkeypatch.setattr(fisher, "SEQUENCES", draws)
+    batches = Tokens.batches
+    monkeypatch.setattr(Tokens, "batches", lambda self, size: batches(self, 500))
+    found = fisher.measure(model, layout, [], tokens(IDS, draws), queries=["qk.0"])
+    M = found.known["qk.0", Statistic.TAYLOR].mean
+    assert M.shape == (space.copies, space.dim, space.dim)
+    S = torch.arange(0, space.dim, 2)
+    q = model.get_submodule(f"{layout.attention('qk.0')}.q")
+
+    def predictions(token: int | None) -> Tensor:
+        def scale(_m: Any, _a: Any, out: Tensor) -> Tensor:
+            out = out.clone()
+            runs = out.unflatten(-1, (space.copies, -1, space.dim))  # a view
+            runs[:, token, 0, :, S] *= 1 - eps
+            return out
+
+        handle = None if token is None else q.register_forward_hook(scale)
+        with torch.no_grad():
+            found = model(input_ids=IDS, use_cache=False).logits[0].log_softmax(-1)
+        if handle is not None:
+            handle.remove()
+        return found
+
+    before = predictions(None)
+    kl = [(before.exp() * (before - predictions(t))).sum().item() for t in range(IDS.shape[1])]
+    measured = sum(kl) / len(kl)
+    block = M[0][S][:, S]
+    assert measured == pytest.approx(eps**2 * block.sum().item() / 2, rel=0.25)
+    assert measured != pytest.approx(eps**2 * block.sum().item(), rel=0.25)  # the control: without the half
+
+
 def test_padding_counts_for_nothing() -> None:
     model, layout = canonical_copy(model_of("llama"), fold=True, tie="untie")
     ids = torch.cat([IDS, torch.full((1, 4), 7)], 1)
@@ -212,6 +251,7 @@ def test_a_run_measures_the_dense_model_once_and_the_store_keeps_it(
             "slice": "least_squares",
         },
         {"spaces": "vo", "rotate": {"permute": {"metric": "fisher"}}, "select": {"uniform": {"width": 6}}},
+        {"spaces": "qk", "rotate": {"rope_pairs": {"metric": "fisher"}}, "select": {"uniform": {"width": 4}}},
     ]
     data = str(save_tokens(tmp_path / "tokens.npy"))
     calibrate = {"data": data, "dtype": "float32"}
@@ -219,18 +259,18 @@ def test_a_run_measures_the_dense_model_once_and_the_store_keeps_it(
     model = model_of("llama")
     chart = plan(recipe, model.config)
     assert set(chart.fisher_points) == set(chart.layout.points)
-    calls: list[list[str]] = []
+    calls: list[tuple[list[str], list[str]]] = []
     measure = fisher.measure
 
-    def counted(model: Any, layout: Any, points: list[str], *rest: Any) -> Moments:
-        calls.append(points)
-        return measure(model, layout, points, *rest)
+    def counted(model: Any, layout: Any, points: list[str], *rest: Any, queries: list[str]) -> Moments:
+        calls.append((points, queries))
+        return measure(model, layout, points, *rest, queries=queries)
 
     monkeypatch.setattr(fisher, "measure", counted)
     text = load_tokens(data, None, vocab_size=VOCABULARY)
     first = slice_model(model, chart, text, store=tmp_path / "store")
     again = slice_model(model, chart, text, store=tmp_path / "store")
-    assert calls == [chart.fisher_points]
+    assert calls == [(chart.fisher_points, ["qk.0", "qk.1"])]
     assert first.certificate.passed
     for name, p in first.model.named_parameters():
         assert torch.equal(p, again.model.get_parameter(name))

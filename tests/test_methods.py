@@ -44,7 +44,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # beside the defaults, where an op
     "pca": [{"of": "normed"}],
     "random_orthogonal": [{"seed": 3}, {"seed": 0}],
     "hadamard": [{"seed": 3}],
-    "rope_pairs": [{"per": "layer"}, {"per": "model"}],
+    "rope_pairs": [{"per": "layer"}, {"per": "model"}, {"metric": "fisher"}],
     "least_squares": [{"ridge": 0.01}],
     "permute": [{"metric": "fisher"}],
     "ridge_leverage": [{"ridge": 0.1}],
@@ -81,7 +81,9 @@ def ready(family: str) -> Ready:
     }
     moments = walk.oneshot(model, layout, batches, wanted, torch.float64)
     readers = {(n, Statistic.READERS): reader_moment(model, layout, s) for n, s in layout.spaces.items()}
-    curved = fisher.measure(model, layout, layout.points, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)))
+    text = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+    curved = fisher.measure(model, layout, layout.points, text, queries=layout.select(["qk"]))
+    moments = moments.merge(Moments({k: m for k, m in curved.known.items() if k[1] is Statistic.TAYLOR}))
     fishers = {
         (n, Statistic.FISHER): fisher.moment(model, layout, s, curved)
         for n, s in layout.spaces.items()

@@ -254,6 +254,39 @@ def test_pairs_go_by_what_they_add_to_the_scores(per, options):
     assert basis.A[:, :r].abs().sum(1).amax() == 1 and basis.A[:, r:, :r].abs().sum() == 0
 
 
+@given(seed=seeds, per=st.sampled_from(["head", "layer"]))
+def test_pairs_go_one_by_one_where_the_output_loses_least_and_energies_are_what_it_loses(seed, per):
+    g = torch.Generator().manual_seed(seed)
+    space = Space("qk.0", "qk", 12, Group.ROTARY, 2, 8)
+    m = torch.randn(2, 12, 30, generator=g, dtype=torch.float64)
+    M = m @ m.mT
+    basis = find("rotate", "rope_pairs")(per=per, metric="fisher").fit(
+        space, Moments({("qk.0", Statistic.TAYLOR): Moment(M, 1)})
+    )
+
+    def loss(M: Tensor, gone: set[int]) -> float:
+        dims = [d for j in gone for d in (j, j + 4)]
+        return float(M[dims][:, dims].sum()) / 2
+
+    for c in range(2):
+        mean = M[c] if per == "head" else M.mean(0)
+        order = basis.A[c, :4, :4].argmax(0).tolist()
+        gone: set[int] = set()
+        worst = 0.0
+        for i in reversed(range(4)):
+            assert loss(mean, gone | {order[i]}) == min(
+                loss(mean, gone | {j}) for j in range(4) if j not in gone
+            )
+            gone.add(order[i])
+            worst = max(worst, loss(mean, gone))
+            assert basis.energy[c, 4 + 2 * i :].sum() == pytest.approx(worst)
+        apart = sum(loss(mean, {j}) for j in range(4))  # the control: pairs each on its own
+        assert basis.energy[c, 4:].sum() != pytest.approx(apart)
+    assert bool(
+        (basis.energy[:, :4] >= basis.energy.amax(1, keepdim=True) - 1e-12).all()
+    )  # dims that positions spare
+
+
 @given(seed=seeds)
 def test_the_choice_of_pairs_is_the_same_in_any_basis_of_the_group(seed):
     """Complex scales on a head, and pairs in another order, change neither which pairs go nor their energies."""
