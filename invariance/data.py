@@ -46,10 +46,6 @@ class Tokens:
         digest.update(memory(self.mask))
         return digest.hexdigest()
 
-    def first(self, sequences: int | None) -> Tokens:
-        """The first sequences, or all there are."""
-        return Tokens(self.ids[:sequences], self.mask[:sequences])
-
     def batches(self, size: int) -> Iterator[tuple[Int64[Tensor, "b T"], Bool[Tensor, "b T"]]]:
         """Ids and masks of ``size`` sequences at a time, in order; the last batch may be smaller."""
         yield from zip(self.ids.split(size), self.mask.split(size), strict=True)

@@ -53,7 +53,7 @@ def measure(
     twin = copy_in(torch.float32, model).requires_grad_(False)
     g = torch.Generator().manual_seed(seed)
     moments = Moments()
-    sequences = list(tokens.first(SEQUENCES).batches(1))
+    sequences = list(Tokens(tokens.ids[:SEQUENCES], tokens.mask[:SEQUENCES]).batches(1))
     with _signals(twin, layout, points) as signals, _queries(twin, layout, queries) as asked:
         for ids, real in progress(sequences, "measure the Fisher", len(sequences)):
             padded = None if bool(real.all()) else real.long().to(twin.device)

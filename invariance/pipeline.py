@@ -118,8 +118,6 @@ class _Run:
         if plan.measures:
             assert tokens is not None
             self.tokens, self.held = split(tokens, plan.recipe.where("calibrate"))
-        few = plan.recipe.calibrate.choose if plan.recipe.calibrate else None
-        self.ahead = self.tokens and self.tokens.first(few)  # on which the dense model is measured
         self.seconds: dict[str, float] = {}
         self.unit_of = {m: u for u in plan.units for m in u.members}
         self.bases: dict[str, Basis] = {}  # by a unit's first member
@@ -183,9 +181,9 @@ class _Run:
     def _check_tokens(self) -> None:
         if not self.plan.reads_tokens:
             return
-        assert self.plan.recipe.calibrate is not None and self.tokens is not None and self.ahead is not None
+        assert self.plan.recipe.calibrate is not None and self.tokens is not None
         where = self.plan.recipe.where("calibrate")
-        count, sequences = int(self.ahead.mask.sum()), len(self.tokens.ids)
+        count, sequences = int(self.tokens.mask.sum()), len(self.tokens.ids)
         widest = max((self.unit_of[n].space for n in self.plan.wanted()), key=lambda s: s.seen, default=None)
         if widest is not None and count < widest.seen:
             raise InputError(
@@ -198,15 +196,15 @@ class _Run:
                 f"shrinkage. Calibrate on {HELD_OUT} sequences at least; 32 and more are better."
             )
 
-    def _batches(self, tokens: Tokens | None) -> tuple[list[walk.Batch], torch.dtype]:
+    def _batches(self) -> tuple[list[walk.Batch], torch.dtype]:
         calibrate = self.plan.recipe.calibrate
-        assert calibrate is not None and tokens is not None
+        assert calibrate is not None and self.tokens is not None
         dtype, stream = self._dtypes()
-        parts = list(tokens.batches(calibrate.batch))
+        tokens = list(self.tokens.batches(calibrate.batch))
         if self.share:
-            parts = parts[self.share.rank :: self.share.of]
-        batches = walk.enter(self.model, self.layout, parts, dtype, stream)
-        for batch, (_, mask) in zip(batches, parts, strict=True):
+            tokens = tokens[self.share.rank :: self.share.of]
+        batches = walk.enter(self.model, self.layout, tokens, dtype, stream)
+        for batch, (_, mask) in zip(batches, tokens, strict=True):
             if calibrate.skip:  # the tokens pass the model, and no moment sees them
                 batch.mask = mask.clone()
                 batch.mask[:, : calibrate.skip] = False
@@ -245,19 +243,19 @@ class _Run:
         wanted: dict[str, frozenset[Statistic]] = {}
         for name, statistic in keys:
             wanted[name] = wanted.get(name, frozenset()) | {statistic}
-        batches, dtype = self._batches(self.ahead)
+        batches, dtype = self._batches()
         found = walk.oneshot(self.model, self.layout, batches, wanted, dtype, self.progress)
         return self.share.add(found) if self.share else found
 
     def _measure_gradients(self, keys: list[Key]) -> Moments:
-        assert self.ahead is not None
+        assert self.tokens is not None
         points, queries = ([n for n, s in keys if s is of] for of in (Statistic.FISHER, Statistic.TAYLOR))
-        return fisher.measure(self.model, self.layout, points, self.ahead, self.progress, queries=queries)
+        return fisher.measure(self.model, self.layout, points, self.tokens, self.progress, queries=queries)
 
     def _keyed_store(self) -> Store | None:
         if self.store is None:
             return None
-        assert self.ahead is not None and self.plan.recipe.calibrate is not None
+        assert self.tokens is not None and self.plan.recipe.calibrate is not None
         dtype, stream = self._dtypes()
         skip = self.plan.recipe.calibrate.skip
         return Store.keyed(
@@ -267,7 +265,7 @@ class _Run:
                 "transformers": transformers.__version__,
                 "weights": self.memo.weights(self.original),
                 "config": self.original.config.to_json_string(use_diff=False),
-                "tokens": self.ahead.digest(),
+                "tokens": self.tokens.digest(),
                 "folded": str(self.layout.folded),
                 "dtype": str(dtype),
                 "stream": str(stream),
@@ -393,7 +391,7 @@ class _Run:
         before = self.seconds.get("fit", 0.0)
         dtype = torch.float32
         if self.plan.reads_tokens:
-            batches, dtype = self._batches(self.tokens)
+            batches, dtype = self._batches()
         walk.sequential(self.model, self.layout, batches, wanted, dtype, decide,
                         follow=self.plan.follows, readers=self.plan.recipe.refit == "both",
                         stay=self.layout.stages(widths), progress=self.progress)  # fmt: skip

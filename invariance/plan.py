@@ -345,11 +345,6 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
         raise InputError(
             f"{recipe.where('refit')}: only order 'dense_target' refits. Remove `refit`, or take that order."
         )
-    if recipe.calibrate and recipe.calibrate.choose and not result.follows:
-        raise InputError(
-            f"{recipe.where('calibrate', 'choose')}: only order 'dense_target' chooses on some sequences and refits on all. "
-            "Remove `choose`, or take that order."
-        )
     if (fixed := result.allocate(None)) is not None:
         result.check_attention(fixed)
     else:  # whether a budget can be met, and blocks can go, hangs on no measurement: ask before calibrating

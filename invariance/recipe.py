@@ -71,9 +71,6 @@ class Calibrate(Part):
     split: Word = "train"  # which split of the data
     batch: Count = 8  # how many sequences pass at a time
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # what the forward pass computes in
-    choose: Count | None = (
-        None  # on how many of them order dense_target chooses, before it refits on all; null for all
-    )
     skip: Annotated[int, Field(ge=0)] = 0  # how many first tokens of a sequence pass the model unmeasured
 
 

@@ -113,8 +113,6 @@ CASES = [
                 "widths: {same: true, protect: {first: 1}}}")),
     Case("a refit that no order makes", "only order 'dense_target' refits",
          edits=(("steps:", "refit: writers\nsteps:"),), at="3"),
-    Case("a choice on some sequences and no refit on all", "refits on all.*Remove `choose`", at="2",
-         edits=(("calibrate: {", "calibrate: {choose: 8, "),)),
     Case("a budget of nothing", "nothing is limited", edits=(("steps:", "budget: {}\nsteps:"),)),
     Case("widths without a selector", "no `select` chooses among them",
          **step("{spaces: mlp, rotate: permute, widths: {multiple_of: 8}}")),
