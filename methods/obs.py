@@ -49,7 +49,7 @@ class OBS(Rotator, name="obs"):
 
     def fit(self, space: Space, moments: Moments) -> Basis:
         C, G = weighing(space, moments, self.metric)
-        inverse = torch.linalg.inv(damped(C, self.ridge))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(C, self.ridge)))
         order = torch.stack([survival(P, g, self.rounds) for P, g in zip(inverse, G, strict=True)])
         return ordered(order, C, G)
 
