@@ -206,6 +206,11 @@ class Plan:
                 widths = selector.allocate(energies, bill, bill.limit)
                 for demand in found:
                     demand.check(widths.get(demand.space))
+                if selector.needs_budget and bill.limit is not None and (spent := bill(widths)) > bill.limit:
+                    raise InputError(
+                        f"selector '{selector.name}' gave widths that spend {spent:,.6g} of a budget of {bill.limit:,.6g}. "
+                        "This is a fault of the method, not of the recipe."
+                    )
             except InputError as e:
                 raise InputError(
                     f"{self.recipe.where('steps', found[0].units[0].step, 'select')}: {e}"

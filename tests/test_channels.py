@@ -14,7 +14,7 @@ from invariance.methods.obs import survival, without
 from torch import Tensor
 
 from invariance.errors import InputError
-from invariance.interfaces import Rotator, Statistic, find
+from invariance.interfaces import Rotator, Statistic, find, registry
 from invariance.moments import Moment, Moments
 from invariance.plan import plan
 from invariance.recipe import Recipe
@@ -223,6 +223,27 @@ def test_by_the_fisher_energies_are_nats_a_token(name: str) -> None:
         energy = np.diag(case.C) * np.diag(case.F) / 2
         assert np.allclose(basis.energy[0].numpy(), energy[kept])
     assert kept.tolist() != order(case.fit(name)).tolist()  # the control: readers weigh otherwise
+
+
+def test_those_weighed_by_the_fisher_count_nats_and_no_others() -> None:
+    names = [n for n in registry("rotate") if hasattr(find("rotate", n)(), "metric")]
+    assert set(names) >= {"permute", "obs", "head_svd", "rope_pairs"}
+    assert all(find("rotate", n)(metric="fisher").nats and not find("rotate", n)().nats for n in names)
+
+
+def test_whitened_directions_by_the_fisher_lose_what_their_energies_say() -> None:
+    case = Case(5)
+    space = Space("vo.0", "vo", len(case.C), Group.INVERTIBLE)
+    known = {("vo.0", s): Moment(torch.from_numpy(m)[None], 1)
+             for s, m in ((Statistic.WEIGHTED, case.C), (Statistic.FISHER, case.F))}  # fmt: skip
+    basis = find("rotate", "head_svd")(metric="fisher").fit(space, Moments(known))
+    A = basis.A[0].numpy()
+    for k in (2, 5):
+        kept = A[:, :k] @ np.linalg.inv(A)[:k]  # what stays of xᵀ
+        lost = np.eye(len(A)) - kept
+        nats = np.trace(lost.T @ case.C @ lost @ case.F) / 2
+        assert basis.energy[0, k:].sum().item() == pytest.approx(nats, rel=1e-6)
+        assert basis.energy[0, k:].sum().item() != pytest.approx(2 * nats, rel=1e-6)  # the control
 
 
 def test_the_fisher_is_refused_where_no_stream_is_written() -> None:

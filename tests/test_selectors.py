@@ -515,3 +515,26 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"package `cma` is not installed.*invariance\[search\]"):
         recipe("cma_es")
+
+
+@dataclass(frozen=True)
+class Spendthrift(Selector):
+    """A selector of a plugin that keeps all, whatever the budget."""
+
+    name = "spendthrift"
+    needs_budget = True
+
+    def allocate(self, spectra: Any, cost: Bill, budget: float | None) -> dict[Space, int]:
+        return cost.whole
+
+
+def test_widths_above_the_budget_are_the_methods_fault_and_refused() -> None:
+    recipe = Recipe.from_dict({
+        "model": "m", "calibrate": {"data": "tokens.npy"}, "budget": {"parameters": 0.9},
+        "steps": [{"spaces": "mlp", "rotate": "permute", "select": "uniform"}],
+    })  # fmt: skip
+    chart = plan(recipe, model_of("llama").config)
+    spend = replace(chart, units=tuple(replace(u, select=Spendthrift()) for u in chart.units))
+    with pytest.raises(InputError, match=r"'spendthrift' gave widths that spend .* fault of the method"):
+        spend.allocate(None)
+    assert chart.allocate(None) is not None  # the control: one that keeps to it
