@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 import transformers
 from jaxtyping import Float64
+from psutil import virtual_memory
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -120,6 +122,9 @@ class _Run:
             self.tokens, self.held = split(tokens, plan.recipe.where("calibrate"))
         self.seconds: dict[str, float] = {}
         self.unit_of = {m: u for u in plan.units for m in u.members}
+        self.streams: walk.Streams = (
+            deque()
+        )  # of the dense model, where a walk beside it follows and memory allows
         self.bases: dict[str, Basis] = {}  # by a unit's first member
         self.changes: dict[str, Change] = {}
         self._check_tokens()
@@ -244,8 +249,16 @@ class _Run:
         for name, statistic in keys:
             wanted[name] = wanted.get(name, frozenset()) | {statistic}
         batches, dtype = self._batches()
-        found = walk.oneshot(self.model, self.layout, batches, wanted, dtype, self.progress)
+        self.streams.clear()
+        kept = self.streams if self.plan.follows and self._streams_fit(batches) else None
+        found = walk.oneshot(self.model, self.layout, batches, wanted, dtype, self.progress, kept)
         return self.share.add(found) if self.share else found
+
+    def _streams_fit(self, batches: list[walk.Batch]) -> bool:
+        """Whether all that leaves the dense model's stages fits into a third of the memory that is free."""
+        device = self.model.device
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else virtual_memory().available
+        return 3 * self.layout.depth * sum(batch.x.nbytes for batch in batches) <= free
 
     def _measure_gradients(self, keys: list[Key]) -> Moments:
         assert self.tokens is not None
@@ -394,7 +407,7 @@ class _Run:
             batches, dtype = self._batches()
         walk.sequential(self.model, self.layout, batches, wanted, dtype, decide,
                         follow=self.plan.follows, readers=self.plan.recipe.refit == "both",
-                        stay=self.layout.stages(widths), progress=self.progress)  # fmt: skip
+                        stay=self.layout.stages(widths), streams=self.streams, progress=self.progress)  # fmt: skip
         spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
         self.changes = {m: decided[u.space.name] for m, u in self.unit_of.items() if u.space.name in decided}

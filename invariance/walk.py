@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,8 @@ from .space import Change, Space
 
 Wanted = Mapping[str, frozenset[Statistic]]
 """Which statistics to measure of which spaces, by name."""
+Streams = deque[list[Tensor]]
+"""What leaves each stage of the dense model, batch by batch."""
 
 
 def together(*asked: Wanted) -> Wanted:
@@ -115,8 +118,9 @@ def fast_copy(model: PreTrainedModel, edge: Edge, dtype: torch.dtype) -> Stage:
 
 @torch.no_grad()
 def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted: Wanted, dtype: torch.dtype,
-            progress: Progress = quiet) -> Moments:  # fmt: skip
-    """All moments from the model as it is, in one pass. The batches end before the final norm."""
+            progress: Progress = quiet, streams: Streams | None = None) -> Moments:  # fmt: skip
+    """All moments from the model as it is, in one pass. The batches end before the final norm. ``streams`` gets what
+    leaves each stage, for ``sequential`` on the same batches."""
     moments = Moments()
     entered: list[
         Tensor
@@ -131,6 +135,8 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
                 probe.mask = batch.mask
                 batch.x = batch.through(stage, edge)
                 probe.leave(batch.x)
+        if streams is not None:
+            streams.append([batch.x for batch in batches])
         if compared and edge.leaves:
             for x, batch in zip(entered, batches, strict=True):
                 both = (real_tokens(s, batch.mask) for s in (x, batch.x))
@@ -143,7 +149,8 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
 @torch.no_grad()
 def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted: Wanted, dtype: torch.dtype,
                decide: Callable[[str, Moments], Change | None], *, follow: bool = False,
-               readers: bool = True, stay: Container[str] | None = None, progress: Progress = quiet) -> None:  # fmt: skip
+               readers: bool = True, stay: Container[str] | None = None, streams: Streams | None = None,
+               progress: Progress = quiet) -> None:  # fmt: skip
     """Measure, decide and cut one space after the other, so that later bases see earlier cuts. Changes the model.
 
     ``decide(space, moments)`` gives the change of a space from its own moments. A point of the stream is measured
@@ -151,7 +158,8 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
     inner spaces are measured runs twice. With ``follow``, the dense model walks beside, and after each stage is cut, what
     writes the stream is refit to bring it back to the dense one, and, with ``readers``, before it is cut, what reads
     the stream to make up for what it has become (refit.py). ``stay`` names the stages that keep a branch; the last one
-    before some that go is refit to the dense stream behind all those, whose work it takes over.
+    before some that go is refit to the dense stream behind all those, whose work it takes over. ``streams``, which are
+    used up, spare the dense model its walk.
     """
     dense = [batch.x for batch in batches] if follow else []
     reached = 0  # how many stages the dense stream has passed
@@ -170,6 +178,9 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
                     model, layout, edge, batches, dense, uncut[0], basis if edge.source in wanted else None
                 )
             for e, stage in zip(ahead, uncut, strict=True):
+                if streams:
+                    dense = streams.popleft()
+                    continue
                 for n, batch in enumerate(batches):
                     dense[n] = stage(dense[n], **batch.contexts[e.block])
         if inner:

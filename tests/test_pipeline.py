@@ -620,6 +620,27 @@ def test_following_the_dense_stream_refuses_too_few_sequences_to_hold_one_out() 
         slice_model(dense(), plan(asked, dense().config), few)
 
 
+def test_a_dense_stream_that_was_kept_and_one_walked_again_give_one_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = recipe(MLP, HEADS, order="dense_target")
+    weight = "model.layers.1.stages.1.mlp.down.weight"
+    kept = sliced(asked).model.get_parameter(weight)
+    real = walk.oneshot
+
+    def disturbed(*args: Any) -> Moments:
+        found = real(*args)
+        for stream in args[-1]:
+            stream[0] = 1.1 * stream[0]
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(walk, "oneshot", disturbed)  # the control: the streams are what is followed
+        assert relative_error(kept, sliced(asked).model.get_parameter(weight)) > 1e-3
+    monkeypatch.setattr(pipeline._Run, "_streams_fit", lambda self, batches: False)
+    assert torch.equal(kept, sliced(asked).model.get_parameter(weight))
+
+
 def test_a_checkpoint_keeps_its_dtype(tmp_path: Path) -> None:
     model = model_of("llama").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "model")
