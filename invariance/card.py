@@ -43,6 +43,31 @@ def card(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def recovered(document: Report, licence: str | None) -> str:
+    """The README.md of a checkpoint that was trained on: metadata, then Markdown. ``document`` is its recover.json."""
+    trained, held = document["recover"], document["recover"]["held_out"]
+    made_from = {"name": document["model"], "licence": licence}
+    said = (
+        f"{document['model']}, trained on {words.count(trained['tokens'])} tokens ({trained['weights']}, "
+        f"{words.count(trained['trained_parameters'])} parameters, {trained['steps']} steps); shapes and size are as they were. "
+        f"Perplexity on {held['tokens']:,} held-out tokens of the training text went from {words.plain(held['before'])} to "
+        f"{words.plain(held['after'])}; {words.best(trained)}."
+    )
+    parts = [
+        f"---\n{_yaml(_metadata({'model': made_from}))}---",
+        f"# {Path(document['model']).name}, recovered",
+        said,
+        "## Training",
+        f"`invariance recover` with invariance {document['version']}"
+        + (f", towards {document['teacher']}" if document["teacher"] else "")
+        + ", and these options:",
+        f"```yaml\n{_yaml(document['options'])}```",
+        "## Licence",
+        _licence({"model": made_from}),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 FILES = {
     "model": "the checkpoint (safetensors), its config, tokenizer and model card",
     "report.html": "everything measured, to read in a browser",

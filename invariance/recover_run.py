@@ -15,14 +15,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .basis_file import NAME, read_basis
 from .canonical import canonicalize
+from .card import recovered
 from .checkpoint import InvarianceForCausalLM
 from .data import Tokens, load_tokens
 from .errors import InputError, InvarianceError
 from .export import stock
 from .families import architecture, check_positions
-from .files import replacing, write_json
+from .files import replacing, write_json, write_text
 from .layout import Layout, label
-from .models import load_config, load_model, load_tokenizer, weights_digest
+from .models import licence, load_config, load_model, load_tokenizer, weights_digest
 from .recover import check, recover
 from .recover_options import Recover
 from .run import cast, check_output, stored_dtype
@@ -72,6 +73,7 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
     with replacing(output) as folder:
         folder.mkdir()
         made.save_pretrained(folder / "model")
+        write_text(folder / "model" / "README.md", recovered(document, licence(model)))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "model")
         for path in (Path(model) / NAME, Path(model).parent / NAME):

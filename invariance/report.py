@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from xml.etree.ElementTree import Element
@@ -18,13 +19,14 @@ from . import report_charts as charts
 from . import report_words as words
 from .report_charts import el
 from .report_words import NONE, Report
+from .study_charts import Series, curves
 
 Spectra = Mapping[str, Sequence[float]]  # a unit's first space → its energies, falling
 
 
 def page(report: Report, spectra: Spectra) -> str:
     """One HTML file that holds everything it shows."""
-    sections = (_sizes, _perplexity, _evaluations, _exactness, _widths)
+    sections = (_sizes, _perplexity, _recovery, _evaluations, _exactness, _widths)
     body = [*_head(report), *(part for section in sections for part in section(report))]
     body += [*_spectra(report, spectra), *_samples(report), *_run(report), *_recipe(report)]
     return charts.document(f"{report['model']['name']} · invariance", *body)
@@ -95,6 +97,21 @@ def _perplexity(report: Report) -> list[Element]:
         charts.table("exp of the mean next-token cross-entropy; lower is better.", columns, rows),
         *(el("p", said) for said in words.predicted(report)),
     ]
+
+
+def _recovery(report: Report) -> list[Element]:
+    trained = report.get("recover") or {}
+    if not (points := trained.get("curve")):
+        return []
+    nats = [(float(p["step"]), loss, loss, loss) for p in points if math.isfinite(loss := p["held_out_loss"])]
+    held, title = trained["held_out"], "Held-out loss over the steps of training"
+    said = (
+        f"Nats per token on {held['tokens']:,} tokens of the training text that were held out: perplexity "
+        f"{words.plain(held['before'])} before, {words.plain(held['after'])} after; {trained['tokens_per_second']:,.0f} "
+        "tokens a second."
+    )
+    drawn = curves(title, [Series("held-out loss", 1.0, nats)], "steps")
+    return [el("h2", "Recovery"), el("p", said), el("figure", drawn, class_="narrow")]
 
 
 def _evaluations(report: Report) -> list[Element]:

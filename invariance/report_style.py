@@ -89,4 +89,5 @@ summary { cursor: pointer; }
   .bars td:last-child { width: 40%; }
   .tiles { grid-template-columns: 1fr 1fr; }
 }
+.point { fill: var(--shade); } .thick { stroke-width: 1.7; }
 """

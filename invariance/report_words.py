@@ -214,7 +214,7 @@ def width_words(widths: Sequence[Width]) -> str:
     return f"{kept} of {dims} in {len(widths)} space{'s' * (len(widths) > 1)}"
 
 
-def _best(trained: Mapping[str, Any]) -> str:
+def best(trained: Mapping[str, Any]) -> str:
     best, steps = trained["best_step"], trained["steps"]
     return f"the best was after step {best} of {steps}" if best else f"none of {steps} steps was better"
 
@@ -235,7 +235,7 @@ def summary(report: Report) -> str:
     if trained := report.get("recover"):
         said.append(
             f"Recovery trained {count(trained['trained_parameters'])} parameters ({trained['weights']}) on "
-            f"{count(trained['tokens'])} tokens; {_best(trained)}."
+            f"{count(trained['tokens'])} tokens; {best(trained)}."
         )
     if (report.get("exactness") or {}).get("passed"):
         moved = error(report["exactness"]["relative_error"])

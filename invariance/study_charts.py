@@ -13,9 +13,9 @@ LOG_FROM = 8  # values whose largest is so many times the least stand on a logar
 CELL, NAMES = 13, 150  # of a heat map: the height of a row, and how much of its width the names take
 
 STYLE = """
-.point { fill: var(--shade); } .point.best { stroke: var(--ink); stroke-width: 1.5; }
+.point.best { stroke: var(--ink); stroke-width: 1.5; }
 .front { fill: none; stroke: var(--soft); stroke-dasharray: 3 3; }
-.thick { stroke-width: 1.7; } .band { fill: var(--shade); opacity: .18; }
+.band { fill: var(--shade); opacity: .18; }
 .heat { fill: color-mix(in oklab, var(--kept) calc(var(--v) * 100%), var(--whole)); }
 .keys { display: flex; flex-wrap: wrap; gap: 4px 14px; }
 .key { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 5px; background: var(--shade); }

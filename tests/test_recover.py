@@ -409,6 +409,9 @@ def test_a_checkpoint_is_recovered_alone_towards_the_dense_model(kind: str, fold
     assert stored(after) == before["parameters"]["sliced"]["total"]
     held = Tokens(tokens().ids[-4:], tokens().mask[-4:])
     assert math.isclose(perplexity(after, held), document["recover"]["held_out"]["after"], rel_tol=1e-3)
+    card = (folder / "better/model/README.md").read_text()
+    assert card.startswith("---\n") and f"{document['recover']['held_out']['after']:,.2f}" in card
+    assert "learning_rate: 0.01" in card and "towards dense" in card  # as asked
 
 
 REFUSED = {

@@ -94,6 +94,11 @@ def report() -> dict[str, Any]:
             "tokens": 262_144,
             "best_step": 90,
             "steps": 128,
+            "tokens_per_second": 310.5,
+            "held_out": {"before": 80.25, "after": 61.5, "tokens": 8192},
+            "curve": [
+                {"step": s, "held_out_loss": loss} for s, loss in ((0, 4.385), (64, math.inf), (90, 4.119))
+            ],
         },
         "seconds": {"calibrate": 96.4, "fit": 31.0},
         "peak_memory_bytes": 3 * 2**30,
@@ -211,6 +216,14 @@ def test_whatever_names_and_samples_hold_is_shown_as_text(report, spectra):
     assert NASTY in _terminal(report, 200)
 
 
+def test_the_curve_of_recovery_is_drawn_where_there_was_one(report, spectra):
+    said = _Page(page(report, spectra)).text
+    assert "perplexity 80.25 before, 61.50 after; 310 tokens a second" in said
+    with_curve = page(report, spectra)
+    report["recover"] = {**report["recover"], "curve": []}
+    assert len(_drawings(with_curve)) == len(_drawings(page(report, spectra))) + 1
+
+
 @pytest.mark.parametrize(
     "drawn", [{}, {"x.0.0": []}, {"x.0.0": [0.0] * 4}, {"x.0.0": [1.0]}, {"mlp.0": [math.nan, 1.0, -1e-20]}]
 )
@@ -230,7 +243,7 @@ def test_each_value_alone_may_be_missing(report, spectra, gaps):
 
 def test_charts_are_well_formed_named_and_light(report, spectra):
     drawings = _drawings(page(report, spectra))
-    assert len(drawings) == 1 + 2 + 2  # errors, widths and spectra of two kinds
+    assert len(drawings) == 1 + 1 + 2 + 2  # errors, recovery, widths and spectra of two kinds
     for svg in drawings:
         assert [child.tag for child in svg][:2] == ["title", "desc"]
         assert all(child.text for child in svg[:2])
