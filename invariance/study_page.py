@@ -63,6 +63,7 @@ def page(
         *_curves(study, done, shades),
         *_table(study, rows, best),
         *_layers(study, done, best, reports, spectra, shades),
+        *_spectra(study, done, reports, spectra, shades),
         *_recipes(study, done, recipes),
     ]
     return charts.document(f"{study.name} · invariance", *body, script=SCRIPT, style=study_charts.STYLE)
@@ -206,6 +207,34 @@ def _layers(study: Study, done: Sequence[Row], best: set[str], reports: Reports,
                 )
                 figures.append(_figure(title, f"{said} by block (across) and run (down), as a share", drawn))
     return [el("h2", "Layer by layer"), el("div", *figures, class_="charts")] if figures else []
+
+
+def _spectra(study: Study, done: Sequence[Row], reports: Reports, spectra: Spectra,
+             shades: Mapping[str, float]) -> list[Element]:  # fmt: skip
+    """The spectra of each kind of space, one curve for all runs with the same bases."""
+    x = _x(study, done)
+    found: dict[str, dict[tuple[float, ...], charts.Curve]] = {}
+    for r in {r["run"]: r for r in done}.values():
+        report = reports[r["run"]]
+        kinds: dict[str, list[charts.Curve]] = {}
+        for name, energies in spectra[r["run"]].items():
+            kept = report["widths"].get(name, len(energies))
+            kinds.setdefault(words.kind_of(report, name), []).append(charts.Curve(name, 0.0, energies, kept))
+        for kind, each in kinds.items():
+            longest = max(len(c.energies) for c in each)
+            alike = [c for c in each if len(c.energies) == longest and len(set(c.energies)) > 1]
+            if alike:
+                mean = tuple(fmean(shares) for shares in zip(*(c.shares for c in alike), strict=True))
+                name = _series_name(study, r, [x] if x else [])
+                curve = charts.Curve(name, shades[name], mean, longest)
+                found.setdefault(kind, {}).setdefault(tuple(round(e, 9) for e in mean), curve)
+    figures = [
+        _figure(words.kind_words(kind), f"{len(each)} sets of bases, mean over the spaces",
+                charts.spectra_chart(f"Spectra of the {words.kind_words(kind)}", "Falling energies", list(each.values())))
+        for kind, each in found.items()
+    ]  # fmt: skip
+    said = "The part of its basis's energy that each direction holds, the mean over spaces of a kind."
+    return [el("h2", "Spectra"), el("p", said), el("div", *figures, class_="charts")] if figures else []
 
 
 def _figure(kind: str, caption: str, drawn: Element) -> Element:

@@ -325,7 +325,7 @@ def test_a_memo_that_is_full_forgets_the_oldest_and_computes_it_again(
 def test_the_fisher_is_measured_once_for_all(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = fisher.measure
-    monkeypatch.setattr(fisher, "measure", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(fisher, "measure", lambda *args, **keys: calls.append(1) or real(*args, **keys))
     text = BASE + "grid: {steps.0.rotate: [output_aware, {output_aware: {tau: 2.0}}]}\n"
     ablate(root, text, "fisher")
     assert len(calls) == 1

@@ -145,6 +145,11 @@ def test_in_a_browser_as_narrow_as_a_phone_it_sorts_leads_and_overflows_nowhere(
     assert probe(wide, tmp_path / "wide")["width"] > PHONE
 
 
+def test_runs_with_the_same_bases_share_a_curve_of_their_spectrum(html: str) -> None:
+    drawn = [m for m in re.findall(r"<svg.*?</svg>", html, re.DOTALL) if "Spectra of the" in m]
+    assert len(drawn) == 1 and drawn[0].count('class="curve"') == 1  # twelve runs, whose bases are alike
+
+
 def test_energies_that_say_nothing_are_left_out() -> None:
     assert energy_lost({"a": [3.0, 1.0], "b": [1.0, 1.0], "c": [2.0, 1.0]}, {"a": 1, "b": 1, "c": 2}) == {
         "a": 0.25
