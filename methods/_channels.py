@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from invariance.interfaces import Statistic
+from invariance.interfaces import Rotator, Statistic
 from invariance.moments import Moments
 from invariance.space import Basis, Space
 
@@ -16,23 +17,32 @@ Metric = Literal["readers", "fisher"]
 NOISE = 1e-5  # of a channel's own energy: keeps the factor of a moment that rounding has made indefinite
 
 
-def statistics(metric: Metric) -> frozenset[Statistic]:
-    """What ``weighing`` needs."""
-    if metric == "fisher":
-        return frozenset({Statistic.WEIGHTED, Statistic.FISHER})
-    return frozenset({Statistic.SEEN, Statistic.READERS})
+@dataclass(frozen=True)
+class Weighing(Rotator):
+    """Rotators that order directions by what errors cost: their energy behind the readers, or nats a token."""
 
+    metric: Metric = "readers"  # what an error costs: its energy behind the readers, or nats by the fisher
 
-def weighing(
-    space: Space, moments: Moments, metric: Metric
-) -> tuple[Float64[Tensor, "c d d"], Float64[Tensor, "c d d"]]:
-    """C and G such that an error e of the signal costs E[eᵀ G e]: behind the readers, or in nats a token.
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        if self.nats:
+            return frozenset({Statistic.WEIGHTED, Statistic.FISHER})
+        return frozenset({Statistic.SEEN, Statistic.READERS})
 
-    The Fisher's gradients fall where the stream behind is large, so tokens are weighted by 1/mean(y²) of it.
-    """
-    if metric == "fisher":
-        return moments.second(space, Statistic.WEIGHTED), moments.second(space, Statistic.FISHER) / 2
-    return moments.second(space, Statistic.SEEN), moments.second(space, Statistic.READERS)
+    @property
+    def nats(self) -> bool:  # type: ignore[override]
+        return self.metric == "fisher"
+
+    def weighed(
+        self, space: Space, moments: Moments
+    ) -> tuple[Float64[Tensor, "c d d"], Float64[Tensor, "c d d"]]:
+        """C and G such that an error e of the signal, of second moment C where it is lost, costs E[eᵀ G e].
+
+        The Fisher's gradients fall where the stream behind is large, so tokens are weighted by 1/mean(y²) of it.
+        """
+        if self.nats:
+            return moments.second(space, Statistic.WEIGHTED), moments.second(space, Statistic.FISHER) / 2
+        return moments.second(space, Statistic.SEEN), moments.second(space, Statistic.READERS)
 
 
 def identity(space: Space) -> Float64[Tensor, "c d d"]:

@@ -8,15 +8,14 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from invariance.interfaces import Rotator, Statistic
 from invariance.moments import Moments
 from invariance.space import Basis, Group, Space
 
-from ._channels import Metric, statistics, weighing
+from ._channels import Weighing
 
 
 @dataclass(frozen=True)
-class HeadSVD(Rotator, name="head_svd"):
+class HeadSVD(Weighing, name="head_svd"):
     """Directions of each KV head by the energy they send through the output projection.
 
     With C = E[z zᵀ] of the mixed values z that the output projection reads (the query heads of a group stacked) and
@@ -28,7 +27,6 @@ class HeadSVD(Rotator, name="head_svd"):
     input's, so that attention's mixing counts.
     """
 
-    metric: Metric = "readers"  # what an error costs: its energy behind the readers, or nats by the fisher
     floor: float = 1e-9  # eigenvalues of C below this fraction of the largest are raised to it
     produces = Group.INVERTIBLE
     kinds = frozenset({"vo"})
@@ -37,16 +35,8 @@ class HeadSVD(Rotator, name="head_svd"):
         if not 0 < self.floor < 1:
             raise ValueError("floor must be between 0 and 1")
 
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        return statistics(self.metric)
-
-    @property
-    def nats(self) -> bool:
-        return self.metric == "fisher"
-
     def fit(self, space: Space, moments: Moments) -> Basis:
-        return whitened(*weighing(space, moments, self.metric), self.floor)
+        return whitened(*self.weighed(space, moments), self.floor)
 
 
 def whitened(C: Float64[Tensor, "c d d"], G: Float64[Tensor, "c d d"], floor: float) -> Basis:

@@ -8,15 +8,14 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from invariance.interfaces import Rotator, Statistic
 from invariance.moments import Moments
 from invariance.space import Basis, Group, Space
 
-from ._channels import Metric, damped, ordered, statistics, weighing
+from ._channels import Weighing, damped, ordered
 
 
 @dataclass(frozen=True)
-class OBS(Rotator, name="obs"):
+class OBS(Weighing, name="obs"):
     """Channels taken out by least loss ‖W_j‖² / (C⁻¹)_jj, in rounds; what stays makes up for what went in between.
 
     The score is what is lost when channel j goes and the readers W are refit. After each of ``rounds`` equal groups,
@@ -29,7 +28,6 @@ class OBS(Rotator, name="obs"):
 
     ridge: float = 1e-3  # added to C, as a fraction of its mean diagonal entry
     rounds: int = 4  # groups in which channels go
-    metric: Metric = "readers"  # what an error costs: its energy behind the readers, or nats by the fisher
     produces = Group.PERMUTATION
     nested = refits = True
 
@@ -39,16 +37,8 @@ class OBS(Rotator, name="obs"):
         if self.rounds < 1:
             raise ValueError("rounds must be at least 1")
 
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        return statistics(self.metric)
-
-    @property
-    def nats(self) -> bool:
-        return self.metric == "fisher"
-
     def fit(self, space: Space, moments: Moments) -> Basis:
-        C, G = weighing(space, moments, self.metric)
+        C, G = self.weighed(space, moments)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(C, self.ridge)))
         order = torch.stack([survival(P, g, self.rounds) for P, g in zip(inverse, G, strict=True)])
         return ordered(order, C, G)

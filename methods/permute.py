@@ -6,16 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from invariance.interfaces import Rotator, Statistic
 from invariance.moments import Moments
 from invariance.space import Basis, Group, Space
 
-from ._channels import Metric, identity, statistics, weighing
+from ._channels import Weighing, identity
 from ._order import by_energy
 
 
 @dataclass(frozen=True)
-class Permute(Rotator, name="permute"):
+class Permute(Weighing, name="permute"):
     """Channels by falling E‖W_j x_j‖² = E[x_j²]·‖W_j‖²: what channel j sends through its readers' columns W_j.
 
     The one change that an elementwise activation admits; with `slice: least_squares` the readers make up for the
@@ -25,20 +24,11 @@ class Permute(Rotator, name="permute"):
     Source: the score of Wanda, Sun et al. 2023, arXiv:2306.11695, equation 1, squared and summed over a column.
     """
 
-    metric: Metric = "readers"  # what an error costs: its energy behind the readers, or nats by the fisher
     produces = Group.PERMUTATION
-    kinds = Rotator.kinds | {"heads"}
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        return statistics(self.metric)
-
-    @property
-    def nats(self) -> bool:
-        return self.metric == "fisher"
+    kinds = Weighing.kinds | {"heads"}
 
     def fit(self, space: Space, moments: Moments) -> Basis:
-        C, G = weighing(space, moments, self.metric)
+        C, G = self.weighed(space, moments)
         groups = (space.dim, space.grain)
         energy = torch.einsum("ciaib->ci", (C * G).unflatten(-1, groups).unflatten(-3, groups)).clamp_min(0)
         return by_energy(identity(space), energy)
