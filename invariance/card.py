@@ -29,13 +29,14 @@ def card(report: Report) -> str:
         f"```python\n{loading(report)}\n```",
         "## What it costs",
         _costs(report).markdown(),
+        *(_section(g) for g in evaluate_words.members(report)),
         "## What it is worth",
         *(_evaluation(report) or ["Nothing was measured."]),
         *_samples(report),
         "## Exactness",
         words.exactness(report),
         "## Recipe",
-        f"`invariance run recipe.yaml` with invariance {report['version']} makes it again from:",
+        f"{_again(report)} makes it again, with invariance {report['version']}, from:",
         f"```yaml\n{_yaml(report['recipe'])}```",
         "## Licence",
         _licence(report),
@@ -75,7 +76,7 @@ FILES = {
     "spectra.json": "the energy of every direction of every basis",
     "basis.safetensors": "the basis of the residual stream, which `invariance recover` needs to compare streams",
     "recover": "the curves of recovery",
-    "recipe.yaml": "the recipe in full: `invariance run recipe.yaml` makes this folder again",
+    "recipe.yaml": "the recipe in full",
 }
 
 
@@ -86,6 +87,8 @@ def readme(report: Report, folder: Path) -> str:
     return f"""# {report["model"]["name"]}, sliced
 
 How to load it, what it costs and what it is worth: [model/README.md](model/README.md).
+
+{_again(report)} makes this folder again.
 
 | file | what it holds |
 |---|---|
@@ -98,6 +101,10 @@ def loading(report: Report) -> str:
     stock = report["model"]["stock"]
     first = "" if stock else "import invariance  # registers the model type\n"
     return f'{first}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("model")'
+
+
+def _again(report: Report) -> str:
+    return ", then ".join(f"`{command}`" for command in words.commands(report))
 
 
 def _metadata(report: Report) -> dict[str, Any]:
@@ -117,7 +124,11 @@ def _costs(report: Report) -> Grid:
 
 
 def _evaluation(report: Report) -> list[str]:
-    return [f"{g.caption}\n\n{g.markdown()}" for g in evaluate_words.grids(report)]
+    return [_section(g) for g in evaluate_words.grids(report)]
+
+
+def _section(grid: Grid) -> str:
+    return f"{grid.caption}\n\n{grid.markdown()}"
 
 
 def _samples(report: Report) -> list[str]:

@@ -27,6 +27,8 @@ class InvarianceConfig(PretrainedConfig):
     """The original model's config, and what was done to it: canonical form, matrices split in two, widths, where shortcuts
     lie, new biases.
 
+    ``nested`` holds, by its share, each of the narrower models in the same weights: the widths of the spaces that it has
+    narrower than this one.
     ``pairs`` names the query/key spaces whose frequency pairs were chosen, and says how many each kept; which ones is
     in a buffer beside the weights.
     """
@@ -36,12 +38,13 @@ class InvarianceConfig(PretrainedConfig):
     def __init__(self, original: dict[str, Any] | None = None, folded: bool = False, tie: str = "untie",
                  widths: dict[str, int] | None = None, shortcuts: list[str] | None = None,
                  biases: list[str] | None = None, pairs: dict[str, int] | None = None, split: list[str] | None = None,
-                 **kwargs: Any) -> None:  # fmt: skip
+                 nested: dict[str, dict[str, int]] | None = None, **kwargs: Any) -> None:  # fmt: skip
         self.original = dict(original or {})
         self.folded, self.tie = folded, tie
         self.widths, self.shortcuts = dict(widths or {}), list(shortcuts or [])
         self.biases, self.pairs = list(biases or []), dict(pairs or {})
         self.split = list(split or [])
+        self.nested = {share: dict(widths) for share, widths in (nested or {}).items()}
         for key in SHARED:
             kwargs.setdefault(key, self.original.get(key))
         super().__init__(**kwargs)
@@ -144,10 +147,10 @@ AutoConfig.register("invariance", InvarianceConfig)
 AutoModelForCausalLM.register(InvarianceConfig, InvarianceForCausalLM)
 
 
-def wrap(
-    inner: PreTrainedModel, layout: Layout, original: PretrainedConfig, tie: str
-) -> InvarianceForCausalLM:
-    """A restructured, changed model as one that saves and loads; ``original`` is the config it came with."""
+def wrap(inner: PreTrainedModel, layout: Layout, original: PretrainedConfig, tie: str,
+         nested: Mapping[str, Mapping[str, int]] | None = None) -> InvarianceForCausalLM:  # fmt: skip
+    """A restructured, changed model as one that saves and loads; ``original`` is the config it came with, ``nested`` as
+    in InvarianceConfig."""
     now = label(inner)
 
     def kept(name: str, k: int) -> bool:  # spaces of a branch that is gone go without saying
@@ -165,6 +168,7 @@ def wrap(
         shortcuts=sorted(now.shortcuts),
         biases=now.added_biases(layout),
         split=now.select(["edge"]),
+        nested={share: dict(widths) for share, widths in (nested or {}).items()},
         pairs={
             n: p.shape[1] for n in now.select(["qk"]) if (p := attention_of(inner, now, n).pairs) is not None
         },

@@ -124,6 +124,10 @@ def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remo
             "sliced": None if widths is None else chart.seconds(widths),
         },
         "budget": asked.budget and asked.budget.limits,
+        "nested": {
+            repr(share): None if found is None else chart.parameters(found).to_dict()
+            for share, found in chart.nested(widths).items()
+        },
         "stock": None if widths is None else chart.why_not_stock(widths) is None,
         "why_not_stock": None if widths is None else chart.why_not_stock(widths),
     }
@@ -153,6 +157,10 @@ def _plan_tables(document: dict[str, Any]) -> list[Any]:
         costs.add_row(
             part, f"{n:,}", "" if m is None else f"{m:,}", f"{m / n:.3f}" if m is not None and n else ""
         )
+    for share, member in document["nested"].items():
+        n, m = dense["total"], None if member is None else member["total"]
+        cells = ["", ""] if m is None else [f"{m:,}", f"{m / n:.3f}"]
+        costs.add_row(f"total, nested {share}", f"{n:,}", *cells)
     seconds = document["predicted_seconds"]
     if seconds["dense"] is not None:
         costs.add_row("latency, ms", *(f"{1e3 * s:.2f}" if s else "" for s in seconds.values()),
@@ -234,6 +242,28 @@ command(cli_measure.evaluate)
 command(cli_measure.bench)
 command(cli_ablate.ablate)
 command(cli_ablate.compare)
+
+
+@command
+def extract(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What a recipe with `nested` wrote: the run's "
+                                                   "folder, or its model/.")],
+            width: Annotated[float, typer.Option(metavar="SHARE", help="Which member, by its share of the budget's "
+                                                 "resource, such as 0.8. One that is not there is answered by a list.")],
+            output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+            overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier one.")] = False,
+            as_json: Json = False) -> None:  # fmt: skip
+    """Make one member of a nested family a checkpoint of its own: stock, where its widths allow it.
+
+    A recipe with `budget: {parameters: 0.9}` and `nested: [0.8, 0.7]` writes one model whose first directions are the
+    narrower ones. `invariance extract runs/family --width 0.8 -o runs/family-0.8` writes model/ and, where the family has
+    a report, that of the member. Nothing is computed again.
+    """
+    from .extract import run as make
+
+    made = make(folder, width, output, overwrite=overwrite, progress=progress)
+    why = f"not stock: {made['why_not_stock']}" if made["why_not_stock"] else "plain transformers loads it"
+    say(made, as_json,
+        f"{made['parameters']:,} parameters as '{made['exported_as']}', {why}\ncheckpoint  {made['output']}/model")  # fmt: skip
 
 
 @command

@@ -119,8 +119,8 @@ class Demand:
             )
         return tuple(sorted(found))
 
-    def check(self, k: object) -> None:
-        """Raises InputError for a width that a selector may not give."""
+    def check(self, k: object, most: int | None = None) -> None:
+        """Raises InputError for a width that a selector may not give; ``most`` is that of the next wider member."""
         space, select = self.space, self.select
         assert select is not None
         least = 0 if self.constraints.min == 0 else 1
@@ -128,6 +128,11 @@ class Demand:
             raise InputError(
                 f"selector '{select.name}' gave space '{space.name}' the width {k}; it must be a whole number from "
                 f"{least} to {space.dim}."
+            )
+        if most is not None and k > most:
+            raise InputError(
+                f"selector '{select.name}' gave space '{space.name}' the width {k} in a narrower member, where the wider "
+                f"one has {most}. A selector must keep to `cost.widths`; use another one, or remove `nested`."
             )
         if not space.fits(k):
             raise InputError(

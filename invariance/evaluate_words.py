@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .grid import Grid
-from .report_words import NONE, plain, ratio, whole
+from .report_words import NONE, count, plain, ratio, size, whole
 
 SIDES = ("model", "dense", "sliced", "recovered")
 
@@ -21,6 +21,30 @@ def grids(report: Mapping[str, Any]) -> list[Grid]:
         *(g for name, found in report["divergence"].items() for g in divergence(name, found)),
         *tasks(report),
     ]
+
+
+def members(report: Mapping[str, Any]) -> list[Grid]:
+    """The nested members of a family side by side, where it is one."""
+    found = report.get("nested") or []
+    if not found:
+        return []
+    names = list(found[0]["perplexity"])
+    total = report["parameters"]["dense"]["total"]
+    rows = []
+    for each in found:
+        parameters, flops = each["parameters"]["total"], each["flops_per_token"]
+        kept = [f"{each['share']:g}", count(parameters), ratio(total, parameters), count(flops)]
+        measured = [each["perplexity"][name] for name in names]
+        worth = [plain(m["sliced"] if m.get("recovered") is None else m["recovered"]) for m in measured]
+        rows.append(
+            [*kept, size(each["kv_bytes_per_token"]), *worth, "no" if each["why_not_stock"] else "yes"]
+        )
+    columns = ["share", "parameters", "of dense", "FLOPs per token", "KV cache per token"]
+    columns += [*(f"perplexity, {name}" for name in names), "stock"]
+    note = (
+        "Nested members: `invariance extract` with `--width` and a share makes one a checkpoint of its own."
+    )
+    return [Grid(note, columns, rows)]
 
 
 def signed(value: float | None, error: float | None, factor: float = 1, digits: int = 3) -> str:

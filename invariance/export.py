@@ -63,6 +63,16 @@ def stock(
     return made, ""
 
 
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The weights to a dtype. Buffers keep float32 at least: rotary frequencies, as transformers loads them."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(torch.promote_types(dtype, torch.float32)))
+
+
 def obstacle(
     layout: Layout,
     widths: Mapping[str, int],

@@ -168,6 +168,7 @@ class Slicer(Method, ABC):
     mixes: ClassVar[bool] = (
         False  # whether what is cut is read from other directions: not across rotary pairs
     )
+    prefix: ClassVar[bool] = False  # whether a narrower cut is a part of every wider one, unchanged
 
     @abstractmethod
     def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:

@@ -55,6 +55,8 @@ class Sliced:
     encodes: dict[str, Float64[Tensor, "d k"]] = field(
         default_factory=dict
     )  # of the points of the stream that changed
+    narrower: dict[float, Widths] = field(default_factory=dict)  # the nested members' by their shares
+    losses: dict[float, float | None] = field(default_factory=dict)  # predicted of those
 
 
 @contextmanager
@@ -142,6 +144,7 @@ class _Run:
             self._fit(plan.units, moments)
             chosen = self._allocate(moments, self._influence(moments))
             plan.check_attention(chosen)
+            narrower = self._narrower(moments, chosen)
             certificate = self._certify()
             with timed(self.seconds, "slice"):
                 for unit in plan.units:
@@ -159,8 +162,8 @@ class _Run:
             self.bases = {n: b for n, b in self.bases.items() if plan.stands(self.unit_of[n])}
             self._walk_sequentially(moments, chosen)
             certificate = self._certify()
+            narrower = {}
         spectra = {name: basis.energy for name, basis in self.bases.items()}
-        predicted = chosen.loss if isinstance(chosen, Predicted) else self._predicted(chosen)
         encodes = {
             n: c.encode[0] for n, c in self.changes.items() if self.layout.spaces[n].kind == "residual"
         }
@@ -171,9 +174,11 @@ class _Run:
             spectra,
             certificate,
             self.seconds,
-            predicted,
+            self._predicted(chosen),
             self.search,
             encodes,
+            narrower,
+            {share: self._predicted(widths) for share, widths in narrower.items()},
         )
 
     def calibrate_for(self, plans: Sequence[Plan]) -> None:
@@ -337,15 +342,26 @@ class _Run:
         asked = self.plan.compared
         return [1 - moments.known[p, Statistic.COSINE].mean.item() for p in asked] if asked else None
 
-    def _allocate(self, moments: Moments, influence: list[float] | None) -> Widths:
+    def _narrower(self, moments: Moments, widest: Widths) -> dict[float, Widths]:
+        """The widths of the nested members, each within those of the next wider one."""
+        found, within = dict[float, Widths](), widest
+        for share, plan in self.plan.narrower().items():
+            within = self._allocate(moments, self._influence(moments), plan, within)
+            plan.check_attention(within)
+            found[share] = within
+        return found
+
+    def _allocate(self, moments: Moments, influence: list[float] | None, plan: Plan | None = None,
+                  within: Widths | None = None) -> Widths:  # fmt: skip
         spectra = {name: basis.energy for name, basis in self.bases.items()}
         loss = None if self.held is None else self._held_out(self.held, moments)
         start = time.perf_counter()
         with timed(self.seconds, "select"):
-            widths = self.plan.allocate(spectra, loss, influence)
+            widths = (plan or self.plan).allocate(spectra, loss, influence, within)
         if loss is not None:
             counts = {"evaluations": len(loss.losses), "measured": loss.measured}
-            self.search = {**counts, "seconds": round(time.perf_counter() - start, 3)}
+            spent, before = {**counts, "seconds": round(time.perf_counter() - start, 3)}, self.search or {}
+            self.search = {key: value + before.get(key, 0) for key, value in spent.items()}
         assert widths is not None
         return widths
 
@@ -366,8 +382,10 @@ class _Run:
         )
 
     def _predicted(self, widths: Widths) -> float | None:
-        """The energies that widths lose, where those of all spaces that are cut are losses in nats per token, and
-        assume the refit that the slicer makes, or none."""
+        """The loss that selectors predict of widths; else the energies that widths lose, where those of all spaces that
+        are cut are losses in nats per token, and assume the refit that the slicer makes, or none."""
+        if isinstance(widths, Predicted):
+            return widths.loss
         cut = [u for u in self.plan.units if widths[u.space.name] < u.space.dim]
         if not all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.refits for u in cut):
             return None

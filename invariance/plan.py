@@ -20,7 +20,7 @@ from .latency import Latency, table
 from .layout import Layout, Parameters, layout_of
 from .models import cache_dir
 from .moments import Key
-from .recipe import Constraints, Recipe, Step
+from .recipe import Budget, Constraints, Recipe, Step
 from .space import Group, Space
 from .walk import Progress, quiet
 
@@ -175,14 +175,39 @@ class Plan:
             return self.layout.flops(widths, self.segments)
         return self.layout.kv_entries(widths) if resource == "kv_cache" else self.parameters(widths).total
 
+    def narrower(self) -> dict[float, Plan]:
+        """The plans of the nested members by their shares, widest first: this one's but for what may be spent."""
+        made = {}
+        for share in self.recipe.nested or ():
+            assert self.recipe.budget is not None
+            budget = Budget(**dict.fromkeys(self.recipe.budget.limits, share))
+            made[share] = replace(
+                self, recipe=self.recipe.model_copy(update={"budget": budget, "nested": None})
+            )
+        return made
+
+    def nested(self, widest: Widths | None) -> dict[float, Widths | None]:
+        """The widths of the nested members, None where calibration decides on them."""
+        found, within = dict[float, Widths | None](), widest
+        for share, chart in self.narrower().items():
+            within = None if within is None else chart.allocate(None, within=within)
+            found[share] = within
+        return found
+
     def allocate(
-        self, spectra: Spectra | None, loss: Loss | None = None, influence: Sequence[float] | None = None
+        self,
+        spectra: Spectra | None,
+        loss: Loss | None = None,
+        influence: Sequence[float] | None = None,
+        within: Widths | None = None,
     ) -> Widths | None:
         """The width of every unit's members, or None where a selector asks for what is not there yet.
 
         ``loss`` measures widths on held-out tokens, for selectors that declare ``measures``; ``influence`` is that of
-        every block. The widths are ``Predicted`` where all selectors that cut predict their loss.
+        every block; no width is above that in ``within``. The widths are ``Predicted`` where all selectors that cut
+        predict their loss.
         """
+        within = within or {}
         kept: dict[str, int] = {}
         losses: list[float | None] = []
         demands: dict[Selector, list[Demand]] = {}
@@ -193,7 +218,7 @@ class Plan:
                 demands.setdefault(demand.select, []).append(demand)
         for selector, found in sorted(demands.items(), key=lambda item: item[0].needs_budget):
             try:
-                bill = self._bill(found, kept, loss, influence)
+                bill = self._bill(found, kept, loss, influence, within)
                 if selector.needs_budget:
                     bill.check()
                 if (
@@ -205,7 +230,7 @@ class Plan:
                 energies = {d.space: None if spectra is None else d.pooled(spectra) for d in found}
                 widths = selector.allocate(energies, bill, bill.limit)
                 for demand in found:
-                    demand.check(widths.get(demand.space))
+                    demand.check(widths.get(demand.space), within.get(demand.space.name))
                 if selector.needs_budget and bill.limit is not None and (spent := bill(widths)) > bill.limit:
                     raise InputError(
                         f"selector '{selector.name}' gave widths that spend {spent:,.6g} of a budget of {bill.limit:,.6g}. "
@@ -251,8 +276,13 @@ class Plan:
             )
 
     def _bill(self, demands: list[Demand], kept: Widths, loss: Loss | None,
-              influence: Sequence[float] | None) -> Bill:  # fmt: skip
+              influence: Sequence[float] | None, within: Widths) -> Bill:  # fmt: skip
         """What widths of some demands cost, all others as they are kept."""
+
+        def allowed(demand: Demand) -> tuple[int, ...]:
+            found = demand.allowed(self.blocks, self.layout.branches.values())
+            most = within.get(demand.space.name, demand.space.dim)
+            return tuple(k for k in found if k <= most) or (most,)
 
         def named(widths: Mapping[Space, int]) -> dict[str, int]:
             return {**kept, **{m: widths[d.space] for d in demands if d.space in widths for m in d.members}}
@@ -271,7 +301,7 @@ class Plan:
         return Bill(
             amounts={r: partial(spent, r) for r in limits or ("parameters",)},
             limits={r: int(share * dense[r]) for r, share in limits.items()},
-            widths={d.space: d.allowed(self.blocks, self.layout.branches.values()) for d in demands},
+            widths={d.space: allowed(d) for d in demands},
             loss=None if loss is None else lambda w: loss(named(w)),
             influence=None if influence is None else {d.space: d.mean(influence) for d in demands},
         )
@@ -350,13 +380,22 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
         raise InputError(
             f"{recipe.where('refit')}: only order 'dense_target' refits. Remove `refit`, or take that order."
         )
-    if (fixed := result.allocate(None)) is not None:
-        result.check_attention(fixed)
-    else:  # whether a budget can be met, and blocks can go, hangs on no measurement: ask before calibrating
-        flat = {u.space.name: torch.ones(u.space.copies, u.space.dim) for u in units}
-        result.allocate(flat, influence=[1.0] * result.blocks)
-        result.check_choices()
+    _check_widths(result)
+    for n, (share, chart) in enumerate(result.narrower().items()):
+        try:
+            _check_widths(chart)
+        except InputError as e:
+            raise InputError(f"{recipe.where('nested', n)}: the member of {share:g} cannot be: {e}") from None
     return result
+
+
+def _check_widths(chart: Plan) -> None:
+    if (fixed := chart.allocate(None)) is not None:
+        chart.check_attention(fixed)
+    else:  # whether a budget can be met, and blocks can go, hangs on no measurement: ask before calibrating
+        flat = {u.space.name: torch.ones(u.space.copies, u.space.dim) for u in chart.units}
+        chart.allocate(flat, influence=[1.0] * chart.blocks)
+        chart.check_choices()
 
 
 def _seeded(method: M, seed: int) -> M:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -164,6 +165,7 @@ class Step(Part):
         return {kind: method for kind in METHODS if (method := getattr(self, kind)) is not None}
 
 
+Shares = Annotated[tuple[Fraction, ...], Field(min_length=1), BeforeValidator(as_tuple)]
 Steps = Annotated[tuple[Step, ...], Field(min_length=1), BeforeValidator(as_tuple)]
 Order = Literal["oneshot", "sequential", "dense_target"]
 Refit = Literal["writers", "both"]
@@ -177,6 +179,7 @@ class Recipe(Part):
     order: Order = "oneshot"  # calibrate before cutting, behind earlier cuts, or towards the dense stream
     refit: Refit = "both"  # in order dense_target: the stream's writers, or its readers too
     budget: Budget | None = None  # what `select` may spend over all steps, as in {parameters: 0.8}
+    nested: Shares | None = None  # narrower models in the same weights, falling shares as in [0.8, 0.7]
     tie: Literal["keep", "untie"] = "untie"  # whether tied embeddings stay tied
     seed: Seed = 0  # the seed of all that is random, a whole number from 0
     steps: Steps  # what is done to which spaces, as in [{spaces: residual, rotate: pca}]
@@ -216,6 +219,7 @@ class Recipe(Part):
             why = "each `select` fixes its widths" if fixed else "none has a `select`"
             instead = "Add one that spends it, such as `select: uniform` with no width, or remove the budget"
             raise Problem(f"no step spends it: {why}. {instead}", "budget")
+        self._check_nested()
         if self.recover and not self.recover.train and not self.calibrate:
             raise Problem("there is no text to train on. Add `recover: {train: {data: ...}}`", "recover")
         labels = [(e.kind, e.part.label) for e in self.evaluate]
@@ -224,6 +228,30 @@ class Recipe(Part):
                 instead = "Give this one a `name`" if kind in ("perplexity", "divergence") else "Remove one"
                 raise Problem(f"the report has '{label}' already. {instead}", "evaluate", i)
         return self
+
+    def _check_nested(self) -> None:
+        """Narrower members are the first directions of one basis, cut under one budget, and nothing is refit."""
+        if self.nested is None:
+            return
+        limits = self.budget.limits if self.budget else {}
+        if len(limits) != 1:
+            raise Problem(
+                "its shares are of what the budget limits, which must be one resource. Add `budget: {parameters: ...}`, "
+                "the share of the widest",
+                "nested",
+            )
+        (widest,) = limits.values()
+        for i, (wider, share) in enumerate(pairwise((widest, *self.nested))):
+            if share >= wider:
+                of = "the budget's own, that of the widest" if not i else "the one before"
+                raise Problem(f"{share} is not below {wider}, {of}. Give falling shares", "nested", i)
+        if self.order != "oneshot":
+            why = f"order '{self.order}' fits bases behind the cuts of one width, and the others would have other bases"
+            raise Problem(f"{why}. Use `order: oneshot`, or a recipe for each width", "nested")
+        for i, step in enumerate(self.steps):
+            if step.slice is not None and not step.slice.prefix:
+                why = f"'{step.slice.name}' refits for one width, and `nested` asks for weights that all widths share"
+                raise Problem(f"{why}. Use `slice: truncate`, or remove `nested`", "steps", i, "slice")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from xml.etree.ElementTree import Element
 
@@ -26,7 +25,7 @@ Spectra = Mapping[str, Sequence[float]]  # a unit's first space → its energies
 
 def page(report: Report, spectra: Spectra) -> str:
     """One HTML file that holds everything it shows."""
-    sections = (_sizes, _perplexity, _recovery, _evaluations, _exactness, _widths)
+    sections = (_sizes, _members, _perplexity, _recovery, _evaluations, _exactness, _widths)
     body = [*_head(report), *(part for section in sections for part in section(report))]
     body += [*_spectra(report, spectra), *_samples(report), *_run(report), *_recipe(report)]
     return charts.document(f"{report['model']['name']} · invariance", *body)
@@ -79,6 +78,11 @@ def _sizes(report: Report) -> list[Element]:
         "Parameters are those stored, a tied tensor counted once. FLOPs leave out attention scores and norms."
     )
     return [el("h2", "Size and cost"), charts.table(note, ["What", "Dense", "Sliced", "Ratio"], rows)]
+
+
+def _members(report: Report) -> list[Element]:
+    found = [g.element() for g in evaluate_words.members(report)]
+    return [el("h2", "Nested members"), *found] if found else []
 
 
 def _perplexity(report: Report) -> list[Element]:
@@ -222,7 +226,7 @@ def _recipe(report: Report) -> list[Element]:
     yaml.representer.sort_base_mapping_type_on_output = False
     yaml.dump(report["recipe"], stream)
     output = str(report["output"] or "output")
-    command = shlex.join(["invariance", "run", f"{output}/recipe.yaml", "--output", f"{output}-again"])
+    command = "\n".join(words.commands(report, f"{output}-again", f"{output}/recipe.yaml"))
     return [
         el("h2", "Run it again"),
         el("p", "recipe.yaml lies beside this page, and below, with every default written out."),
@@ -247,6 +251,7 @@ def table(report: Report) -> Group:
             after = (words.plain(row.recovered), words.ratio(row.dense, row.recovered))
             sizes.add_row(*(Text(cell) for cell in ("  after recovery", row.cells[1], *after)))
     parts: list[RenderableType] = [sizes, Text(words.exactness(report))]
+    parts += [g.table() for g in evaluate_words.members(report)]
     if report.get("tasks"):
         parts += [g.table() for g in evaluate_words.tasks(report)]
     parts += [Padding(texts, (1, 0)) for texts in evaluate_words.samples(report)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -241,6 +242,16 @@ def summary(report: Report) -> str:
         moved = error(report["exactness"]["relative_error"])
         said.append(f"Before the cut, the changes of basis were certified exact, to {moved}.")
     return " ".join(said)
+
+
+def commands(report: Report, output: str = "again", recipe: str = "recipe.yaml") -> list[str]:
+    """What makes the result once more: a run, and of a nested family's member its extraction."""
+    made = [["invariance", "run", recipe, "--output", output]]
+    if (share := report.get("member")) is not None:
+        made.append(
+            ["invariance", "extract", output, "--width", f"{share:g}", "--output", f"{output}-{share:g}"]
+        )
+    return [shlex.join(words) for words in made]
 
 
 def checkpoint(report: Report) -> str:

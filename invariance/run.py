@@ -22,11 +22,13 @@ from .checkpoint import InvarianceForCausalLM, wrap
 from .data import Tokens, load_tokens
 from .errors import InputError
 from .evaluate import Evaluation, Models, Samples, measure, peak_memory, prepare
-from .export import stock
+from .export import cast, stock
 from .families import check_positions, positions
 from .files import replacing, write_json, write_text
 from .memo import Memo
 from .models import cache_dir, licence, load_config, load_model, load_tokenizer
+from .nested import Members
+from .nested_report import costs, measure_members, members_of
 from .pipeline import Sliced, slice_model, timed
 from .plan import Plan, plan
 from .recipe import Recipe, load_recipe
@@ -129,18 +131,19 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
     stored = stored or model.dtype
     basis = Basis.of(sliced.layout, sliced.encodes)
     before, recovered = None, None
+    shared = members_of(sliced, recipe)
     if recipe.recover is not None:
         assert data.training is not None
         if evaluate:
             with timed(sliced.seconds, "export"):
                 kept = replace(sliced, model=copy_in(sliced.model.dtype, sliced.model))
-                before, _ = _exported(kept, chart, recipe, model, stored)
+                before, _ = _exported(kept, chart, recipe, model, stored, shared)
         with timed(sliced.seconds, "recover"):
             recovered = recover(sliced.model, basis, model, data.training, recipe.recover, seed=recipe.seed,
                                 identity={"dense": memo.weights(model), "recipe": recipe.to_dict()},
                                 where=recipe.where("recover"), progress=progress)  # fmt: skip
     with timed(sliced.seconds, "export"):
-        small, why = _exported(sliced, chart, recipe, model, stored)
+        small, why = _exported(sliced, chart, recipe, model, stored, shared)
     report = _report(recipe, chart, sliced, small, why, model.config, stored)
     if recovered is not None:
         report["recover"] = recovered.report
@@ -151,6 +154,9 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
         trained = {} if before is None else {"recovered": small}
         models = {"dense": model, "sliced": small if before is None else before, **trained}
         _measure(report, sliced.seconds, models, data, progress, memo)
+        if isinstance(small, InvarianceForCausalLM) and shared:
+            with timed(sliced.seconds, "evaluate"):
+                measure_members(report, small, model, stored, data.evaluations, progress, memo)
         if extras:
             _extras(report, sliced.seconds, models, data, tokenizer, progress)
     report["seconds"] = {step: round(s, 3) for step, s in sliced.seconds.items()}
@@ -161,11 +167,13 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
     return Outcome(small, report, spectra, stored, basis, blocks, logs)
 
 
-def _exported(sliced: Sliced, chart: Plan, recipe: Recipe, dense: PreTrainedModel,
-              stored: torch.dtype) -> tuple[PreTrainedModel, str]:  # fmt: skip
+def _exported(sliced: Sliced, chart: Plan, recipe: Recipe, dense: PreTrainedModel, stored: torch.dtype,
+              shared: Members) -> tuple[PreTrainedModel, str]:  # fmt: skip
     """A sliced model as its checkpoint has it, to compute with in the dense one's dtype, and why it is no stock one."""
-    made, why = stock(sliced.model, sliced.layout, chart.dense, dense.config)
-    small = made if made is not None else wrap(sliced.model, sliced.layout, dense.config, recipe.tie)
+    made, why = None, f"it holds {len(shared)} nested models, which `invariance extract` makes checkpoints of"
+    if not shared:
+        made, why = stock(sliced.model, sliced.layout, chart.dense, dense.config)
+    small = made if made is not None else wrap(sliced.model, sliced.layout, dense.config, recipe.tie, shared)
     cast(small, stored)
     cast(small, dense.dtype)
     return small, why
@@ -174,16 +182,6 @@ def _exported(sliced: Sliced, chart: Plan, recipe: Recipe, dense: PreTrainedMode
 def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
     """What a checkpoint's numbers are stored in, if its config says so and they are floating-point."""
     return config.dtype if isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point else None
-
-
-def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """The weights to a dtype. Buffers keep float32 at least: rotary frequencies, as transformers loads them."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            if buffer.is_floating_point():
-                setattr(module, name, buffer.to(torch.promote_types(dtype, torch.float32)))
 
 
 def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel, why: str,
@@ -217,6 +215,8 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
         "tasks": [],
         "predicted": {"loss": sliced.predicted, "measured": None},
         "search": sliced.search,
+        "nested": costs(recipe, chart, sliced, stored),
+        "member": None,
         "recover": None,
         "exactness": sliced.certificate.to_dict(),
         "widths": {name: widths.get(name, s.dim) for name, s in layout.spaces.items()},

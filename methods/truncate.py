@@ -19,6 +19,7 @@ class Truncate(Slicer, name="truncate"):
     """
 
     kinds = Slicer.kinds | {"heads"}
+    prefix = True
 
     def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:
         whole = Change.rotation(basis.A)

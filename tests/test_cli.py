@@ -17,7 +17,19 @@ from invariance import pipeline, verify
 from invariance.interfaces import registry
 from invariance.verify import Certificate
 
-COMMANDS = ("run", "plan", "ablate", "compare", "verify", "inspect", "evaluate", "bench", "methods", "schema")
+COMMANDS = (
+    "run",
+    "plan",
+    "ablate",
+    "compare",
+    "verify",
+    "inspect",
+    "evaluate",
+    "bench",
+    "extract",
+    "methods",
+    "schema",
+)
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 RECIPE = """\
 model: ROOT/model

@@ -35,6 +35,7 @@ OWN = {
     "flap",
     "modegpt",
     "svd-llm",
+    "family",
 }
 NARROWER: dict[str, dict[str, Any]] = {
     "combined": {"steps.0.select.uniform.width": 27, "steps.2.select.uniform.width": 6},
