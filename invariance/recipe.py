@@ -232,6 +232,9 @@ class Recipe(Part):
     def _check_nested(self) -> None:
         """Narrower members are the first directions of one basis, cut under one budget, and nothing is refit."""
         if self.nested is None:
+            if self.recover and self.recover.nested:
+                why = "no members are there to train together. Add `nested: [...]` to the recipe"
+                raise Problem(f"{why}, or remove it", "recover", "nested")
             return
         limits = self.budget.limits if self.budget else {}
         if len(limits) != 1:

@@ -24,8 +24,10 @@ from .evaluate import perplexity
 from .files import replacing
 from .layout import Layout, label
 from .models import cache_dir
+from .nested import Members
 from .recover_local import reconstruct
-from .recover_module import HELD_OUT, Recovery, Text, Windows, trained
+from .recover_module import HELD_OUT, Recovery, Text, Windows, of_member, trained
+from .recover_nested import Member
 from .recover_options import Recover
 from .recover_trainer import BEST, LAST, check_logger, fit, make, still
 from .teacher import Teacher, predictions
@@ -44,12 +46,13 @@ class Recovered:
 
 
 def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel | None, tokens: Tokens, options: Recover,
-            *, seed: int, identity: Mapping[str, Any], where: str = "recover",
+            *, seed: int, identity: Mapping[str, Any], where: str = "recover", nested: Members | None = None,
             progress: Progress = quiet) -> Recovered:  # fmt: skip
     """Train a restructured model, in place; in float32, whatever it is stored in.
 
     ``dense`` is what it was sliced from, and ``basis`` where its stream lies in that, where options ask for them.
     ``identity`` says what the run depends on: a run of the same that was interrupted is resumed from its last check.
+    ``nested`` holds the model's narrower members, which are trained with it where options ask for that.
 
     Raises InputError, with nothing changed, for options that cannot be; InvarianceError where training diverges.
     """
@@ -59,6 +62,7 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
         "options": options.model_dump(mode="json"),
         "tokens": tokens.digest(),
         "seed": seed,
+        "nested": nested if options.nested else None,
         **identity,
     }
     work = cache_dir("recover", hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32])
@@ -69,7 +73,17 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
         assert dense is not None and basis is not None
         teacher = Teacher.of(dense, basis)
         teacher.check(student, layout)
-    before = perplexity(student, held, options.batch, progress, "held-out perplexity before recovery")
+    names = _names(nested or {}, options, where)
+    what = "held-out perplexity before recovery"
+    losses = [math.log(perplexity(student, held, options.batch, progress, what))]
+    narrower: list[Member] = []
+    for name in names[1:]:
+        member = Member(student, layout, (nested or {})[name])
+        losses.append(math.log(perplexity(member.twin, held, options.batch, progress, what)))
+        member.adapt(options, seed)
+        narrower.append(member)
+    first = {HELD_OUT: sum(losses) / len(losses), **dict(zip(map(of_member, names), losses, strict=False))}
+    before = math.exp(first[HELD_OUT])
     adapt(student, layout, options, seed)
     count = trained(student)
     stages: list[dict[str, Any]] = []
@@ -84,13 +98,14 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
     trainer = make(options, model.device, where, work, bar=progress is not quiet)
     steps, per_step = _steps(options, train, trainer, where)
     trainer.val_check_interval = max(steps // options.checks, 1) * options.accumulate
-    module = Recovery(student, layout, options, teacher if options.loss.hidden else None, seed)
+    tutor = teacher if options.loss.hidden else None
+    module = Recovery(student, layout, options, tutor, seed, names, narrower)
     start, begun = time.perf_counter(), _step(work / LAST)
     text = Text(Windows(train, kept), Windows(held), options, steps, seed, begun)
     fit(trainer, module, text, work / LAST)
     seconds = time.perf_counter() - start
     end = torch.load(work / LAST, weights_only=True, map_location="cpu")
-    curve = [{"step": 0, HELD_OUT: math.log(before)}, *end["callbacks"]["Curve"]["points"]]
+    curve = [{"step": 0, **first}, *end["callbacks"]["Curve"]["points"]]
     chosen = _best(curve, where)
     if chosen["step"]:
         state = torch.load(work / BEST, weights_only=True, map_location="cpu")["state_dict"]
@@ -105,11 +120,25 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
         "best_step": chosen["step"],
         "stopped_early": ran < steps,
         "held_out": {"before": before, "after": math.exp(chosen[HELD_OUT]), "tokens": held.ids.numel()},
+        "members": {
+            n: {"before": math.exp(first[of_member(n)]), "after": math.exp(chosen[of_member(n)])}
+            for n in names
+        },
         "tokens_per_second": round((ran - begun) * per_step / seconds, 1),
         "curve": curve,
         "local": stages,
     }
     return Recovered(work / "logs", report)
+
+
+def _names(nested: Members, options: Recover, where: str) -> list[str]:
+    """The shares of the members that are trained together, the model's own first; none where it is trained alone."""
+    if options.nested and not nested:
+        raise InputError(
+            f"{where}: `nested: true` trains the members of a nested family, and this model is one alone. Remove it, or "
+            "give a checkpoint that a recipe with `nested` made."
+        )
+    return sorted(nested, key=float, reverse=True) if options.nested else []
 
 
 def _best(curve: list[dict[str, float]], where: str) -> dict[str, float]:

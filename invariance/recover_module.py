@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,10 +16,16 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from .data import Tokens
 from .layout import Layout
+from .recover_nested import Member, sandwich
 from .recover_options import Recover
 from .teacher import Predictions, Streams, Teacher, tapped
 
 HELD_OUT = "held_out_loss"
+
+
+def of_member(share: str) -> str:
+    """What the held-out loss of one nested member is called; ``HELD_OUT`` is the mean over all."""
+    return f"{HELD_OUT}_{share}"
 
 
 def next_token_loss(logits: Float[Tensor, "B T V"], ids: Int64[Tensor, "B T"], mask: Tensor) -> Tensor:
@@ -62,7 +68,8 @@ def _mean(values: Float[Tensor, "B T"], mask: Tensor) -> Tensor:
 
 
 class Recovery(LightningModule):
-    """A student under a weighted sum of losses: AdamW, a rise and a cosine.
+    """A student under a weighted sum of losses: AdamW, a rise and a cosine. With narrower members, the mean over those
+    that a step trains; ``names`` are the shares of all, the student's first.
 
     Checkpoints hold what is trained and no more. The teacher is not a part of the module, so that no optimizer,
     checkpoint or process group knows of it.
@@ -70,16 +77,17 @@ class Recovery(LightningModule):
 
     strict_loading = False
 
-    def __init__(
-        self, student: PreTrainedModel, layout: Layout, options: Recover, teacher: Teacher | None, seed: int
-    ) -> None:
+    def __init__(self, student: PreTrainedModel, layout: Layout, options: Recover, teacher: Teacher | None, seed: int,
+                 names: Sequence[str] = (), narrower: Sequence[Member] = ()) -> None:  # fmt: skip
         super().__init__()
+        self.names, self.members = list(names), nn.ModuleList(narrower)
         self.student, self.layout, self.options, self.seed = student, layout, options, seed
         self.teachers = [] if teacher is None else [teacher]
         self.clock, self.begun = 0.0, 0
 
     def setup(self, stage: str) -> None:
         self.student.train()
+        self.members.train()
         for teacher in self.teachers:
             teacher.model.to(self.device)  # type: ignore[arg-type]
 
@@ -100,25 +108,46 @@ class Recovery(LightningModule):
         weights = self.options.loss
         if self.options.adapters.dropout:
             torch.manual_seed(self.seed + index)  # so that a resumed run drops the same
-        with tapped(self.student, self.layout) as found:
-            logits = self(ids, mask)
+        goal = self.teachers[0].streams(ids, _padding(mask)) if weights.hidden else {}
+        drawn = sandwich(1 + len(self.members), self.seed + index // self.options.accumulate)
+        each = [self._losses(batch, goal, n) for n in drawn]
+        parts = {name: torch.stack([found[name] for found in each]).mean() for name in each[0]}
+        loss = torch.stack([getattr(weights, name) * value for name, value in parts.items()]).sum()
+        self.log_dict({"loss": loss.detach(), **{n: v.detach() for n, v in parts.items()}}, prog_bar=False)
+        return loss
+
+    def _losses(self, batch: Mapping[str, Tensor], goal: Streams, member: int) -> dict[str, Tensor]:
+        """The losses of the student (member 0), or of a narrower member, whose stream is the first part of it."""
+        ids, mask, weights = batch["ids"], batch["mask"], self.options.loss
+        model, layout = self.student, self.layout
+        if member:
+            narrower = self.members[member - 1]
+            assert isinstance(narrower, Member)
+            model, layout = narrower.twin, narrower.layout
+        with tapped(model, layout) as found:
+            logits = self(ids, mask, member)
         parts: dict[str, Tensor] = {}
         if weights.next_token:
             parts["next_token"] = next_token_loss(logits, ids, mask)
         if weights.kl:
             parts["kl"] = kl_loss(logits, batch["top"], batch["logp"], mask)
         if weights.hidden:
-            parts["hidden"] = hidden_loss(found, self.teachers[0].streams(ids, _padding(mask)), mask)
-        loss = torch.stack([getattr(weights, name) * value for name, value in parts.items()]).sum()
-        self.log_dict({"loss": loss.detach(), **{n: v.detach() for n, v in parts.items()}}, prog_bar=False)
-        return loss
+            near = {point: y[..., : found[point].shape[-1]] for point, y in goal.items()}
+            parts["hidden"] = hidden_loss(found, near, mask)
+        return parts
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        return self.student(input_ids=ids, attention_mask=_padding(mask), use_cache=False).logits
+    def forward(self, ids: Tensor, mask: Tensor, member: int = 0) -> Tensor:
+        inputs = {"input_ids": ids, "attention_mask": _padding(mask), "use_cache": False}
+        if member:
+            return self.members[member - 1](self.student, **inputs).logits
+        return self.student(**inputs).logits
 
     def validation_step(self, batch: Mapping[str, Tensor], index: int) -> None:
-        loss = next_token_loss(self(batch["ids"], batch["mask"]), batch["ids"], batch["mask"])
-        self.log(HELD_OUT, loss, batch_size=len(batch["ids"]), sync_dist=True, prog_bar=True)
+        ids, mask = batch["ids"], batch["mask"]
+        losses = [next_token_loss(self(ids, mask, n), ids, mask) for n in range(1 + len(self.members))]
+        self.log(HELD_OUT, torch.stack(losses).mean(), batch_size=len(ids), sync_dist=True, prog_bar=True)
+        for name, loss in zip(self.names, losses, strict=bool(self.names)):
+            self.log(of_member(name), loss, batch_size=len(ids), sync_dist=True)
 
     def on_train_start(self) -> None:
         self.clock, self.begun = time.perf_counter(), self.trainer.global_step
@@ -143,8 +172,8 @@ class Curve(Callback):
         self.points: list[dict[str, float]] = []
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loss = trainer.callback_metrics[HELD_OUT].item()
-        self.points.append({"step": trainer.global_step, HELD_OUT: loss})
+        found = {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith(HELD_OUT)}
+        self.points.append({"step": trainer.global_step, **found})
 
     def state_dict(self) -> dict[str, Any]:
         return {"points": list(self.points)}

@@ -83,6 +83,7 @@ class Recover(Part):
     top: Count = 32  # how many of the dense model's most likely tokens are kept for `kl`
     checkpointing: bool = False  # whether activations are computed again instead of kept, true or false
     local: Local | None = None  # stages first, one by one, as in {epochs: 1}
+    nested: bool = False  # whether the members of a nested family are trained together, true or false
     logger: Literal["csv", "tensorboard", "wandb", "mlflow"] = "csv"  # who keeps the curves
     trainer: dict[str, Any] = Field(default_factory=dict)  # of Lightning's Trainer, as in {devices: 2}
 
@@ -104,7 +105,24 @@ class Recover(Part):
             raise Problem(f"`weights: {self.weights}` trains no adapters. Remove one of the two", "lora")
         if self.epochs and self.tokens:
             raise Problem("`epochs` says already how long. Keep one of the two", "tokens")
+        if self.nested:
+            self._check_nested()
         return self
+
+    def _check_nested(self) -> None:
+        strategy = str(self.trainer.get("strategy")).lower()
+        why = {
+            "local": "stages are trained one by one at the widest member's width alone" if self.local else "",
+            "checkpointing": "members run on parts of weights, which are gone when activations are computed again"
+            if self.checkpointing
+            else "",
+            "trainer": f"members run on parts of whole weights, and '{strategy}' gives each process a part of them"
+            if strategy.startswith(("fsdp", "deepspeed"))
+            else "",
+        }
+        for key, reason in why.items():
+            if reason:
+                raise Problem(f"`nested: true` goes without: {reason}. Remove one of the two", key)
 
     def text(self, otherwise: Any) -> Text:
         """The windows to read; by default more of ``otherwise``, a recipe's part that names data. A budget of tokens asks

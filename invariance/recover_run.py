@@ -19,14 +19,14 @@ from .card import recovered
 from .checkpoint import InvarianceForCausalLM
 from .data import Tokens, load_tokens
 from .errors import InputError, InvarianceError
-from .export import stock
+from .export import cast, stock
 from .families import architecture, check_positions
 from .files import replacing, write_json, write_text
 from .layout import Layout, label
 from .models import licence, load_config, load_model, load_tokenizer, weights_digest
 from .recover import check, recover
 from .recover_options import Recover
-from .run import cast, check_output, stored_dtype
+from .run import check_output, stored_dtype
 from .verify import double_copy
 from .walk import Progress, quiet
 
@@ -56,7 +56,16 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
     basis = read_basis(model, label(student)) if options.needs_streams else None
     identity = {"student": weights_digest(loaded), "dense": None if dense is None else weights_digest(dense)}
     found = recover(
-        student, basis, dense, tokens, options, seed=seed, identity=identity, where=where, progress=progress
+        student,
+        basis,
+        dense,
+        tokens,
+        options,
+        seed=seed,
+        identity=identity,
+        where=where,
+        nested=loaded.config.nested if isinstance(loaded, InvarianceForCausalLM) else None,
+        progress=progress,
     )
     made = _exported(loaded, student, layout)
     document = {

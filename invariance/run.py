@@ -141,7 +141,7 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
         with timed(sliced.seconds, "recover"):
             recovered = recover(sliced.model, basis, model, data.training, recipe.recover, seed=recipe.seed,
                                 identity={"dense": memo.weights(model), "recipe": recipe.to_dict()},
-                                where=recipe.where("recover"), progress=progress)  # fmt: skip
+                                where=recipe.where("recover"), nested=shared, progress=progress)  # fmt: skip
     with timed(sliced.seconds, "export"):
         small, why = _exported(sliced, chart, recipe, model, stored, shared)
     report = _report(recipe, chart, sliced, small, why, model.config, stored)

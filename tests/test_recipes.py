@@ -46,6 +46,7 @@ NARROWER: dict[str, dict[str, Any]] = {
     "modegpt": {f"steps.{n}.widths.multiple_of": k for n, k in enumerate((8, 2, 2))},
     "nonuniform": {"steps.0.widths.multiple_of": 2},
     "best": {"steps.0.widths.multiple_of": 8, "steps.1.widths.multiple_of": 2},
+    "family": {"recover.held_out": 2, "recover.tokens": 320, "recover.batch": 2},
     "recover-distill": {"recover.held_out": 2, "recover.tokens": 320, "recover.batch": 2},
     "recover-lora": {"recover.held_out": 2, "recover.tokens": 320, "recover.batch": 2},
 }
