@@ -269,7 +269,7 @@ def test_no_selector_gives_a_narrower_member_more_of_a_space(name: str) -> None:
 
 @dataclass(frozen=True)
 class Alternating(Selector, name="alternating"):
-    """One MLP whole and the other narrow; which is which depends on the budget."""
+    """One MLP wide and the other narrow; which is which depends on the budget."""
 
     minds: bool = True
     needs_budget = True
@@ -279,7 +279,7 @@ class Alternating(Selector, name="alternating"):
         a, b = cost.widths
         order = (a, b) if int(budget) % 2 else (b, a)
         found = {}
-        for space, k in zip(order, (64, 8), strict=True):
+        for space, k in zip(order, (40, 8), strict=True):
             found[space] = min(k, cost.widths[space][-1]) if self.minds else k
         return found
 
@@ -296,8 +296,8 @@ def test_a_selector_that_would_choose_other_spaces_is_held_to_the_wider_member_o
         return [each["widths"] for each in made(asked, dense).report["nested"]]
 
     wider, narrower = widths(minds=True)
-    assert (wider["mlp.0"], wider["mlp.1"]) == (64, 8) and (narrower["mlp.0"], narrower["mlp.1"]) == (8, 8)
-    with pytest.raises(InputError, match=r"gave space 'mlp\.1' the width 64 in a narrower member.*has 8"):
+    assert (wider["mlp.0"], wider["mlp.1"]) == (40, 8) and (narrower["mlp.0"], narrower["mlp.1"]) == (8, 8)
+    with pytest.raises(InputError, match=r"gave space 'mlp\.1' the width 40 in a narrower member.*has 8"):
         widths(minds=False)
 
 

@@ -33,7 +33,12 @@ from invariance.space import columns
 from invariance.verify import copy_in, logits, relative_error, tolerance
 
 F32 = torch.float32
-MEMBERS = {"0.9": {}, "0.6": {"mlp.0": 40, "mlp.1": 48}, "0.4": {"mlp.0": 6, "mlp.1": 4}}
+MEMBERS: dict[str, dict[str, int]] = {
+    "0.9": {},
+    "0.6": {"mlp.0": 40, "mlp.1": 48},
+    "0.5": {"mlp.0": 20, "mlp.1": 16},  # one of the two between is drawn at every step
+    "0.4": {"mlp.0": 6, "mlp.1": 4},
+}
 
 
 @pytest.fixture(autouse=True)
