@@ -24,6 +24,7 @@ from .layout import Layout
 from .modules import Factored
 from .space import Space
 
+SMALL = 128  # products of fewer columns are not divided further
 Key = tuple[str, Statistic]
 
 
@@ -119,10 +120,13 @@ def outer(x: Float[Tensor, "c n d"]) -> Float64[Tensor, "c d d"]:
 
 
 def _gram(x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
-    """Xᵀ X. It is symmetric: of its four quarters, one is another's transpose and is not multiplied."""
+    """Xᵀ X. It is symmetric: of its four quarters, one is another's transpose and is not multiplied; so on inside them."""
     h = x.shape[1] // 2
-    top, last = x[:, :h].mT @ x, x[:, h:].mT @ x[:, h:]
-    return torch.cat((top, torch.cat((top[:, h:].mT, last), 1)), 0)
+    if h < SMALL:
+        return x.mT @ x
+    one, other = x[:, :h], x[:, h:]
+    cross = one.mT @ other
+    return torch.cat((torch.cat((_gram(one), cross), 1), torch.cat((cross.mT, _gram(other)), 1)), 0)
 
 
 @contextmanager
