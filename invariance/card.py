@@ -9,7 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from . import evaluate_words
+from . import evaluate_words, quantize_words
 from . import report_words as words
 from .grid import Grid
 from .models import origin
@@ -23,9 +23,9 @@ def card(report: Report) -> str:
     parts = [
         f"---\n{_yaml(_metadata(report))}---",
         f"# {name}, sliced",
-        words.summary(report),
+        " ".join([words.summary(report), *quantize_words.summary(report)]),
         "## Load",
-        words.checkpoint(report),
+        words.checkpoint(report) + quantize_words.checkpoint(report),
         f"```python\n{loading(report)}\n```",
         "## What it costs",
         _costs(report).markdown(),
@@ -119,7 +119,13 @@ def _metadata(report: Report) -> dict[str, Any]:
 
 
 def _costs(report: Report) -> Grid:
-    rows = [row.cells for row in (*words.parameters(report), *words.costs(report), words.speed(report))]
+    found = (
+        *words.parameters(report),
+        *words.costs(report),
+        words.speed(report),
+        *quantize_words.sizes(report),
+    )
+    rows = [row.cells for row in found]
     return Grid("", ["", "dense", "sliced", "ratio"], rows)
 
 
@@ -136,7 +142,7 @@ def _samples(report: Report) -> list[str]:
         return []
     sides = [side for side in evaluate_words.SIDES if side in report["samples"][0]]
     rows = [[found["prompt"], *(found[side] or words.NONE for side in sides)] for found in report["samples"]]
-    return [Grid("", ["prompt", *sides], rows).markdown()]
+    return [Grid("", ["prompt", *(evaluate_words.SIDES[side] for side in sides)], rows).markdown()]
 
 
 def _licence(report: Report) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def quietly(*args: Any, **kwargs: Any) -> None:
+        for name in ("torchao", "torch.utils._pytree"):  # on import, of kernels that this machine cannot load
+            logging.getLogger(name).setLevel(logging.ERROR)
         from . import publish
         from .models import quiet
 

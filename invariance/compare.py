@@ -13,9 +13,9 @@ from xml.etree.ElementTree import Element
 from rich.table import Table
 from rich.text import Text
 
+from . import quantize_words, study_charts
 from . import report_charts as charts
 from . import report_words as words
-from . import study_charts
 from .errors import InputError
 from .report_charts import el
 from .study_charts import Series
@@ -78,6 +78,10 @@ def _rows(report: Report) -> dict[str, tuple[float | None, Show]]:
     rows += words.perplexities(report)
     found: dict[str, tuple[float | None, Show]] = {row.name: (row.sliced, row.show) for row in rows}
     found |= {f"{r.name}, recovered": (r.recovered, r.show) for r in rows if r.recovered is not None}
+    below = [*zip(words.perplexities(report), quantize_words.perplexities(report), strict=True)]
+    found |= {f"{r.name}, quantised": (q.sliced, q.show) for r, q in below if q is not None}
+    for packed in quantize_words.sizes(report)[1:]:
+        found["bytes of weights, quantised"] = packed.sliced, packed.show
     found["seconds"] = sum((report.get("seconds") or {}).values()), words.rate
     return found
 

@@ -11,7 +11,14 @@ from rich.text import Text
 from .grid import Grid
 from .report_words import NONE, count, plain, ratio, size, whole
 
-SIDES = ("model", "dense", "sliced", "recovered")
+SIDES = {
+    "model": "model",
+    "dense": "dense",
+    "sliced": "sliced",
+    "recovered": "recovered",
+    "dense_quantized": "dense, quantised",
+    "quantized": "quantised",
+}  # in a report, and in words
 
 
 def grids(report: Mapping[str, Any]) -> list[Grid]:
@@ -90,8 +97,8 @@ def perplexity(report: Mapping[str, Any]) -> list[Grid]:
     columns = [
         "data",
         "measured on",
-        *sides,
-        *(c for s in sides[1:] for c in (f"ratio, {s}", "nats per token")),
+        *(SIDES[s] for s in sides),
+        *(c for s in sides[1:] for c in (f"ratio, {SIDES[s]}", "nats per token")),
     ]
     note = "; ± is one standard error over windows" if compared else ""
     return [Grid(f"Perplexity: exp of the mean next-token loss{note}.", columns, rows)]
@@ -107,7 +114,7 @@ def divergence(name: str, found: Mapping[str, Any]) -> list[Grid]:
         rows = [_within("all positions", each)]
         rows += [_within(f"{p['from']} to {p['to']}", p) for p in each["positions"]]
         caption = (
-            f"{name}, {side} against {found['reference']}, window {each['window']}: KL and loss in nats per token, "
+            f"{name}, {SIDES[side]} against {found['reference']}, window {each['window']}: KL and loss in nats per token, "
             "by how many tokens stand before the one that is predicted."
         )
         columns = ["tokens before", "tokens", "KL", "same first choice", "extra loss"]
@@ -137,8 +144,8 @@ def tasks(report: Mapping[str, Any]) -> list[Grid]:
                 p = NONE if d["p"] is None else f"{d['p']:.3g}"
                 cells += [signed(d["difference"], d["standard_error"]), p, _verdict(d["significant"])]
         rows.append(cells)
-    columns = ["task", "metric", "questions", "shots", *sides]
-    columns += [c for s in sides[1:] for c in (f"difference, {s}", "p", "significant")]
+    columns = ["task", "metric", "questions", "shots", *(SIDES[s] for s in sides)]
+    columns += [c for s in sides[1:] for c in (f"difference, {SIDES[s]}", "p", "significant")]
     note = " Differences are of the same questions; significant at 5 % for all rows together (Holm)."
     return [Grid(f"Tasks, ± one standard error.{note if len(sides) > 1 else ''}", columns, rows)]
 
@@ -156,7 +163,9 @@ def samples(report: Mapping[str, Any]) -> list[Any]:
     made = []
     for found in report.get("samples") or []:
         sides = sides_of(found)
-        texts = Table(*sides, title=Text(found["prompt"]), title_justify="left", expand=True)
+        texts = Table(
+            *(SIDES[s] for s in sides), title=Text(found["prompt"]), title_justify="left", expand=True
+        )
         for column in texts.columns:
             column.ratio = 1
         texts.add_row(*(Text(found[side] or NONE) for side in sides))

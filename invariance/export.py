@@ -66,7 +66,8 @@ def stock(
 def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """The weights to a dtype. Buffers keep float32 at least: rotary frequencies, as transformers loads them."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.dtype != dtype:  # else scales of a quantised one would change theirs
+            parameter.data = parameter.data.to(dtype)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer.is_floating_point():

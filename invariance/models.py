@@ -68,9 +68,14 @@ def load_model(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
         )
+        rounded = not gguf and getattr(loaded.config, "quantization_config", None) is not None
+        if rounded:
+            from .quantize import dequantize
+
+            dequantize(loaded, dtype)
     check_keys(model, keys)
     check_finite(model, loaded)
-    if gguf:  # floating point once read, but the model says otherwise and would refuse to be saved
+    if gguf or rounded:  # floating point now, but the model says otherwise and would refuse to be saved
         vars(loaded.config).pop("quantization_config", None)
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
             vars(loaded).pop(attribute, None)

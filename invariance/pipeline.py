@@ -143,7 +143,7 @@ class _Run:
             moments = self._calibrate(plan.of_dense())
             self._fit(plan.units, moments)
             chosen = self._allocate(moments, self._influence(moments))
-            plan.check_attention(chosen)
+            plan.check_widths(chosen)
             narrower = self._narrower(moments, chosen)
             certificate = self._certify()
             with timed(self.seconds, "slice"):
@@ -158,7 +158,7 @@ class _Run:
             moments = self._calibrate(plan.of_dense())
             self._fit(ahead, moments)
             chosen = self._allocate(moments, influence) if widths is None else widths
-            plan.check_attention(chosen)
+            plan.check_widths(chosen)
             self.bases = {n: b for n, b in self.bases.items() if plan.stands(self.unit_of[n])}
             self._walk_sequentially(moments, chosen)
             certificate = self._certify()

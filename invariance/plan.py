@@ -20,6 +20,7 @@ from .latency import Latency, table
 from .layout import Layout, Parameters, layout_of
 from .models import cache_dir
 from .moments import Key
+from .quantize import check_groups
 from .recipe import Budget, Constraints, Recipe, Step
 from .space import Group, Space
 from .walk import Progress, quiet
@@ -246,6 +247,12 @@ class Plan:
         known = [n for n in losses if n is not None]
         return Predicted(kept, sum(known)) if len(known) == len(losses) else kept
 
+    def check_widths(self, widths: Widths) -> None:
+        """Raises InputError where these widths would leave a model that cannot run or cannot be quantised as asked."""
+        self.check_attention(widths)
+        if self.recipe.quantize is not None:
+            check_groups(self.layout, widths, self.recipe.quantize, self.recipe.where("quantize", "group"))
+
     def check_attention(self, widths: Widths) -> None:
         """Raises InputError where no attention would be left in whose slot of a cache generation counts its tokens."""
         if self.layout.counting(widths):
@@ -360,6 +367,8 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
     asked = recipe.budget is not None and recipe.budget.latency is not None
     timed = table(config, cache_dir("latency"), device, progress) if asked else None
     result = Plan(recipe, dense, layout, tuple(units), config, timed)
+    if recipe.quantize is not None:  # the dense model is quantised too, to compare with
+        check_groups(dense, {}, recipe.quantize, recipe.where("quantize", "group"))
     spending = {u.select: u.step for u in units if u.select is not None and u.select.needs_budget}
     if len(spending) > 1:
         raise InputError(
@@ -391,7 +400,7 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
 
 def _check_widths(chart: Plan) -> None:
     if (fixed := chart.allocate(None)) is not None:
-        chart.check_attention(fixed)
+        chart.check_widths(fixed)
     else:  # whether a budget can be met, and blocks can go, hangs on no measurement: ask before calibrating
         flat = {u.space.name: torch.ones(u.space.copies, u.space.dim) for u in chart.units}
         chart.allocate(flat, influence=[1.0] * chart.blocks)

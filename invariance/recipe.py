@@ -26,6 +26,7 @@ from .named_methods import METHODS, choices, described, named
 from .overrides import override
 from .parts import Count, Fraction, Part, Seed, Word, as_tuple
 from .recipe_evaluate import Evaluations
+from .recipe_quantize import Quantize
 from .recover_options import Recover
 from .yaml_text import Located, located, parse_mapping, read_text, safe_yaml, show
 
@@ -184,6 +185,7 @@ class Recipe(Part):
     seed: Seed = 0  # the seed of all that is random, a whole number from 0
     steps: Steps  # what is done to which spaces, as in [{spaces: residual, rotate: pca}]
     recover: Recover | None = None  # training after slicing, as in {lora: {rank: 16}, epochs: 1}
+    quantize: Quantize | None = None  # weights rounded at the end, as in {bits: 4, group: 32}
     evaluate: Evaluations = ()  # what is measured, as in [{perplexity: {data: wikitext2}}]
 
     _root: Any = PrivateAttr(default=None)  # the text it was read from
@@ -220,6 +222,9 @@ class Recipe(Part):
             instead = "Add one that spends it, such as `select: uniform` with no width, or remove the budget"
             raise Problem(f"no step spends it: {why}. {instead}", "budget")
         self._check_nested()
+        if self.quantize and self.nested is not None:
+            why = "rounded weights cannot be cut to the narrower models that `nested` asks for"
+            raise Problem(f"{why}. Remove one of the two; quantise what `invariance extract` makes", "quantize")
         if self.recover and not self.recover.train and not self.calibrate:
             raise Problem("there is no text to train on. Add `recover: {train: {data: ...}}`", "recover")
         labels = [(e.kind, e.part.label) for e in self.evaluate]

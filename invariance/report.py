@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from ruamel.yaml import YAML
 
-from . import evaluate_words
+from . import evaluate_words, quantize_words
 from . import report_charts as charts
 from . import report_words as words
 from .report_charts import el
@@ -25,7 +25,7 @@ Spectra = Mapping[str, Sequence[float]]  # a unit's first space → its energies
 
 def page(report: Report, spectra: Spectra) -> str:
     """One HTML file that holds everything it shows."""
-    sections = (_sizes, _members, _perplexity, _recovery, _evaluations, _exactness, _widths)
+    sections = (_sizes, _members, _perplexity, _recovery, _evaluations, _quantisation, _exactness, _widths)
     body = [*_head(report), *(part for section in sections for part in section(report))]
     body += [*_spectra(report, spectra), *_samples(report), *_run(report), *_recipe(report)]
     return charts.document(f"{report['model']['name']} · invariance", *body)
@@ -63,15 +63,20 @@ def _head(report: Report) -> list[Element]:
     return [
         el("p", f"Compression report · invariance {report['version']}", class_="soft"),
         el("h1", str(report["model"]["name"])),
-        el("p", words.summary(report)),
-        el("p", words.checkpoint(report), class_="soft"),
+        el("p", " ".join([words.summary(report), *quantize_words.summary(report)])),
+        el("p", words.checkpoint(report) + quantize_words.checkpoint(report), class_="soft"),
         el("dl", *(el("div", el("dt", a), el("dd", b), el("dd", c)) for a, b, c in tiles), class_="tiles"),
     ]
 
 
 def _sizes(report: Report) -> list[Element]:
     rows: list[Sequence[Element | str]] = []
-    for row in [*words.parameters(report), *words.costs(report), words.speed(report)]:
+    for row in [
+        *words.parameters(report),
+        *words.costs(report),
+        words.speed(report),
+        *quantize_words.sizes(report),
+    ]:
         name, *cells = row.cells
         rows.append([el("span", _capital(name), class_="part") if row.part else _capital(name), *cells])
     note = (
@@ -92,10 +97,15 @@ def _perplexity(report: Report) -> list[Element]:
     recovered = any(row.recovered is not None for row in found)
     columns = ["Data", "Dense", "Sliced", "Ratio", *(["Recovered", "Ratio"] if recovered else [])]
     rows: list[Sequence[Element | str]] = []
-    for key, row in zip(report["perplexity"], found, strict=True):
+    for key, row, beneath in zip(
+        report["perplexity"], found, quantize_words.perplexities(report), strict=True
+    ):
         after = [words.plain(row.recovered), words.ratio(row.dense, row.recovered)] if recovered else []
         tokens = el("span", evaluate_words.windows(report["perplexity"][key]), class_="part")
         rows.append([el("span", key, tokens), *row.cells[1:], *after])
+        if beneath is not None:
+            name, *cells = beneath.cells
+            rows.append([el("span", _capital(name), class_="part"), *cells, *([NONE] * len(after))])
     return [
         heading,
         charts.table("exp of the mean next-token cross-entropy; lower is better.", columns, rows),
@@ -127,6 +137,18 @@ def _evaluations(report: Report) -> list[Element]:
     parts = [el("h2", "Predictions, token by token"), *(g.element() for g in found)] if found else []
     tasks = evaluate_words.tasks(report) if report.get("tasks") else []
     return parts + ([el("h2", "Tasks"), *(g.element() for g in tasks)] if tasks else [])
+
+
+def _quantisation(report: Report) -> list[Element]:
+    found: list[Sequence[Element | str]] = [row.cells for row in quantize_words.outliers(report)]
+    if not found:
+        return []
+    note = (
+        "max/RMS is 1 where all numbers of a run are alike in size, and the root of its length where one holds all; the "
+        "kurtosis of Gaussian numbers is 3. Weights are rounded here, and activations are not."
+    )
+    table = charts.table(note, ["What", "Dense", "Sliced", "Ratio"], found)
+    return [el("h2", "Quantisation and outliers"), table]
 
 
 def _exactness(report: Report) -> list[Element]:
@@ -198,7 +220,7 @@ def _samples(report: Report) -> list[Element]:
     found = []
     for sample in report.get("samples") or []:
         texts = [
-            el("div", el("h3", _capital(side)), el("p", (sample[side] or NONE).strip()))
+            el("div", el("h3", _capital(evaluate_words.SIDES[side])), el("p", (sample[side] or NONE).strip()))
             for side in evaluate_words.sides_of(sample)
         ]
         class_ = "sample three" if len(texts) == 3 else "sample"
@@ -240,16 +262,22 @@ def table(report: Report) -> Group:
     sizes = Table("", "dense", "sliced", "ratio")
     for column in sizes.columns[1:]:
         column.justify = "right"
-    for row in [
-        words.parameters(report)[0],
-        words.blocks(report),
-        *words.perplexities(report),
-        words.speed(report),
-    ]:
-        sizes.add_row(*(Text(cell) for cell in row.cells))
+
+    def add(row: words.Row) -> None:
+        name, *cells = row.cells
+        sizes.add_row(*(Text(cell) for cell in (f"  {name}" if row.part else name, *cells)))
+
+    for row in [words.parameters(report)[0], words.blocks(report), *quantize_words.sizes(report)]:
+        add(row)
+    for row, beneath in zip(words.perplexities(report), quantize_words.perplexities(report), strict=True):
+        add(row)
         if row.recovered is not None:
             after = (words.plain(row.recovered), words.ratio(row.dense, row.recovered))
             sizes.add_row(*(Text(cell) for cell in ("  after recovery", row.cells[1], *after)))
+        if beneath is not None:
+            add(beneath)
+    for row in [words.speed(report), *quantize_words.outliers(report)]:
+        add(row)
     parts: list[RenderableType] = [sizes, Text(words.exactness(report))]
     parts += [g.table() for g in evaluate_words.members(report)]
     if report.get("tasks"):

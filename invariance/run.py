@@ -26,11 +26,13 @@ from .export import cast, stock
 from .families import check_positions, positions
 from .files import replacing, write_json, write_text
 from .memo import Memo
-from .models import cache_dir, licence, load_config, load_model, load_tokenizer
+from .models import cache_dir, licence, load_config, load_model, load_tokenizer, stored_bytes
 from .nested import Members
 from .nested_report import costs, measure_members, members_of
 from .pipeline import Sliced, slice_model, timed
 from .plan import Plan, plan
+from .quantize import check_installed
+from .quantize_run import quantize_both
 from .recipe import Recipe, load_recipe
 from .recipe_evaluate import PROMPTS
 from .recipe_evaluate import Samples as SamplesPart
@@ -126,6 +128,8 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
 
         assert data.training is not None
         check(recipe.recover, data.training, model.device, recipe.where("recover"))
+    if recipe.quantize is not None:
+        check_installed(recipe.where("quantize"))
     sliced = slice_model(model, chart, data.calibration if chart.reads_tokens else None, store=cache_dir("moments"),
                          progress=progress, memo=memo)  # fmt: skip
     stored = stored or model.dtype
@@ -150,9 +154,18 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
         report["versions"] |= {p: version(p) for p in ("lightning", "peft")}
     if early is not None:
         early(small)
+    models = {"dense": model, "sliced": small if before is None else before}
+    models |= {} if before is None else {"recovered": small}
+    made = small
+    if recipe.quantize is not None:
+        with timed(sliced.seconds, "quantize"):
+            found = quantize_both(
+                model, small, recipe.quantize, stored, data.calibration if evaluate else None, progress
+            )
+        models |= found.models
+        made, report["quantize"] = found.models["quantized"], found.report
+        report["versions"]["torchao"] = version("torchao")
     if evaluate:
-        trained = {} if before is None else {"recovered": small}
-        models = {"dense": model, "sliced": small if before is None else before, **trained}
         _measure(report, sliced.seconds, models, data, progress, memo)
         if isinstance(small, InvarianceForCausalLM) and shared:
             with timed(sliced.seconds, "evaluate"):
@@ -164,7 +177,7 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
     spectra = {name: energy.sum(0).tolist() for name, energy in sliced.spectra.items()}
     blocks = sliced.layout.blocks(sliced.widths) if report["model"]["stock"] else sliced.layout.blocks({})
     logs = recovered.logs if recovered is not None else None
-    return Outcome(small, report, spectra, stored, basis, blocks, logs)
+    return Outcome(made, report, spectra, stored, basis, blocks, logs)
 
 
 def _exported(sliced: Sliced, chart: Plan, recipe: Recipe, dense: PreTrainedModel, stored: torch.dtype,
@@ -218,6 +231,7 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
         "nested": costs(recipe, chart, sliced, stored),
         "member": None,
         "recover": None,
+        "quantize": None,
         "exactness": sliced.certificate.to_dict(),
         "widths": {name: widths.get(name, s.dim) for name, s in layout.spaces.items()},
         "dims": {name: s.dim for name, s in layout.spaces.items()},
@@ -294,6 +308,8 @@ def write(output: Path, result: Outcome, recipe: Recipe, tokenizer: Any) -> None
         result.model.save_pretrained(folder / "model")
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "model")
+        if result.report["quantize"] is not None:
+            result.report["quantize"]["file_bytes"] = stored_bytes(str(folder / "model"))
         write_text(folder / "model" / "README.md", card(result.report))
         write_json(folder / "report.json", result.report)
         write_json(folder / "spectra.json", result.spectra)

@@ -18,6 +18,7 @@ from .files import replacing
 Row = dict[str, Any]
 DONE, FAILED, PRUNED, WAITING = "done", "failed", "pruned", "not run"
 COSTS = ("parameters", "flops", "kv_bytes")
+QUANTIZED = ("dense_quantized", "quantized")
 SHOWN = (
     "parameters",
     "flops",
@@ -54,6 +55,9 @@ def row(
                 "ratio": best / values["dense"] if best and values["dense"] else None,
             }
         found |= {f"perplexity.{name}.{side}": values.get(side) for side in ("dense", "sliced", "recovered")}
+        found |= {f"perplexity.{name}.{side}": values[side] for side in QUANTIZED if side in values}
+    if quantize := report.get("quantize"):
+        found |= {f"bytes.{side}": value for side, value in quantize["bytes"].items()}
     found |= {
         f"{kind}_loss": report["predicted"][source]
         for kind, source in (("predicted", "loss"), ("measured", "measured"))

@@ -38,10 +38,15 @@ def check_folder(folder: Path) -> None:
 
 def check_format(model: str, folder: Path, config: PretrainedConfig) -> None:
     """Refuse weights that can be read, but not safely or not as floating point."""
-    if getattr(config, "quantization_config", None) is not None:
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None and quantization.get("quant_method") == "torchao":
+        from .quantize import check_installed
+
+        check_installed(model)
+    elif quantization is not None:
         raise InputError(
-            f"{model}: its weights are quantized, and a quantized weight cannot change its basis. "
-            "Give the checkpoint that it was quantized from, or a GGUF file, which is read as floating point."
+            f"{model}: its weights are quantized, and a quantized weight cannot change its basis. Give the checkpoint "
+            "that it was quantized from, or one of torchao or a GGUF file, which are read as floating point."
         )
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         pickles = ", ".join(
