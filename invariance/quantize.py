@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from math import gcd
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TorchAoConfig
 
@@ -48,26 +49,29 @@ def check_groups(layout: Layout, widths: Mapping[str, int], asked: Quantize, whe
 
 def _rows(layout: Layout, widths: Mapping[str, int], asked: Quantize) -> Iterator[tuple[str, int]]:
     """The weights that would be rounded at these widths, each with the length of its rows."""
-    kept = (*layout.gone(widths), *(f"{e}." for e in layout.architecture.embed[1:]))
-    parts = {"blocks"} if asked.tables is None else {"blocks", "embedding", "head"}
+    gone, arch = layout.gone(widths), layout.architecture
+    tables = {f"{arch.embed[0]}.weight", f"{arch.head}.weight"} if asked.tables is not None else set()
     for name, axes in layout.axes.items():
-        matrix = len(axes) == 2 and layout.parts[name] in parts and not name.startswith(kept)
-        if matrix and axes[1] is not None:
-            yield name, layout.length(axes[1], widths)
+        rounded = name in tables or (layout.parts[name] == "blocks" and len(axes) == 2)
+        if rounded and axes[-1] is not None and not name.startswith(gone):
+            yield name, layout.length(axes[-1], widths)
 
 
 def scheme(model: PreTrainedModel, asked: Quantize) -> dict[str, int]:
-    """The modules whose weights are rounded, each with its bits: linear layers and the table of the tokens.
+    """The modules whose weights are rounded, each with its bits: linear layers of blocks, the table of the tokens and, where
+    it is another, that of the head.
 
-    What no linear layer holds (norms, biases, positions, shortcuts) keeps its dtype.
+    All else keeps its dtype: norms, biases, positions, shortcuts, and the k×k matrix before a tied head, whose diagonal
+    stands out.
     """
     inner = model.inner if isinstance(model, InvarianceForCausalLM) else model
     blocks = set(inner.get_submodule(architecture(inner.config).blocks).modules())
-    table = model.get_input_embeddings()
+    embed, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tables = {embed} if head.weight is embed.weight else {embed, head}
     found = {
-        path: asked.bits if module in blocks else asked.tables
+        path: asked.tables if module in tables else asked.bits
         for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) or module is table
+        if module in tables or (isinstance(module, nn.Linear) and module in blocks)
     }
     return {path: bits for path, bits in found.items() if bits is not None}
 
@@ -88,30 +92,56 @@ def packed_bytes(model: PreTrainedModel, asked: Quantize | None, stored: torch.d
 
 
 def quantized(model: PreTrainedModel, asked: Quantize) -> PreTrainedModel:
-    """A copy with rounded weights, which ``save_pretrained`` writes and plain transformers loads.
-
-    A group's scale s is the least at which all its weights lie between -2ᵇ⁻¹ s and (2ᵇ⁻¹ - 1) s, rounded to 16 bits; so
-    no weight moves by more than s/2.
-    """
-    from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, MappingType, PerGroup, quantize_
+    """A copy with rounded weights, which ``save_pretrained`` writes and plain transformers loads."""
+    from torchao.quantization import FqnToConfig, IntxWeightOnlyConfig, MappingType, PerGroup
     from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer  # which imports torchao
 
     made = copy.deepcopy(model)
     embed, head = made.get_input_embeddings(), made.get_output_embeddings()
-    tied = head.weight is embed.weight
-    each = {
-        path: IntxWeightOnlyConfig(weight_dtype=getattr(torch, f"int{bits}"), granularity=PerGroup(asked.group),
-                                   mapping_type=MappingType.SYMMETRIC_NO_CLIPPING_ERR, scale_dtype=SCALE)
-        for path, bits in scheme(made, asked).items()
-    }  # fmt: skip
-    config = FqnToConfig(each)
-    quantize_(made, config, filter_fn=None)
+    tied, each = head.weight is embed.weight, scheme(made, asked)
+    for path, bits in each.items():
+        module = made.get_submodule(path)
+        module.weight = nn.Parameter(_round(module.weight.detach(), bits, asked.group), requires_grad=False)
     if tied:
         head.weight = embed.weight
-    made.config.quantization_config = TorchAoConfig(config, include_input_output_embeddings=True)
+    like = {
+        bits: IntxWeightOnlyConfig(
+            weight_dtype=getattr(torch, f"int{bits}"),
+            granularity=PerGroup(asked.group),
+            mapping_type=MappingType.SYMMETRIC_NO_CLIPPING_ERR,
+            scale_dtype=SCALE,
+        )
+        for bits in set(each.values())
+    }
+    made.config.quantization_config = TorchAoConfig(
+        FqnToConfig({path: like[bits] for path, bits in each.items()}), include_input_output_embeddings=True
+    )
     quantizer = TorchAoHfQuantizer(made.config.quantization_config, pre_quantized=True)
     quantizer.get_state_dict_and_metadata = _state  # type: ignore[method-assign]  # theirs writes tied tensors twice
     made.hf_quantizer = quantizer  # type: ignore[assignment]
+    return made
+
+
+def _round(W: Float[Tensor, "n m"], bits: int, group: int) -> Tensor:
+    """The weights as integers and scales. A group's scale s is the least at which all its weights lie between -2ᵇ⁻¹ s and
+    (2ᵇ⁻¹ - 1) s, rounded to 16 bits, so that no weight moves by more than s/2.
+
+    torchao would divide by scales that it has rounded in 16 bits too, which at 8 bits moves weights by up to s.
+    """
+    from torchao.quantization import IntxUnpackedToInt8Tensor
+
+    runs, top = W.float().unflatten(1, (-1, group)), 2 ** (bits - 1)
+    least = torch.maximum(runs.amax(-1) / (top - 1), runs.amin(-1) / -top).clamp_min(torch.finfo(SCALE).tiny)
+    scale = least.to(SCALE)
+    made = IntxUnpackedToInt8Tensor.from_hp(
+        W.float(),
+        (1, group),
+        getattr(torch, f"int{bits}"),
+        custom_scale=scale.float(),
+        custom_zero_point=torch.zeros_like(scale, dtype=torch.int8),
+        intx_choose_qparams_algorithm=None,
+    ).to(W.dtype)
+    made.scale = scale
     return made
 
 
@@ -133,20 +163,20 @@ def rounded(model: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
 
 
 def dequantize(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Rounded weights become the numbers that they stand for, and the model forgets that it was quantised."""
+    """Rounded weights become the numbers that they stand for."""
     made: dict[int, nn.Parameter] = {}
     for module, name, parameter in list(rounded(model)):
         if id(parameter) not in made:
             made[id(parameter)] = nn.Parameter(parameter.to(dtype).dequantize())  # type: ignore[operator]
         setattr(module, name, made[id(parameter)])
+    vars(model).pop("_weight_conversions", None)  # how they were read, which saving would revert
 
 
-def rounding_error(before: PreTrainedModel, after: PreTrainedModel) -> float:
+def rounding_error(before: PreTrainedModel, after: PreTrainedModel, asked: Quantize) -> float:
     """‖W - Ŵ‖ / ‖W‖ over all weights that were rounded."""
     error = norm = 0.0
-    paths = {id(module): path for path, module in after.named_modules()}
-    for module, name, parameter in rounded(after):
-        W = before.get_submodule(paths[id(module)]).get_parameter(name).detach()
-        error += (W - parameter.dequantize()).double().square().sum().item()  # type: ignore[operator]
+    for path in scheme(before, asked):
+        W, Q = (model.get_submodule(path).get_parameter("weight").detach() for model in (before, after))
+        error += (W - Q.dequantize()).double().square().sum().item()  # type: ignore[operator]
         norm += W.double().square().sum().item()
     return (error / norm) ** 0.5 if norm else 0.0

@@ -37,7 +37,7 @@ def quantize_both(dense: PreTrainedModel, small: PreTrainedModel, asked: Quantiz
     for side, model in progress(list(plain.items()), "quantise", len(plain)):
         twin = made[names[side]] = quantized(model, asked)
         size[side], size[names[side]] = packed_bytes(model, None, stored), packed_bytes(model, asked, stored)
-        error[names[side]] = rounding_error(model, twin)
+        error[names[side]] = rounding_error(model, twin, asked)
         weights[side] = of_weights(model, asked).to_dict()
     if tokens is not None:
         stream = {

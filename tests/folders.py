@@ -61,11 +61,12 @@ def save_tokens(path: Path, sequences: int = 16, tokens: int = 16, seed: int = 0
 
 
 def stored_numbers(folder: Path) -> int:
-    """How many numbers the safetensors files of a checkpoint hold, indices left out."""
+    """How many numbers the safetensors files of a checkpoint hold, indices and the scales of rounded weights left out."""
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "numpy") as tensors:
-            slices = [tensors.get_slice(n) for n in tensors.keys()]  # noqa: SIM118
+            names = [n for n in tensors.keys() if not n.endswith(("_weight_scale", "_weight_zero_point"))]  # noqa: SIM118
+            slices = [tensors.get_slice(n) for n in names]
             total += sum(int(np.prod(s.get_shape())) for s in slices if s.get_dtype() != "I64")
     return total
 

@@ -23,7 +23,7 @@ from invariance.verify import logits, relative_error, tolerance
 RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 STOCK = {"demo", "dense-target", "global-basis", "hadamard", "mlp", "random"}  # one basis, uniform widths
-STOCK |= {"recover-lora", "recover-distill"}
+STOCK |= {"recover-lora", "recover-distill", "int4", "slice-int4"}
 STOCK |= {"best-stock", "kv-cache", "shortgpt", "replace-me", "obs", "output-aware", "reader-weighted"}
 OWN = {
     "kv-cache-per-head",
@@ -36,7 +36,9 @@ OWN = {
     "modegpt",
     "svd-llm",
     "family",
+    "hadamard-int4",
 }
+UNCUT = {"hadamard", "random", "int4", "hadamard-int4"}
 NARROWER: dict[str, dict[str, Any]] = {
     "combined": {"steps.0.select.uniform.width": 27, "steps.2.select.uniform.width": 6},
     "heads": {"steps.0.select.uniform.width": 6},
@@ -186,7 +188,7 @@ def test_a_recipe_that_only_rotates_leaves_the_logits(made: dict[str, Outcome], 
     assert 0 < error <= tolerance(torch.float32, DEPTH)
 
 
-@pytest.mark.parametrize("name", sorted(set(NAMES) - {"hadamard", "random"}))
+@pytest.mark.parametrize("name", sorted(set(NAMES) - UNCUT))
 def test_a_recipe_that_cuts_moves_the_logits_and_stores_or_computes_less(
     made: dict[str, Outcome], name: str
 ) -> None:
