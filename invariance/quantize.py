@@ -101,7 +101,9 @@ def quantized(model: PreTrainedModel, asked: Quantize) -> PreTrainedModel:
     tied, each = head.weight is embed.weight, scheme(made, asked)
     for path, bits in each.items():
         module = made.get_submodule(path)
-        module.weight = nn.Parameter(_round(module.weight.detach(), bits, asked.group), requires_grad=False)
+        module.weight = nn.Parameter(
+            _round(module.get_parameter("weight").detach(), bits, asked.group), requires_grad=False
+        )
     if tied:
         head.weight = embed.weight
     like = {

@@ -224,9 +224,7 @@ class Recipe(Part):
         self._check_nested()
         if self.quantize and self.nested is not None:
             why = "rounded weights cannot be cut to the narrower models that `nested` asks for"
-            raise Problem(
-                f"{why}. Remove one of the two", "quantize"
-            )
+            raise Problem(f"{why}. Remove one of the two", "quantize")
         if self.recover and not self.recover.train and not self.calibrate:
             raise Problem("there is no text to train on. Add `recover: {train: {data: ...}}`", "recover")
         labels = [(e.kind, e.part.label) for e in self.evaluate]

@@ -324,6 +324,7 @@ def test_a_run_without_quantisation_says_nothing_of_it(root: Path) -> None:
         ("quantize.bits=1", "greater than or equal to 2"),
         ("quantize.group=1", "greater than or equal to 2"),
         ("quantize.tables=16", "less than or equal to 8"),
+        ("nested=[0.5]", "cannot be cut to the narrower models that `nested` asks for"),
         ("quantize.groups=8", "did you mean 'group'"),
         ("quantize.group=12", "have 32 weights, which groups of 12 do not divide. Take a group that divides 32"),
         ("steps.0.select.uniform.width=30", "down.weight have 30 weights.*give the steps `widths: {multiple_of: 8}`"),
