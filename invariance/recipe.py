@@ -221,10 +221,10 @@ class Recipe(Part):
             why = "each `select` fixes its widths" if fixed else "none has a `select`"
             instead = "Add one that spends it, such as `select: uniform` with no width, or remove the budget"
             raise Problem(f"no step spends it: {why}. {instead}", "budget")
-        self._check_nested()
         if self.quantize and self.nested is not None:
             why = "rounded weights cannot be cut to the narrower models that `nested` asks for"
             raise Problem(f"{why}. Remove one of the two", "quantize")
+        self._check_nested()
         if self.recover and not self.recover.train and not self.calibrate:
             raise Problem("there is no text to train on. Add `recover: {train: {data: ...}}`", "recover")
         labels = [(e.kind, e.part.label) for e in self.evaluate]
