@@ -25,7 +25,7 @@ SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "vocab_size", "num_hid
 
 class InvarianceConfig(PretrainedConfig):
     """The original model's config, and what was done to it: canonical form, matrices split in two, widths, where shortcuts
-    lie, new biases.
+    lie, new biases. ``ranks`` says of points of the stream that the shortcut there is of low rank, and of which.
 
     ``nested`` holds, by its share, each of the narrower models in the same weights: the widths of the spaces that it has
     narrower than this one.
@@ -38,12 +38,13 @@ class InvarianceConfig(PretrainedConfig):
     def __init__(self, original: dict[str, Any] | None = None, folded: bool = False, tie: str = "untie",
                  widths: dict[str, int] | None = None, shortcuts: list[str] | None = None,
                  biases: list[str] | None = None, pairs: dict[str, int] | None = None, split: list[str] | None = None,
-                 nested: dict[str, dict[str, int]] | None = None, **kwargs: Any) -> None:  # fmt: skip
+                 nested: dict[str, dict[str, int]] | None = None, ranks: dict[str, int] | None = None,
+                 **kwargs: Any) -> None:  # fmt: skip
         self.original = dict(original or {})
         self.folded, self.tie = folded, tie
         self.widths, self.shortcuts = dict(widths or {}), list(shortcuts or [])
         self.biases, self.pairs = list(biases or []), dict(pairs or {})
-        self.split = list(split or [])
+        self.split, self.ranks = list(split or []), dict(ranks or {})
         self.nested = {share: dict(widths) for share, widths in (nested or {}).items()}
         for key in SHARED:
             kwargs.setdefault(key, self.original.get(key))
@@ -166,6 +167,7 @@ def wrap(inner: PreTrainedModel, layout: Layout, original: PretrainedConfig, tie
             if k != layout.spaces[name].dim and kept(name, k)
         },
         shortcuts=sorted(now.shortcuts),
+        ranks=dict(now.ranks),
         biases=now.added_biases(layout),
         split=now.select(["edge"]),
         nested={share: dict(widths) for share, widths in (nested or {}).items()},
@@ -200,7 +202,8 @@ def _shaped(config: InvarianceConfig) -> PreTrainedModel:
     for edge in now.edges:
         stage = inner.get_submodule(edge.stage)
         assert isinstance(stage, Stage)
-        shape = (now.spaces[edge.source].dim, now.spaces[edge.target].dim)
+        shape = now.spaces[edge.source].dim, config.ranks.get(edge.target, now.spaces[edge.target].dim)
+        stage.low_rank = edge.target in config.ranks
         like = next(inner.parameters())
         empty = torch.empty(shape, dtype=like.dtype, device=like.device)
         stage.shortcut = nn.Parameter(empty) if edge.stage in config.shortcuts else None

@@ -105,6 +105,7 @@ def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remo
                 "dim": u.space.dim,
                 "width": None if widths is None else widths[u.space.name],
                 "step": u.step,
+                "rank": u.rank,
                 **{
                     kind: m.spec()
                     for kind in ("rotate", "select", "slice")
@@ -120,7 +121,7 @@ def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remo
         },
         "flops_per_token": {
             "dense": chart.dense.flops({}),
-            "sliced": None if widths is None else chart.layout.flops(widths, chart.segments),
+            "sliced": None if widths is None else chart.flops(widths),
         },
         "predicted_seconds": {
             "dense": chart.seconds({}),

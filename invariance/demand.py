@@ -26,6 +26,7 @@ class Unit:
     rotate: Rotator
     select: Selector | None
     slice: Slicer | None
+    rank: int | None = None  # of shortcuts between it and others of its step, where they are of low rank
 
     @property
     def joint(self) -> bool:
@@ -40,6 +41,8 @@ class Unit:
     @property
     def needs(self) -> frozenset[Statistic]:
         asked = self.rotate.needs | (self.slice.needs if self.slice else frozenset())
+        if self.rank is not None:
+            asked |= {Statistic.SEEN}  # says which directions a shortcut should not leave out
         return frozenset(s.on(self.space) for s in asked)
 
 

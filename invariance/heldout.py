@@ -44,14 +44,14 @@ class HeldOut:
     """The mean next-token cross-entropy, in nats, of a model cut at some widths, whatever the order of the recipe:
     a float32 copy of the canonical model is cut by the bases and moments of the dense one.
 
-    ``cut(unit, k)`` is the change of a unit to width k. ``path`` is a file that remembers every loss: a search with a
+    ``cut(widths)`` are the changes of units, by member. ``path`` is a file that remembers every loss: a search with a
     seed asks the same again, so an interrupted one is replayed from there up to where it stopped.
     """
 
     model: PreTrainedModel
     layout: Layout
     units: Sequence[Unit]
-    cut: Callable[[Unit, int], Change]
+    cut: Callable[[Mapping[Unit, int]], Mapping[str, Change]]
     tokens: Tokens
     batch: int
     progress: Progress
@@ -88,8 +88,7 @@ class HeldOut:
 
     def _measure(self, cut: Mapping[Unit, int]) -> float:
         twin = copy_in(torch.float32, self.model)
-        changes = {u: self.cut(u, k) for u, k in cut.items()}
-        reparametrize(twin, self.layout, {m: change for u, change in changes.items() for m in u.members})
+        reparametrize(twin, self.layout, self.cut(cut))
         what = f"held-out loss of choice {len(self.losses) + 1}"
         loss = math.log(perplexity(twin, self.tokens, self.batch, self.progress, what))
         return loss if math.isfinite(loss) else math.inf

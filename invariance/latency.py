@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Latency:
 
     Between measured widths seconds are interpolated, below the narrowest they stay, and they never fall as a space
     widens. Cuts of several spaces: the shares of time that queries and keys, and values, save of attention add up;
-    the stream's and the KV groups' factors multiply that. A shortcut counts as the head does, by its entries.
+    the stream's and the KV groups' factors multiply that. Shortcuts count as the head does, by products.
     """
 
     curves: Mapping[str, Mapping[str, Curve]]  # part → kind of space → its curve
@@ -72,7 +73,7 @@ class Latency:
         return max(self.curves[part]["residual"].values())
 
     def seconds(self, layout: Layout, widths: Mapping[str, int], shortcuts: int) -> float:
-        """The time of a model of these widths that carries so many shortcuts."""
+        """The time of a model of these widths whose shortcuts take so many products per token."""
 
         def share(part: str, kind: str, space: str) -> float:
             return self.share(part, kind, layout.width(space, widths))
@@ -91,8 +92,9 @@ class Latency:
             block = space.split(".")[1]
             saved = sum(1 - share(part, kind, f"{kind}.{block}") for kind in ("qk", "vo"))
             total += time * share(part, "heads", space) * max(1 - saved, 0.0)
-        head = layout.shapes[f"{layout.architecture.embed[0]}.weight"][0]
-        return total + shortcuts * self.whole("head") * layout.width(last, widths) / head
+        return total + shortcuts * self.whole("head") / prod(
+            layout.shapes[f"{layout.architecture.embed[0]}.weight"]
+        )
 
 
 def table(config: PretrainedConfig, folder: Path, device: str | torch.device = "cpu",

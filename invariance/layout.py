@@ -99,6 +99,7 @@ class Layout:
     branches: Mapping[str, str]  # a branch of a stage → the space that it vanishes with
     windows: Mapping[str, int | None]  # an attention's space of KV groups, in order → how far back it sees
     shortcuts: frozenset[str]  # stages that carry one already
+    ranks: Mapping[str, int]  # points of the stream that a shortcut of low rank leads to → its rank
     tied: bool
     centred: bool
     folded: bool
@@ -248,28 +249,53 @@ class Layout:
         return "head"
 
     def parameters(
-        self, widths: Mapping[str, int], segments: Mapping[str, object] | None = None
+        self,
+        widths: Mapping[str, int],
+        segments: Mapping[str, object] | None = None,
+        ranks: Mapping[str, int] | None = None,
     ) -> Parameters:
-        """What a choice of widths stores. ``segments``: which points of the stream share a basis, by equal values."""
-        segments = segments or {}
+        """What a choice of widths stores. ``segments``: which points of the stream share a basis, by equal values;
+        ``ranks``: points that a shortcut of low rank leads to from another basis."""
         count = dict.fromkeys(("embedding", "blocks", "shortcuts", "head"), 0)
         for name, size in self._sizes(widths).items():
             part = self.parts[name]
             if part != "shortcuts":
                 count[part] += size
-        for e in self.shortcut_stages(segments):
-            count["shortcuts"] += prod(widths.get(p, self.spaces[p].dim) for p in (e.source, e.target))
+        found = self.shortcut_ranks(segments, ranks)
+        count["shortcuts"] = sum(prod(self._shortcut(e, r, widths)) for e, r in found.items())
         return Parameters(**count)
 
-    def shortcut_stages(self, segments: Mapping[str, object]) -> list[Edge]:
-        """The residual edges that carry a shortcut: those that have one, and those where two bases meet."""
-        return [
-            e
-            for e in self.edges
-            if e.stage in self.shortcuts or segments.get(e.source) != segments.get(e.target)
-        ]
+    def shortcut_ranks(
+        self, segments: Mapping[str, object] | None = None, ranks: Mapping[str, int] | None = None
+    ) -> dict[Edge, int | None]:
+        """The residual edges that carry a shortcut → its rank where that is low: edges that have one, and those where
+        two bases meet."""
+        segments, ranks = segments or {}, ranks or {}
+        meet = {e: segments.get(e.source) != segments.get(e.target) for e in self.edges}
+        found = {e: (ranks if meet[e] else self.ranks).get(e.target) for e in self.edges}
+        return {e: r for e, r in found.items() if (meet[e] or e.stage in self.shortcuts) and r != 0}
 
-    def flops(self, widths: Mapping[str, int], segments: Mapping[str, object] | None = None) -> int:
+    def _shortcut(self, edge: Edge, rank: int | None, widths: Mapping[str, int]) -> tuple[int, int]:
+        """The shape of a shortcut's tensor."""
+        source, target = (self.width(p, widths) for p in (edge.source, edge.target))
+        return source, target if rank is None else rank
+
+    def shortcut_products(
+        self,
+        widths: Mapping[str, int],
+        segments: Mapping[str, object] | None = None,
+        ranks: Mapping[str, int] | None = None,
+    ) -> int:
+        """How many products shortcuts take per token: F of I − F Fᵀ multiplies twice."""
+        found = self.shortcut_ranks(segments, ranks)
+        return sum((1 if r is None else 2) * prod(self._shortcut(e, r, widths)) for e, r in found.items())
+
+    def flops(
+        self,
+        widths: Mapping[str, int],
+        segments: Mapping[str, object] | None = None,
+        ranks: Mapping[str, int] | None = None,
+    ) -> int:
         """Per token: two for every entry of a matrix that multiplies it; attention scores and norms are left out."""
         sizes = self._sizes(widths)
         matrices = sum(
@@ -279,7 +305,7 @@ class Layout:
         )
         if self.tied:
             matrices += sizes[f"{self.architecture.embed[0]}.weight"]
-        return 2 * (matrices + self.parameters(widths, segments).shortcuts)
+        return 2 * (matrices + self.shortcut_products(widths, segments, ranks))
 
     @property
     def head_flops(self) -> int:
@@ -307,6 +333,7 @@ def label(model: PreTrainedModel) -> Layout:
     spaces: dict[str, Space] = {}
     axes: dict[str, tuple[Axis | None, ...]] = {}
     edges: list[Edge] = []
+    ranks: dict[str, int] = {}
     branches: dict[str, str] = {}
     windows: dict[str, int | None] = {}
     rotary = 0 if arch.rotary is None else 2 * model.get_submodule(arch.rotary).inv_freq.numel()  # type: ignore
@@ -349,7 +376,9 @@ def label(model: PreTrainedModel) -> Layout:
             if f"{path}.{name}" in shapes:
                 axes[f"{path}.{name}"] = (None,)
         if f"{path}.shortcut" in shapes:
-            axes[f"{path}.shortcut"] = (read, write)
+            axes[f"{path}.shortcut"] = (read, None if stage.low_rank else write)
+            if stage.low_rank:
+                ranks[after] = shapes[f"{path}.shortcut"][1]
         stream(point, width[n])
         if (a := stage.attention) is not None:
             qk, vo = a.k.out_features // a.kv_heads, a.v.out_features // a.kv_heads
@@ -399,6 +428,7 @@ def label(model: PreTrainedModel) -> Layout:
         branches=branches,
         windows=windows,
         shortcuts=frozenset(e.stage for e in edges if f"{e.stage}.shortcut" in shapes),
+        ranks=ranks,
         tied=tied,
         centred=norm.centred,
         folded=folded,

@@ -183,14 +183,16 @@ class Mlp(nn.Module):
 class Stage(nn.Module):
     """x ↦ shortcut(x) + Σ branch(norm(x)): one step of the residual stream. A parallel block has one, of two branches.
 
-    ``shortcut`` (source width, target width) carries x from this stage's basis to the next one's; None where the
-    two are the same. A stage without branches has no norm either and passes the stream on.
+    ``shortcut`` carries x from this stage's basis to the next one's: a matrix (source width, target width), or, where
+    it is ``low_rank``, F (width, rank) in place of I − F Fᵀ. None where x passes as it is. A stage without branches has
+    no norm either and passes the stream on.
     """
 
     def __init__(self, norm: Norm | None, attention: Attention | None, mlp: Mlp | None) -> None:
         super().__init__()
         self.norm, self.attention, self.mlp = norm, attention, mlp
         self.shortcut: nn.Parameter | None = None
+        self.low_rank = False
 
     @property
     def branches(self) -> list[nn.Module]:
@@ -212,8 +214,15 @@ class Stage(nn.Module):
         """The dtype that the branches compute in; the stream itself may be kept in a finer one."""
         return next(self.branches[0].parameters()).dtype
 
+    def carry(self, x: Tensor) -> Tensor:
+        """What reaches the end of the stage beside its branches."""
+        if self.shortcut is None:
+            return x
+        M = self.shortcut.to(x.dtype)
+        return x - (x @ M) @ M.mT if self.low_rank else x @ M
+
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        y = x if self.shortcut is None else x @ self.shortcut.to(x.dtype)
+        y = self.carry(x)
         if self.norm is None:
             return y
         h = self.norm(x).to(self.dtype)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,7 @@ from .moments import Key, Moments, Store, check_finite, reader_moment
 from .plan import MEASURED, Plan
 from .refit import HELD_OUT
 from .reparametrize import reparametrize
+from .shortcuts import Chain
 from .space import Basis, Change
 from .verify import Certificate, certify, double_copy
 
@@ -147,9 +148,7 @@ class _Run:
             narrower = self._narrower(moments, chosen)
             certificate = self._certify()
             with timed(self.seconds, "slice"):
-                for unit in plan.units:
-                    change = self._cut(unit, moments, chosen)
-                    self.changes |= dict.fromkeys(unit.members, change)
+                self.changes = self._cut(plan.units, moments, chosen)
                 reparametrize(self.model, self.layout, self.changes)
         else:
             influence = self._influence(self._calibrate(plan.compared))
@@ -370,12 +369,20 @@ class _Run:
         calibrate = self.plan.recipe.calibrate
         assert calibrate is not None
         if store is not None:
-            methods = [[*u.members, u.rotate.spec(), u.slice and u.slice.spec()] for u in self.plan.units]
+            methods = [
+                [
+                    *u.members,
+                    u.rotate.spec(),
+                    u.slice and u.slice.spec(),
+                    *([] if u.rank is None else [u.rank]),
+                ]
+                for u in self.plan.units
+            ]
             identity = json.dumps([tokens.digest(), self.plan.recipe.tie, methods])
             path = store.folder / f"losses.{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
 
-        def cut(unit: Unit, k: int) -> Change:
-            return self._cut(unit, moments, {unit.space.name: k})
+        def cut(widths: Mapping[Unit, int]) -> dict[str, Change]:
+            return self._cut(widths, moments, {u.space.name: k for u, k in widths.items()})
 
         return HeldOut(
             self.model, self.layout, self.plan.units, cut, tokens, calibrate.batch, self.progress, path
@@ -391,7 +398,21 @@ class _Run:
             return None
         return sum(self.bases[u.space.name].energy[:, widths[u.space.name] :].sum().item() for u in cut)
 
-    def _cut(self, unit: Unit, moments: Moments, widths: Widths) -> Change:
+    def _cut(self, units: Iterable[Unit], moments: Moments, widths: Widths) -> dict[str, Change]:
+        """The changes of all members of units, which stand in the order of the stream."""
+        chain = Chain(self.plan.ranks)
+        return {m: c for u in units for c in (self._change(u, moments, widths, chain),) for m in u.members}
+
+    def _change(self, unit: Unit, moments: Moments, widths: Widths, chain: Chain) -> Change:
+        """The change of a unit, which ``chain`` turns where a shortcut of low rank leads to it."""
+        change = self._cut_alone(unit, moments, widths)
+        if unit.rank is None:
+            return change
+        return chain.add(
+            unit.space.name, change, self._moments_of(unit, moments).second(unit.space, "seen")[0]
+        )
+
+    def _cut_alone(self, unit: Unit, moments: Moments, widths: Widths) -> Change:
         basis = self.bases[unit.space.name]
         k = widths[unit.space.name]
         if not k:
@@ -402,6 +423,7 @@ class _Run:
 
     def _walk_sequentially(self, ahead: Moments, widths: Widths) -> None:
         decided: dict[str, Change] = {}
+        chain = Chain(self.plan.ranks)
 
         def decide(name: str, moments: Moments) -> Change:
             unit = self.unit_of[name]
@@ -411,7 +433,8 @@ class _Run:
                     if first not in self.bases:
                         check_finite(moments)
                         self.bases[first] = self._basis(unit, moments)
-                    decided[first] = self._cut(unit, ahead if self.plan.stands(unit) else moments, widths)
+                    seen = ahead if self.plan.stands(unit) else moments
+                    decided[first] = self._change(unit, seen, widths, chain)
             return decided[first]
 
         wanted = {
@@ -425,7 +448,8 @@ class _Run:
             batches, dtype = self._batches()
         walk.sequential(self.model, self.layout, batches, wanted, dtype, decide,
                         follow=self.plan.follows, readers=self.plan.recipe.refit == "both",
-                        stay=self.layout.stages(widths), streams=self.streams, progress=self.progress)  # fmt: skip
+                        stay=self.layout.stages(widths), streams=self.streams, joined=self.plan.ranks,
+                        progress=self.progress)  # fmt: skip
         spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
         self.changes = {m: decided[u.space.name] for m, u in self.unit_of.items() if u.space.name in decided}

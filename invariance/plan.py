@@ -22,6 +22,7 @@ from .models import cache_dir
 from .moments import Key
 from .quantize import check_groups
 from .recipe import Budget, Constraints, Recipe, Step
+from .shortcuts import enough
 from .space import Group, Space
 from .walk import Progress, quiet
 
@@ -49,6 +50,18 @@ class Plan:
     def segments(self) -> dict[str, int]:
         """Point of the stream → which basis it has; points that keep theirs are left out."""
         return {m: n for n, u in enumerate(self.units) for m in u.members if u.space.kind == "residual"}
+
+    @cached_property
+    def ranks(self) -> dict[str, int]:
+        """The points of the stream that a shortcut of low rank leads to, from a basis of the same step → its rank."""
+        of = {m: u for u in self.units for m in u.members if u.rank is not None}
+        meet = [(of[e.source], e.target) for e in self.layout.edges if e.source in of and e.target in of]
+        return {p: u.rank for u, p in meet if u is not of[p] and u.step == of[p].step and u.rank is not None}
+
+    def _ranks(self, widths: Widths) -> dict[str, int]:
+        """The same at some widths: no more than makes shortcuts exact."""
+        dims = {p: self.layout.spaces[p].dim for p in self.ranks}
+        return {p: min(r, enough(dims[p], self.layout.width(p, widths))) for p, r in self.ranks.items()}
 
     @property
     def follows(self) -> bool:
@@ -136,7 +149,7 @@ class Plan:
 
     def parameters(self, widths: Widths, stock: bool | None = None) -> Parameters:
         """What is stored at these widths. A stock checkpoint stores gains of √(d/k) that the canonical form lacks."""
-        count = self.layout.parameters(widths, self.segments)
+        count = self.layout.parameters(widths, self.segments, self._ranks(widths))
         biases = self._new_biases(widths)
         count = replace(count, blocks=count.blocks + biases)
         if stock is None:
@@ -148,7 +161,8 @@ class Plan:
 
     def why_not_stock(self, widths: Widths) -> str | None:
         """Why no stock checkpoint could hold a model of these widths; None where one can."""
-        shortcuts, biases = len(self.layout.shortcut_stages(self.segments)), self._new_biases(widths)
+        shortcuts = len(self.layout.shortcut_ranks(self.segments, self._ranks(widths)))
+        biases = self._new_biases(widths)
         why = obstacle(self.layout, widths, shortcuts, self.dense.centred, biases, self.mixed_pairs)
         if why is not None:
             return why
@@ -166,14 +180,19 @@ class Plan:
         """The predicted latency; None where no table of this machine was asked for."""
         if self.latency is None:
             return None
-        return self.latency.seconds(self.layout, widths, len(self.layout.shortcut_stages(self.segments)))
+        shortcuts = self.layout.shortcut_products(widths, self.segments, self._ranks(widths))
+        return self.latency.seconds(self.layout, widths, shortcuts)
+
+    def flops(self, widths: Widths) -> int:
+        """Per token, at these widths."""
+        return self.layout.flops(widths, self.segments, self._ranks(widths))
 
     def amount(self, resource: str, widths: Widths) -> float:
         """What a choice of widths spends of a resource that a budget can limit; of latency, nanoseconds."""
         if (seconds := self.seconds(widths)) is not None and resource == "latency":
             return 1e9 * seconds
         if resource == "flops":
-            return self.layout.flops(widths, self.segments)
+            return self.flops(widths)
         return self.layout.kv_entries(widths) if resource == "kv_cache" else self.parameters(widths).total
 
     def narrower(self) -> dict[float, Plan]:
@@ -327,7 +346,8 @@ class Plan:
         return [Demand(tuple(units), self._constraints(units[0])) for units in found.values()]
 
     def _constraints(self, unit: Unit) -> Constraints:
-        return self.recipe.steps[unit.step].widths or Constraints()
+        found = self.recipe.steps[unit.step].widths or Constraints()
+        return found if unit.rank is None else found.model_copy(update={"same": True})
 
 
 def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device = "cpu",
@@ -361,7 +381,8 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
             select, cut = (None, None) if whole else (step.select, step.slice)
             seed = recipe.seed
             rotate, select, cut = _seeded(step.rotate, seed), _seeded(select, seed), _seeded(cut, seed)
-            units.append(Unit(tuple(members), space, n, rotate, select, cut))
+            rank = None if step.shortcuts is None or whole else step.shortcuts.at_most(space.dim)
+            units.append(Unit(tuple(members), space, n, rotate, select, cut, rank))
     for unit in units:
         check_unit(recipe, unit, layout)
     asked = recipe.budget is not None and recipe.budget.latency is not None

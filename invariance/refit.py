@@ -111,19 +111,15 @@ class Follower:
         batch.through(self.stage, self.edge)
         self.kept.append(torch.cat(self.read, dim=-1))
         self.read.clear()
-        target = dense.float() - self._passed_by(batch.x).float()
+        target = dense.float() - self.stage.carry(batch.x).float()
         self.parts = gather(self.parts, self.sequences, batch.mask, self.kept[-1], target, weights(dense))
         self.sequences += len(dense)
-
-    def _passed_by(self, x: Tensor) -> Tensor:
-        """What reaches the end of the stage beside its branches."""
-        return x if self.stage.shortcut is None else x @ self.stage.shortcut.to(x.dtype)
 
     def refit(self, model: PreTrainedModel, batches: list[Batch]) -> None:
         """Change the writers of the stage, and carry the batches behind it. A stage that has none passes them on."""
         if self.parts is None:
             for batch in batches:
-                batch.x = self._passed_by(batch.x)
+                batch.x = self.stage.carry(batch.x)
             return
         train, held = self.parts
         stage = model.get_submodule(self.edge.stage)
@@ -140,7 +136,7 @@ class Follower:
         for name, part in zip(self.writers, parts, strict=True):
             assign(model, f"{self.edge.stage}.{name}.weight", part)
         for batch, h in zip(batches, self.kept, strict=True):
-            batch.x = self._passed_by(batch.x) + nn.functional.linear(h, W.to(h.dtype), bias.to(h.dtype))
+            batch.x = self.stage.carry(batch.x) + nn.functional.linear(h, W.to(h.dtype), bias.to(h.dtype))
         self.kept.clear()
 
 

@@ -27,9 +27,10 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
     """Change the basis of the named spaces, in place, in float64 with one cast back.
 
     Each labelled axis is contracted with the change of its space: writers with ``encode``, readers with ``decode``;
-    readers' biases take up W·``offset``. A residual edge whose ends change differently carries D_sᵀ E_t. Applying one
-    change after another is applying their product, so spaces can be changed one at a time. Changes speak of the copies
-    that the layout has: where KV groups move or go in the same call, the changes of their copies move and go with them.
+    readers' biases take up W·``offset``. A residual edge whose ends change differently carries D_sᵀ E_t, or what
+    ``entry`` of the target puts in its place. Applying one change after another is applying their product, so spaces can
+    be changed one at a time. Changes speak of the copies that the layout has: where KV groups move or go in the same
+    call, the changes of their copies move and go with them.
     Where rotary positions turn pairs of dims, the frequencies go with the pairs that ``encode`` keeps. A branch that is
     cut to width 0 goes with all its weights, and with a stage's last branch its norm; the residual edge stays.
 
@@ -231,21 +232,22 @@ def _change_edge(model: PreTrainedModel, layout: Layout, edge: Edge, changes: Ma
     source, target = changes.get(edge.source), changes.get(edge.target)
     stage = model.get_submodule(edge.stage)
     assert isinstance(stage, Stage)
-    if source is target and stage.shortcut is None:
-        return  # one basis on both sides
+    if source is target and (source is None or stage.shortcut is None):
+        return  # neither side changes, or one basis is on both
     like = next(model.parameters())
-    if stage.shortcut is None:
-        d = layout.spaces[edge.source].dim
-        M = torch.eye(d, dtype=torch.float64, device=like.device)
+    entry = None if target is None else target.entry
+    if entry is not None:
+        M, gone = entry.to(like.device), not entry.shape[1]
     else:
-        M = stage.shortcut.double()
-    if source is not None:
-        M = source.decode[0].to(M.device).mT @ M
-    if target is not None:
-        M = M @ target.encode[0].to(M.device)
-    stage.shortcut = (
-        None if is_identity(M) else nn.Parameter(M.to(like.dtype), requires_grad=like.requires_grad)
-    )
+        d = layout.spaces[edge.source].dim if stage.shortcut is None else stage.shortcut.shape[0]
+        M = stage.carry(torch.eye(d, dtype=torch.float64, device=like.device))
+        if source is not None:
+            M = source.decode[0].to(M.device).mT @ M
+        if target is not None:
+            M = M @ target.encode[0].to(M.device)
+        gone = is_identity(M)
+    stage.low_rank = entry is not None
+    stage.shortcut = None if gone else nn.Parameter(M.to(like.dtype), requires_grad=like.requires_grad)
 
 
 def is_identity(M: Float64[Tensor, "s t"]) -> bool:

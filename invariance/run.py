@@ -217,7 +217,7 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
         "output": None,
         "recipe": recipe.to_dict(),
         "parameters": {"dense": dense.to_dict(), "sliced": after.to_dict()},
-        "flops_per_token": {"dense": chart.dense.flops({}), "sliced": layout.flops(widths, chart.segments)},
+        "flops_per_token": {"dense": chart.dense.flops({}), "sliced": chart.flops(widths)},
         "kv_bytes_per_token": {
             "dense": stored.itemsize * chart.dense.kv_entries({}),
             "sliced": stored.itemsize * layout.kv_entries(widths),

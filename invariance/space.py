@@ -152,12 +152,14 @@ class Change:
     A signal x becomes Eᵀx, and is read back as D Eᵀ x + offset, if there is one. With k = d, E = A and D = A⁻ᵀ it is a
     rotation: exact when A is in the group. With k < d, E Dᵀ is a projector: a slice. On a space with a grain g,
     ``decode`` may also act on all numbers that readers see, (c, d·g, k·g): directions that stay then make up for those
-    that go. ``offset`` always speaks of what readers see.
+    that go. ``offset`` always speaks of what readers see. ``entry`` is F where a low-rank shortcut I − F Fᵀ leads from
+    another basis of the stream into this one.
     """
 
     encode: Float64[Tensor, "c d k"]
     decode: Float64[Tensor, "c d k"] | Float64[Tensor, "c dg kg"]
     offset: Float64[Tensor, "c dg"] | None = None  # in the coordinates of x; goes into the readers' biases
+    entry: Float64[Tensor, "k r"] | None = None
 
     @property
     def width(self) -> int:

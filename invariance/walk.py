@@ -150,7 +150,7 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
 def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted: Wanted, dtype: torch.dtype,
                decide: Callable[[str, Moments], Change | None], *, follow: bool = False,
                readers: bool = True, stay: Container[str] | None = None, streams: Streams | None = None,
-               progress: Progress = quiet) -> None:  # fmt: skip
+               joined: Container[str] = (), progress: Progress = quiet) -> None:  # fmt: skip
     """Measure, decide and cut one space after the other, so that later bases see earlier cuts. Changes the model.
 
     ``decide(space, moments)`` gives the change of a space from its own moments. A point of the stream is measured
@@ -159,18 +159,21 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
     writes the stream is refit to bring it back to the dense one, and, with ``readers``, before it is cut, what reads
     the stream to make up for what it has become (refit.py). ``stay`` names the stages that keep a branch; the last one
     before some that go is refit to the dense stream behind all those, whose work it takes over. ``streams``, which are
-    used up, spare the dense model its walk.
+    used up, spare the dense model its walk. ``joined`` are the points that a shortcut of low rank leads to: what it
+    leaves out is lost there.
     """
     dense = [batch.x for batch in batches] if follow else []
     reached = 0  # how many stages the dense stream has passed
     basis: Change | None = None  # of the point before, in which the stream is now
+    before: list[Tensor] = []  # the stream there, where it is still needed
     for i, edge in enumerate(progress(layout.edges, "calibrate and cut", layout.depth)):
         if follow:
             reached = max(reached, i)
             ahead = layout.edges[reached : _behind(layout.edges, i, stay)]
             reached += len(ahead)
             uncut = [fast_copy(model, e, dtype) for e in ahead]
-        basis = _cut_stream(model, layout, edge.source, batches, wanted, decide, basis)
+        basis = _cut_stream(model, layout, edge.source, batches, wanted, decide, basis, before)
+        before = [batch.x for batch in batches] if edge.target in joined else []
         inner = [n for n in _inner(layout, edge) if n in wanted]
         if follow:
             if uncut and readers:
@@ -192,7 +195,7 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
         else:
             for batch in batches:
                 batch.x = batch.through(stage, edge)
-    _cut_stream(model, layout, layout.points[-1], batches, wanted, decide, basis)
+    _cut_stream(model, layout, layout.points[-1], batches, wanted, decide, basis, before)
 
 
 def _behind(edges: Sequence[Edge], i: int, stay: Container[str] | None) -> int:
@@ -222,8 +225,10 @@ def _follow(model: PreTrainedModel, follower: Follower, batches: list[Batch], de
 
 
 def _cut_stream(model: PreTrainedModel, layout: Layout, point: str, batches: list[Batch], wanted: Wanted,
-                decide: Callable[[str, Moments], Change | None], basis: Change | None) -> Change | None:  # fmt: skip
-    """Measure and change one point of the stream; ``basis`` is the change of the point before."""
+                decide: Callable[[str, Moments], Change | None], basis: Change | None,
+                before: list[Tensor]) -> Change | None:  # fmt: skip
+    """Measure and change one point of the stream; ``basis`` is the change of the point before, ``before`` the stream
+    there, if a shortcut of low rank leads from it."""
     if point not in wanted:
         return None
     moments = Moments()
@@ -235,13 +240,15 @@ def _cut_stream(model: PreTrainedModel, layout: Layout, point: str, batches: lis
             wide = torch.promote_types(batch.x.dtype, torch.float32)
             E = change.encode[0].to(batch.x.device, wide)
             batch.x = (batch.x.to(wide) @ E).to(batch.x.dtype)
-        if (
-            change is basis
-        ):  # one basis on both sides of the stage before: as when both change at once, no shortcut
-            edge = next(e for e in layout.edges if e.target == point)
-            stage = model.get_submodule(edge.stage)
+        stage = next((model.get_submodule(e.stage) for e in layout.edges if e.target == point), None)
+        if change is basis:  # one basis on both sides of that stage: as when both change at once, no shortcut
             assert isinstance(stage, Stage)
             stage.shortcut = None
+        elif change.entry is not None and basis is not None:
+            assert isinstance(stage, Stage)
+            whole = basis.decode[0].mT @ change.encode[0]
+            for batch, x in zip(batches, before, strict=True):
+                batch.x = batch.x + (stage.carry(x) - x @ whole.to(x))
     return change
 
 
