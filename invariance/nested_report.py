@@ -40,7 +40,7 @@ def costs(recipe: Recipe, chart: Plan, sliced: Sliced, stored: torch.dtype) -> l
         {
             "share": share,
             "parameters": chart.parameters(widths).to_dict(),
-            "flops_per_token": chart.layout.flops(widths, chart.segments),
+            "flops_per_token": chart.flops(widths),
             "kv_bytes_per_token": stored.itemsize * chart.layout.kv_entries(widths),
             "predicted_seconds": chart.seconds(widths),
             "why_not_stock": chart.why_not_stock(widths),

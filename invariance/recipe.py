@@ -291,6 +291,9 @@ class Recipe(Part):
             if step.slice is not None and not step.slice.prefix:
                 why = f"'{step.slice.name}' refits for one width, and `nested` asks for weights that all widths share"
                 raise Problem(f"{why}. Use `slice: truncate`, or remove `nested`", "steps", i, "slice")
+            if step.shortcuts is not None:
+                why = "they turn what one width keeps, and `nested` asks for bases whose first directions all widths keep"
+                raise Problem(f"{why}. Remove `shortcuts`, or `nested`", "steps", i, "shortcuts")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Recipe:

@@ -355,6 +355,13 @@ def sizes(result: Outcome) -> list[tuple[str, int]]:
     return [(name, p.numel()) for name, p in result.model.named_parameters()]
 
 
+def test_turned_bases_are_not_nested() -> None:
+    step, keys = STAGES | {"select": "uniform"}, {"budget": {"parameters": 0.9}, "nested": [0.8]}
+    with pytest.raises(InputError, match="shortcuts: they turn what one width keeps"):
+        recipe(of_rank(3, step), **keys)
+    recipe(step, **keys)
+
+
 def test_no_data_no_rank() -> None:
     step = RANDOM | {"shortcuts": {"rank": 2}}
     with pytest.raises(InputError, match="has no `calibrate`"):
