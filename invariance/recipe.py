@@ -130,12 +130,13 @@ Segments = Annotated[
 ]
 
 
+Rank = Annotated[int, Field(ge=0)] | Literal["exact"]
+
+
 class Shortcuts(Part):
     """How two bases of the stream meet, in place of whole shortcuts."""
 
-    rank: (
-        Annotated[int, Field(ge=0)] | Literal["exact"]
-    )  # at most which rank they have: a number from 0, or exact
+    rank: Rank  # at most which rank they have: a number from 0, or exact
 
     def at_most(self, d: int) -> int:
         """The rank as a number, of a stream d wide."""
