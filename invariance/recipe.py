@@ -148,9 +148,7 @@ class Step(Part):
 
     spaces: Spaces  # kinds (residual, mlp, vo, qk, heads, edge), names such as mlp.0, or globs such as mlp.*
     segments: Segments = "global"  # where the stream changes basis: global, block, stage or {every: N}
-    shortcuts: Shortcuts | None = (
-        None  # of a low rank between segments, as in {rank: exact}; whole if left out
-    )
+    shortcuts: Shortcuts | None = None  # how segments meet, as in {rank: exact}; null for whole shortcuts
     slice_head: bool = True  # whether the residual stream is also cut before the head, true or false
     rotate: Rotate = Field(default="identity", validate_default=True)  # which exact basis
     select: Select = None  # how many directions stay
