@@ -18,6 +18,4 @@ class Quantize(Part):
 
     bits: Bits = 4  # the bits of a weight in the blocks, 2 to 8
     group: Several = 32  # how many neighbours in a row share a scale, from 2
-    tables: Bits | None = (
-        8  # the bits of a weight in embedding and head, 2 to 8; null leaves them as they are
-    )
+    tables: Bits | None = 8  # the bits of a weight in embedding and head, 2 to 8; null leaves both alone
