@@ -113,20 +113,23 @@ def outer(x: Float[Tensor, "c n d"]) -> Float64[Tensor, "c d d"]:
     """Σ x xᵀ per copy. bfloat16 signals are multiplied by the fast bfloat16 units, exactly: their products are
     exact in float32, in which the sums are taken, a batch at a time; batches are added in float64."""
     with _exact_fast_products(x.dtype is torch.bfloat16):
-        f = x if x.dtype is torch.float64 else x.float()
-        return torch.stack(
-            [_gram(m) for m in f]
-        ).double()  # one by one: batched products are half as fast on CPUs
+        f = (x if x.dtype is torch.float64 else x.float()).detach()
+        total = f.new_empty(len(f), f.shape[-1], f.shape[-1])
+        for m, out in zip(f, total, strict=True):  # one by one: batched products are half as fast on CPUs
+            _gram(m, out)
+        return total.double()
 
 
-def _gram(x: Float[Tensor, "n d"]) -> Float[Tensor, "d d"]:
+def _gram(x: Float[Tensor, "n d"], out: Float[Tensor, "d d"]) -> None:
     """Xᵀ X. It is symmetric: of its four quarters, one is another's transpose and is not multiplied; so on inside them."""
     h = x.shape[1] // 2
     if h < SMALL:
-        return x.mT @ x
-    one, other = x[:, :h], x[:, h:]
-    cross = one.mT @ other
-    return torch.cat((torch.cat((_gram(one), cross), 1), torch.cat((cross.mT, _gram(other)), 1)), 0)
+        torch.mm(x.mT, x, out=out)
+        return
+    torch.mm(x[:, :h].mT, x[:, h:], out=out[:h, h:])
+    out[h:, :h] = out[:h, h:].mT
+    _gram(x[:, :h], out[:h, :h])
+    _gram(x[:, h:], out[h:, h:])
 
 
 @contextmanager

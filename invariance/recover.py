@@ -109,8 +109,11 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
     chosen = _best(curve, where)
     if chosen["step"]:
         state = torch.load(work / BEST, weights_only=True, map_location="cpu")["state_dict"]
-        student.load_state_dict({n.removeprefix("student."): t for n, t in state.items()}, strict=False)
-        put_back(model, settle(student, layout, options))
+        own = "student."  # narrower members hold its weights
+        learned = copy_in(torch.float32, model)  # the student's own may lie in parts by now
+        adapt(learned, layout, options, seed)
+        put_back(learned, {n.removeprefix(own): t for n, t in state.items() if n.startswith(own)})
+        put_back(model, settle(learned, layout, options))
     ran = end["global_step"]
     report = {
         "weights": options.weights,

@@ -18,6 +18,7 @@ from .data import Tokens
 from .layout import Layout
 from .recover_nested import Member, sandwich
 from .recover_options import Recover
+from .recover_sharded import shard
 from .teacher import Predictions, Streams, Teacher, tapped
 
 HELD_OUT = "held_out_loss"
@@ -84,6 +85,11 @@ class Recovery(LightningModule):
         self.student, self.layout, self.options, self.seed = student, layout, options, seed
         self.teachers = [] if teacher is None else [teacher]
         self.clock, self.begun = 0.0, 0
+
+    def configure_model(self) -> None:
+        """Leave each process its part of every block's weights, where the strategy shares them out."""
+        if self.device_mesh is not None:
+            shard(self.student, self.layout, self.device_mesh)
 
     def setup(self, stage: str) -> None:
         self.student.train()

