@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,15 @@ from invariance.recover_options import Recover
 from invariance.recover_run import run
 from invariance.yaml_text import safe_yaml
 
+CHOSEN = (
+    "steps",
+    "tokens",
+    "best_step",
+    "stopped_early",
+    "tokens_per_second",
+    "trained_parameters",
+    "held_out",
+)
 KL = {"next_token": 0.0, "kl": 1.0}
 WAYS: dict[str, dict[str, Any]] = {
     "LoRA": {},
@@ -57,56 +67,46 @@ def main() -> None:
     parts = [Perplexity(**e["perplexity"]) for e in safe_yaml().load(evaluations(args.evaluate))]
     asked = [prepare(part, "perplexity", config, tokenizer, "--evaluate") for part in parts]
     common = {k: safe_yaml().load(v) for k, _, v in (pair.partition("=") for pair in args.set)}
-    key = {
-        "model": args.model,
-        "train": args.train,
-        "tokens": args.tokens,
-        "evaluate": args.evaluate,
-        "set": args.set,
-    }
+    texts = {"evaluate": args.evaluate}
+    key = {"model": args.model, "train": args.train, "tokens": args.tokens, "set": args.set} | texts
 
-    def keep(way: str, found: dict[str, Any]) -> None:
-        rows.append(key | {"way": way} | found)
-        write_json(args.output, rows)
-        print(json.dumps(rows[-1]), flush=True)
+    def row(asked: dict[str, Any], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of a way: looked up, or measured and kept."""
+        found = next((r for r in rows if asked.items() <= r.items()), None)
+        if found is None:
+            found = asked | measure()
+            rows.append(found)
+            write_json(args.output, rows)
+            print(json.dumps(found), flush=True)
+        return found
 
-    for name, model in (("dense", args.teacher), ("sliced", args.model)):
-        if not any((key | {"way": name}).items() <= row.items() for row in rows):
-            keep(name, perplexities(asked, load_model(model), name))
-    for way in args.ways:
-        if any((key | {"way": way}).items() <= row.items() for row in rows):
-            continue
-        options = Recover(
-            train={"data": args.train, "tokens": 512}, tokens=args.tokens, **{**common, **WAYS[way]}
-        )
+    def recovered(way: str) -> dict[str, Any]:
+        said = {"train": {"data": args.train, "tokens": 512}, "tokens": args.tokens} | common | WAYS[way]
         with tempfile.TemporaryDirectory() as folder:
-            document = run(args.model, Path(folder) / "out", options, teacher=args.teacher, progress=progress)
+            document = run(args.model, Path(folder) / "out", Recover.model_validate(said), teacher=args.teacher,
+                           progress=progress)  # fmt: skip
             found = perplexities(asked, load_model(f"{folder}/out/model"), way)
         report = document["recover"]
-        chosen = (
-            "steps",
-            "tokens",
-            "best_step",
-            "stopped_early",
-            "tokens_per_second",
-            "trained_parameters",
-            "held_out",
-        )
-        keep(way, found | {name: report[name] for name in chosen} | {"seconds": document["seconds"]})
-    print(table([row for row in rows if key.items() <= row.items()], args.evaluate))
+        return found | {name: report[name] for name in CHOSEN} | {"seconds": document["seconds"]}
+
+    found = [
+        row({"way": name, "model": m} | texts, lambda n=name, m=m: perplexities(asked, load_model(m), n))
+        for name, m in (("dense", args.teacher), ("sliced", args.model))
+    ]
+    found += [row(key | {"way": way}, lambda way=way: recovered(way)) for way in args.ways]
+    print(table(found, args.evaluate))
 
 
 def table(rows: list[dict[str, Any]], evaluate: list[str]) -> str:
-    """The rows as Markdown: perplexities as ratios to the dense model's."""
+    """The rows as Markdown: perplexities as ratios to the dense model's, which is the first."""
     names = [pair.partition("=")[0] for pair in evaluate]
-    dense = next(row for row in rows if row["way"] == "dense")
     head = ["way", *(f"{name}, ratio" for name in names), "held out", "tokens/s", "seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         held = (
             f"{row['held_out']['before']:.2f} → {row['held_out']['after']:.2f}" if "held_out" in row else ""
         )
-        cells = [row["way"], *(f"{row[n] / dense[n]:.3f}" for n in names), held,
+        cells = [row["way"], *(f"{row[n] / rows[0][n]:.3f}" for n in names), held,
                  str(row.get("tokens_per_second", "")), str(row.get("seconds", ""))]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
