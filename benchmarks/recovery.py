@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,12 +83,14 @@ def main() -> None:
 
     def recovered(way: str) -> dict[str, Any]:
         said = {"train": {"data": args.train, "tokens": 512}, "tokens": args.tokens} | common | WAYS[way]
+        begun = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             document = run(args.model, Path(folder) / "out", Recover.model_validate(said), teacher=args.teacher,
                            progress=progress)  # fmt: skip
+            spent = {"seconds": document["seconds"], "cpu_seconds": round(time.process_time() - begun, 1)}
             found = perplexities(asked, load_model(f"{folder}/out/model"), way)
         report = document["recover"]
-        return found | {name: report[name] for name in CHOSEN} | {"seconds": document["seconds"]}
+        return found | {name: report[name] for name in CHOSEN} | spent
 
     found = [
         row({"way": name, "model": m} | texts, lambda n=name, m=m: perplexities(asked, load_model(m), n))
@@ -100,14 +103,14 @@ def main() -> None:
 def table(rows: list[dict[str, Any]], evaluate: list[str]) -> str:
     """The rows as Markdown: perplexities as ratios to the dense model's, which is the first."""
     names = [pair.partition("=")[0] for pair in evaluate]
-    head = ["way", *(f"{name}, ratio" for name in names), "held out", "tokens/s", "seconds"]
+    head = ["way", *(f"{name}, ratio" for name in names), "held out", "tokens", "seconds", "CPU seconds"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         held = (
             f"{row['held_out']['before']:.2f} → {row['held_out']['after']:.2f}" if "held_out" in row else ""
         )
         cells = [row["way"], *(f"{row[n] / rows[0][n]:.3f}" for n in names), held,
-                 str(row.get("tokens_per_second", "")), str(row.get("seconds", ""))]  # fmt: skip
+                 *(str(row.get(name, "")) for name in ("tokens", "seconds", "cpu_seconds"))]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
