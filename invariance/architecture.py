@@ -17,17 +17,24 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class Attention:
-    """Where the four projections of an attention lie, relative to ``module`` of the block."""
+    """Where the four projections of an attention lie, relative to ``module`` of the block.
+
+    ``q_norm`` and ``k_norm`` are norms of each head's queries and keys, behind the projection and before positions turn
+    them.
+    """
 
     module: str
     q: str = "q_proj"
     k: str = "k_proj"
     v: str = "v_proj"
     out: str = "o_proj"
+    q_norm: str | None = None
+    k_norm: str | None = None
 
     def names(self) -> dict[str, str]:
         """Our name of each weight → the family's, relative to the block."""
-        return {ours: _join(self.module, getattr(self, ours)) for ours in ("q", "k", "v", "out")}
+        found = {ours: getattr(self, ours) for ours in ("q", "k", "v", "out", "q_norm", "k_norm")}
+        return {ours: _join(self.module, theirs) for ours, theirs in found.items() if theirs}
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,23 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Stage:
-    """One norm and the branches that read it and add to the residual stream."""
+    """One norm and the branches that read it and add to the residual stream.
+
+    ``post`` is a norm that what the branch gives passes before it is added; such a stage has one branch.
+    """
 
     norm: str
     attention: Attention | None = None
     mlp: Mlp | None = None
+    post: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.post is not None and self.attention is not None and self.mlp is not None:
+            raise ValueError(f"a stage with the post-norm '{self.post}' has two branches; give each its own")
 
     def names(self) -> dict[str, str]:
         """Our name of each weight's module, relative to the stage → the family's, relative to the block."""
-        found = {"norm": self.norm}
+        found = {"norm": self.norm} | ({} if self.post is None else {"post": self.post})
         for kind, branch in (("attention", self.attention), ("mlp", self.mlp)):
             if branch is not None:
                 found |= {f"{kind}.{ours}": theirs for ours, theirs in branch.names().items()}
@@ -63,8 +78,20 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Rms:
+    """How a family's RMSNorms are written down: under which name they keep eps, and what their gain is beyond the
+    weight. A gain of 1 + w is multiplied in before the signal is rounded to its dtype."""
+
+    eps: str = "variance_epsilon"
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """A model family: where its parts lie. Shapes, biases and norm kinds are read off the modules themselves."""
+    """A model family: where its parts lie. Shapes, biases and norm kinds are read off the modules themselves.
+
+    ``scaled``: the embedding multiplies what it looks up by the root of the stream's width.
+    """
 
     embed: tuple[str, ...]
     blocks: str
@@ -72,9 +99,16 @@ class Architecture:
     stages: tuple[Stage, ...]
     head: str = "lm_head"
     rotary: str | None = None
+    rms: Rms = Rms()
+    scaled: bool = False
     widths: tuple[tuple[str, str], ...] = (("residual", "hidden_size"), ("mlp", "intermediate_size"))
     alternatives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Model types that hold the same function under weaker config checks, and the config values that they need."""
+
+    @property
+    def post_normed(self) -> bool:
+        """Whether norms with gains stand between branches and the stream."""
+        return any(stage.post is not None for stage in self.stages)
 
     def skeleton(self, config: PretrainedConfig) -> PreTrainedModel:
         """The family's own model on the meta device: shapes and no weights. Raises InputError if it cannot be built."""
@@ -145,30 +179,32 @@ class Architecture:
         assert isinstance(blocks, nn.ModuleList)
         for i, layer in enumerate(blocks):
             blocks[i] = modules.Block([self._stage(layer, stage, model.config) for stage in self.stages])
-        model.set_submodule(self.final_norm, _norm(model.get_submodule(self.final_norm)))
+        model.set_submodule(self.final_norm, self._norm(model.get_submodule(self.final_norm)))
 
     def _stage(self, layer: nn.Module, stage: Stage, config: PretrainedConfig) -> modules.Stage:
         attention = mlp = None
         if stage.attention is not None:
             found = {ours: layer.get_submodule(theirs) for ours, theirs in stage.attention.names().items()}
+            norms = {ours: self._norm(found.pop(ours)) for ours in ("q_norm", "k_norm") if ours in found}
             heads = config.num_attention_heads
             kv = getattr(config, "num_key_value_heads", None) or heads
             origin = layer.get_submodule(stage.attention.module)
-            attention = modules.Attention(**found, origin=origin, heads=heads, kv_heads=kv)  # type: ignore[arg-type]
+            attention = modules.Attention(**found, **norms, origin=origin, heads=heads, kv_heads=kv)  # type: ignore[arg-type]
         if stage.mlp is not None:
             parts = {ours: layer.get_submodule(theirs) for ours, theirs in stage.mlp.names().items()}
             act = layer.get_submodule(_join(stage.mlp.module, stage.mlp.act))
             mlp = modules.Mlp(parts.get("gate"), parts["up"], parts["down"], act)  # type: ignore[arg-type]
-        return modules.Stage(_norm(layer.get_submodule(stage.norm)), attention, mlp)
+        post = None if stage.post is None else self._norm(layer.get_submodule(stage.post))
+        return modules.Stage(self._norm(layer.get_submodule(stage.norm)), attention, mlp, post)
 
-
-def _norm(norm: nn.Module) -> modules.Norm:
-    """The Norm that does what a family's norm module does."""
-    gain: torch.Tensor | None = norm.weight  # type: ignore[assignment]
-    if isinstance(norm, nn.LayerNorm):
-        return modules.Norm(norm.normalized_shape[0], norm.eps, True, gain, norm.bias)
-    assert gain is not None
-    return modules.Norm(gain.shape[0], float(norm.variance_epsilon), False, gain, None)  # type: ignore[arg-type]
+    def _norm(self, norm: nn.Module) -> modules.Norm:
+        """The Norm that does what a family's norm module does."""
+        gain: torch.Tensor | None = norm.weight  # type: ignore[assignment]
+        if isinstance(norm, nn.LayerNorm):
+            return modules.Norm(norm.normalized_shape[0], norm.eps, True, gain, norm.bias)
+        assert gain is not None
+        eps = float(getattr(norm, self.rms.eps))
+        return modules.Norm(gain.shape[0], eps, False, gain, None, self.rms.offset)
 
 
 def _join(*parts: str) -> str:

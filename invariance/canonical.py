@@ -62,7 +62,9 @@ def _split(model: PreTrainedModel, matrices: Mapping[str, str], names: list[str]
 
 
 def _fold(norm: Norm, readers: Sequence[Linear]) -> None:
-    """W(γ ⊙ n + β) + b = (W diag γ) n + (b + Wβ), in float64; of two factors the first has γ, the second the bias."""
+    """W(γ ⊙ n + β) + b = (W diag γ) n + (b + Wβ), in float64; of two factors the first has γ, the second the bias.
+
+    γ is the norm's offset plus its gain."""
     for reader in readers:
         first, last = factors(reader)[0], factors(reader)[-1]
         if norm.bias is not None:
@@ -73,8 +75,9 @@ def _fold(norm: Norm, readers: Sequence[Linear]) -> None:
                 bias = bias + last.bias.double()
             last.bias = _like(bias, last.weight)
         if norm.gain is not None:
-            first.weight = _like(first.weight.double() * norm.gain.double(), first.weight)
+            first.weight = _like(first.weight.double() * (norm.offset + norm.gain.double()), first.weight)
     norm.gain = norm.bias = None
+    norm.offset = 0.0
 
 
 def _fold_stages(model: PreTrainedModel, layout: Layout) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from transformers import PretrainedConfig
 
-from .architecture import Architecture, Attention, Mlp, Stage
+from .architecture import Architecture, Attention, Mlp, Rms, Stage
 from .errors import InputError
 
 LLAMA = Architecture(
@@ -17,6 +19,36 @@ LLAMA = Architecture(
         Stage("post_attention_layernorm", mlp=Mlp("mlp", gate="gate_proj", up="up_proj", down="down_proj")),
     ),
     alternatives={"mistral": {"sliding_window": None}},
+)
+
+QWEN3 = replace(
+    LLAMA,
+    stages=(
+        Stage("input_layernorm", attention=Attention("self_attn", q_norm="q_norm", k_norm="k_norm")),
+        LLAMA.stages[1],
+    ),
+    alternatives={},
+)
+
+GEMMA3 = Architecture(
+    embed=("model.embed_tokens",),
+    blocks="model.layers",
+    final_norm="model.norm",
+    rotary="model.rotary_emb",
+    rms=Rms(eps="eps", offset=1.0),
+    scaled=True,
+    stages=(
+        Stage(
+            "input_layernorm",
+            attention=Attention("self_attn", q_norm="q_norm", k_norm="k_norm"),
+            post="post_attention_layernorm",
+        ),
+        Stage(
+            "pre_feedforward_layernorm",
+            mlp=Mlp("mlp", gate="gate_proj", up="up_proj", down="down_proj"),
+            post="post_feedforward_layernorm",
+        ),
+    ),
 )
 
 OPT = Architecture(
@@ -44,22 +76,25 @@ PHI = Architecture(
     ),
 )
 
-FAMILIES: dict[str, Architecture] = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "opt": OPT, "phi": PHI}
+FAMILIES: dict[str, Architecture] = {
+    **{"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "qwen3": QWEN3},
+    **{"gemma3_text": GEMMA3, "opt": OPT, "phi": PHI},
+}
 """Model type, as a checkpoint's config.json has it → its declaration."""
 
 
-NORMED_HEADS = (
-    "its attention norms queries and keys after their projections (q/k-norm), so a change of basis or a cut of them "
-    "does not pass through"
-)
-POST_NORMS = "norms with gains stand behind its branches (post-norm), so the residual stream has no rotations"
+EXPERTS = "its MLPs are experts behind a router"
+WHOLE_NORMS = "its attention norms the queries of all heads together (q/k-norm), so heads are no directions of their own"
+NO_PRE_NORM = "its branches read the stream itself, with a norm behind them alone"
 
 REASONS: dict[str, str] = {
-    **dict.fromkeys(("qwen3", "qwen3_moe", "hunyuan_v1_dense", "olmoe"), NORMED_HEADS),
-    **dict.fromkeys(
-        ("gemma3", "gemma3_text", "olmo2", "olmo3", "exaone4"), f"{NORMED_HEADS}, and {POST_NORMS}"
-    ),
-    "gemma2": POST_NORMS,
+    **dict.fromkeys(("qwen3_moe", "mixtral"), EXPERTS),
+    "olmoe": f"{WHOLE_NORMS}, and {EXPERTS}",
+    **dict.fromkeys(("olmo2", "olmo3"), f"{WHOLE_NORMS}, and {NO_PRE_NORM}"),
+    "exaone4": NO_PRE_NORM,
+    "hunyuan_v1_dense": "its attention norms queries and keys behind rotary positions",
+    "gemma2": "its attention caps its scores (softcap), which torch's attention functions do not",
+    "gemma3": "it reads images too; its text part alone is of the type 'gemma3_text'",
 }
 """Model types that are not declared because of what they compute, and what that is."""
 

@@ -33,6 +33,11 @@ def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
             f"{where}: '{rotator.name}' asks for the output's Fisher, and what reads space '{space.name}' writes no "
             "stream where it could be measured. Use methods that ask for no Fisher, or limit the step to other spaces."
         )
+    if unit.slice is not None and space.normed:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: space '{space.name}' cannot be cut, because {space.why}. "
+            "Limit the step to other spaces."
+        )
     if unit.slice is not None and space.kind not in unit.slice.kinds:
         raise InputError(
             f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' is made for "

@@ -25,7 +25,9 @@ class Role(Enum):
 
     WRITE = "writes"  # contracted with encode
     READ = "reads"  # contracted with decode
-    GATE = "gates"  # contracted with the pattern of encode: a scale on the linear branch passes it by
+    GATE = (
+        "gates"  # contracted with the pattern of encode, scales and signs pass it by: gates, gains of norms
+    )
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,18 @@ class Axis:
 
 @dataclass(frozen=True)
 class Edge:
-    """The residual edge across one stage, from one point of the stream to the next."""
+    """The residual edge across one stage, from one point of the stream to the next; ``post`` where a norm stands behind
+    the stage's branch."""
 
     stage: str
     source: str
     target: str
+    post: bool = False
+
+    @property
+    def written(self) -> str:
+        """Where the stage's branches write, by name: the next point of the stream, or in front of the norm behind them."""
+        return f"y{self.source.removeprefix('x')}" if self.post else self.target
 
     @property
     def block(self) -> int:
@@ -180,7 +189,8 @@ class Layout:
         """How the names of weights begin that go: branches of width 0, and the norms of stages with no other."""
         lost = [f"{b}." for b, space in self.branches.items() if not self.width(space, widths)]
         left = self.stages(widths) if lost else ()
-        return (*lost, *(f"{e.stage}.norm." for e in self.edges if lost and e.stage not in left))
+        dead = [e.stage for e in self.edges if lost and e.stage not in left]
+        return (*lost, *(f"{stage}.{norm}." for stage in dead for norm in ("norm", "post")))
 
     def length(self, axis: Axis, widths: Mapping[str, int]) -> int:
         """How long an axis is: its runs, fewer where their groups are fewer, times the width of each."""
@@ -214,18 +224,20 @@ class Layout:
         return sizes
 
     def written_behind(self, space: str) -> list[str]:
-        """The points of the stream that what reads a space writes; a point itself. None for queries, keys and all else
-        that is not added to the stream at once."""
+        """Where what reads a space writes to the stream (``Edge.written``); a point itself. None for queries, keys and
+        all else that is not added to the stream at once."""
         if self.spaces[space].kind == "residual":
             return [space]
-        written = [
-            a.space
-            for name, i in self.readers(space)
-            for j, a in enumerate(self.axes[name])
-            if j != i and a is not None and a.role is Role.WRITE
-        ]
-        direct = [s for s in written if self.spaces[s].kind in ("residual", "edge")]
-        return [point for s in direct for point in self.written_behind(s)]
+        found: list[str] = []
+        for name, i in self.readers(space):
+            for j, a in enumerate(self.axes[name]):
+                if j == i or a is None or a.role is not Role.WRITE:
+                    continue
+                if self.spaces[a.space].kind == "residual":
+                    found.append(next(e.written for e in self.edges if name.startswith(f"{e.stage}.")))
+                elif self.spaces[a.space].kind == "edge":
+                    found += self.written_behind(a.space)
+        return found
 
     def missing_biases(self, space: str) -> dict[str, tuple[Axis | None, ...]]:
         """The biases that the readers of a space could have and have not, with the labels that they would get."""
@@ -336,7 +348,7 @@ def label(model: PreTrainedModel) -> Layout:
     ranks: dict[str, int] = {}
     branches: dict[str, str] = {}
     windows: dict[str, int | None] = {}
-    rotary = 0 if arch.rotary is None else 2 * model.get_submodule(arch.rotary).inv_freq.numel()  # type: ignore
+    rotary = _rotary(model, arch)
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}  # each tied tensor once
 
     def put(weight: str, *where: Axis | None) -> None:
@@ -356,8 +368,10 @@ def label(model: PreTrainedModel) -> Layout:
     assert isinstance(norm, modules.Norm)
     folded = norm.gain is None and norm.bias is None and not norm.centred
 
+    turns = Group.SIGNED_PERMUTATION if arch.post_normed else Group.ORTHOGONAL
+
     def stream(point: str, width: int) -> None:
-        group = Group.ORTHOGONAL if folded else Group.IDENTITY
+        group = turns if folded else Group.IDENTITY
         spaces[point] = Space(point, "residual", width, group)
 
     points = [(i, s) for i, b in enumerate(blocks) for s in range(len(b.stages))]  # type: ignore[arg-type]
@@ -368,13 +382,15 @@ def label(model: PreTrainedModel) -> Layout:
     for n, (i, s) in enumerate(points):
         path, point = f"{arch.blocks}.{i}.stages.{s}", f"x.{i}.{s}"
         after = "x.{}.{}".format(*points[n + 1]) if n + 1 < len(points) else f"x.{len(blocks)}.0"
-        edges.append(Edge(path, point, after))
         stage = model.get_submodule(path)
         assert isinstance(stage, modules.Stage)
+        edges.append(Edge(path, point, after, stage.post is not None))
         read, write = Axis(point, Role.READ), Axis(after, Role.WRITE)
         for name in ("norm.gain", "norm.bias"):
             if f"{path}.{name}" in shapes:
                 axes[f"{path}.{name}"] = (None,)
+        if stage.post is not None:
+            axes[f"{path}.post.gain"] = (Axis(after, Role.GATE),)
         if f"{path}.shortcut" in shapes:
             axes[f"{path}.shortcut"] = (read, None if stage.low_rank else write)
             if stage.low_rank:
@@ -382,9 +398,10 @@ def label(model: PreTrainedModel) -> Layout:
         stream(point, width[n])
         if (a := stage.attention) is not None:
             qk, vo = a.k.out_features // a.kv_heads, a.v.out_features // a.kv_heads
-            group = Group.ROTARY if rotary else Group.INVERTIBLE
+            normed = a.q_norm is not None
+            group = Group.IDENTITY if normed else Group.ROTARY if rotary else Group.INVERTIBLE
             turned = rotary if a.pairs is None else 2 * a.pairs.shape[1]
-            spaces[f"qk.{i}"] = Space(f"qk.{i}", "qk", qk, group, a.kv_heads, turned)
+            spaces[f"qk.{i}"] = Space(f"qk.{i}", "qk", qk, group, a.kv_heads, turned, normed=normed)
             spaces[f"vo.{i}"] = Space(f"vo.{i}", "vo", vo, Group.INVERTIBLE, a.kv_heads)
             name, grain = f"heads.{i}", a.heads // a.kv_heads * vo
             spaces[name] = Space(name, "heads", a.kv_heads, Group.PERMUTATION, grain=grain)
@@ -393,6 +410,8 @@ def label(model: PreTrainedModel) -> Layout:
             made, mixed = Axis(name, Role.WRITE), Axis(name, Role.READ)
             put(f"{path}.attention.q", Axis(f"qk.{i}", Role.READ, a.heads, made), read)
             put(f"{path}.attention.k", Axis(f"qk.{i}", Role.WRITE, a.kv_heads, made), read)
+            for part in ("q_norm", "k_norm") if normed else ():
+                axes[f"{path}.attention.{part}.gain"] = (Axis(f"qk.{i}", Role.GATE),)
             put(f"{path}.attention.v", Axis(f"vo.{i}", Role.WRITE, a.kv_heads, made), read)
             put(f"{path}.attention.out", write, Axis(f"vo.{i}", Role.READ, a.heads, mixed))
         if (m := stage.mlp) is not None:
@@ -433,6 +452,14 @@ def label(model: PreTrainedModel) -> Layout:
         centred=norm.centred,
         folded=folded,
     )
+
+
+def _rotary(model: PreTrainedModel, arch: Architecture) -> int:
+    """How many dims of a head rotary positions turn; alike in layers of all types, which may turn by other angles."""
+    if arch.rotary is None:
+        return 0
+    buffers = model.get_submodule(arch.rotary).named_buffers()
+    return next(2 * frequencies.numel() for name, frequencies in buffers if name.endswith("inv_freq"))
 
 
 def _stream_widths(stages: Sequence[nn.Module], end: int) -> list[int]:

@@ -16,13 +16,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 class Norm(nn.Module):
     """RMSNorm and LayerNorm in one: x / √(Σx²/d + eps), with d the ORIGINAL width, whatever width x has now.
 
-    ``centred`` subtracts the mean first (LayerNorm). ``gain`` and ``bias`` are None once folded into the readers.
-    Computes in float32 at least, in float64 if x is.
+    ``centred`` subtracts the mean first (LayerNorm). ``gain`` and ``bias`` are None once folded into the readers; the
+    signal is multiplied by ``offset`` + gain. Computes in float32 at least, in float64 if x is.
     """
 
-    def __init__(self, d: int, eps: float, centred: bool, gain: Tensor | None, bias: Tensor | None) -> None:
+    def __init__(self, d: int, eps: float, centred: bool, gain: Tensor | None, bias: Tensor | None,
+                 offset: float = 0.0) -> None:  # fmt: skip
         super().__init__()
-        self.d, self.eps, self.centred = d, eps, centred
+        self.d, self.eps, self.centred, self.offset = d, eps, centred, offset
         self.gain = None if gain is None else nn.Parameter(gain.detach(), requires_grad=gain.requires_grad)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
 
@@ -33,8 +34,11 @@ class Norm(nn.Module):
         length = torch.linalg.vector_norm(
             h, dim=-1, keepdim=True
         )  # h² is never stored: five times as fast on CPUs
-        h = (h * torch.rsqrt(length.square() / self.d + self.eps)).to(x.dtype)
-        if self.gain is not None:
+        h = h * torch.rsqrt(length.square() / self.d + self.eps)
+        if self.gain is not None and self.offset:
+            h = h * (self.offset + self.gain.to(h.dtype))
+        h = h.to(x.dtype)
+        if self.gain is not None and not self.offset:
             h = h * self.gain
         return h if self.bias is None else h + self.bias
 
@@ -86,14 +90,16 @@ def factors(linear: Linear) -> tuple[nn.Linear, ...]:
 class Attention(nn.Module):
     """Softmax attention whose query/key width and value width are read off its weights, and so may differ.
 
+    ``q_norm`` and ``k_norm`` norm each head's queries and keys, where the family does so, before positions turn them.
     Rotary positions turn the leading dims for which the model supplies angles; ``pairs`` (KV head, pair) says which
     of the model's frequencies turns each pair that is left, where that is not the one at its own place.
     """
 
-    def __init__(self, q: Linear, k: Linear, v: Linear, out: Linear, origin: nn.Module, heads: int,
-                 kv_heads: int) -> None:  # fmt: skip
+    def __init__(self, q: Linear, k: Linear, v: Linear, out: Linear, origin: nn.Module, heads: int, kv_heads: int,
+                 q_norm: Norm | None = None, k_norm: Norm | None = None) -> None:  # fmt: skip
         super().__init__()
         self.q, self.k, self.v, self.out = q, k, v, out
+        self.q_norm, self.k_norm = q_norm, k_norm
         self.heads, self.kv_heads = heads, kv_heads
         self.num_key_value_groups = heads // kv_heads  # read by the attention functions of transformers
         self.config: Any = origin.config
@@ -102,7 +108,7 @@ class Attention(nn.Module):
         window = getattr(origin.config, "sliding_window", None)  # some families keep it there alone
         self.sliding_window: int | None = getattr(origin, "sliding_window", window)
         self.dropout: float = float(getattr(origin, "attention_dropout", 0.0))
-        self.is_causal = True
+        self.is_causal: bool = origin.is_causal  # type: ignore[assignment]
         self.pairs: Tensor | None
         self.register_buffer("pairs", None)
 
@@ -122,6 +128,8 @@ class Attention(nn.Module):
         q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v(x), "b t (h d) -> b h t d", h=self.kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if position_embeddings is not None:
             cos, sin = (self._per_head(p) for p in position_embeddings)
             k = turn(k, cos, sin)
@@ -183,14 +191,17 @@ class Mlp(nn.Module):
 class Stage(nn.Module):
     """x ↦ shortcut(x) + Σ branch(norm(x)): one step of the residual stream. A parallel block has one, of two branches.
 
+    Where there is a norm ``post``, what the branch gives passes it before it is added.
+
     ``shortcut`` carries x from this stage's basis to the next one's: a matrix (source width, target width), or, where
     it is ``low_rank``, F (width, rank) in place of I − F Fᵀ. None where x passes as it is. A stage without branches has
     no norm either and passes the stream on.
     """
 
-    def __init__(self, norm: Norm | None, attention: Attention | None, mlp: Mlp | None) -> None:
+    def __init__(self, norm: Norm | None, attention: Attention | None, mlp: Mlp | None,
+                 post: Norm | None = None) -> None:  # fmt: skip
         super().__init__()
-        self.norm, self.attention, self.mlp = norm, attention, mlp
+        self.norm, self.attention, self.mlp, self.post = norm, attention, mlp, post
         self.shortcut: nn.Parameter | None = None
         self.low_rank = False
 
@@ -204,10 +215,10 @@ class Stage(nn.Module):
         return {n: m for n, m in found if isinstance(m, Linear)}
 
     def drop(self, branch: str) -> None:
-        """Let a branch go, by its name, and with the last one the norm."""
+        """Let a branch go, by its name, and with the last one the norms."""
         setattr(self, branch, None)
         if not self.branches:
-            self.norm = None
+            self.norm = self.post = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -221,14 +232,22 @@ class Stage(nn.Module):
         M = self.shortcut.to(x.dtype)
         return x - (x @ M) @ M.mT if self.low_rank else x @ M
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        y = self.carry(x)
+    def write(self, x: Tensor, **kwargs: Any) -> list[Tensor]:
+        """What each branch gives, before any norm behind it."""
         if self.norm is None:
-            return y
+            return []
         h = self.norm(x).to(self.dtype)
-        for branch in self.branches:
-            y = y + branch(h, **kwargs)
+        return [branch(h, **kwargs) for branch in self.branches]
+
+    def land(self, x: Tensor, written: list[Tensor]) -> Tensor:
+        """The stream behind the stage, from the stream before it and what its branches give."""
+        y = self.carry(x)
+        for out in written:
+            y = y + (out if self.post is None else self.post(out))
         return y
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        return self.land(x, self.write(x, **kwargs))
 
 
 class Block(GradientCheckpointingLayer):

@@ -34,9 +34,9 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
     Where rotary positions turn pairs of dims, the frequencies go with the pairs that ``encode`` keeps. A branch that is
     cut to width 0 goes with all its weights, and with a stage's last branch its norm; the residual edge stays.
 
-    Raises InvarianceError, with nothing changed, for a space that the layout has not, a change of another shape, an
-    offset whose readers do not add it up, KV groups that are mixed, or a change that does more to the pairs that carry
-    rotary positions than to choose among them, one complex scale each.
+    Raises InvarianceError, with nothing changed, for a space that the layout has not, a change of another shape, a cut
+    under a norm, an offset whose readers do not add it up, KV groups that are mixed, or a change that does more to the
+    pairs that carry rotary positions than to choose among them, one complex scale each.
     """
     chosen = _check(layout, changes)
     _check_cache(model, layout, changes)
@@ -100,12 +100,16 @@ def _check(layout: Layout, changes: Mapping[str, Change]) -> dict[str, Int[Tenso
             raise InvarianceError(
                 f"a change cuts space '{name}' to width 0, and no branch vanishes with it. Keep one direction at least."
             )
+        if space.normed and not space.fits(change.width):
+            raise InvarianceError(
+                f"a change cuts space '{name}' to width {change.width}, and {space.why}. Leave it whole."
+            )
         E = change.encode
         if space.kind == "heads" and not (E.is_meta or bool((support(E).sum(-2) == 1).all())):
             raise InvarianceError(
                 f"a change of space '{name}' mixes KV groups, because {space.why}. Choose among them."
             )
-        if not space.rotary:
+        if not space.rotary or space.normed:
             continue
         kept, read = (pairs_kept(X, space.rotary) for X in (change.encode, change.decode))
         if kept is None or read is None or kept.shape != read.shape:

@@ -53,7 +53,7 @@ _WIDER: dict[Group, tuple[Group, ...]] = {
 _WHY = {
     Group.IDENTITY: "nothing else commutes with what reads the space",
     Group.PERMUTATION: "an elementwise activation sits between its writers and its readers",
-    Group.SIGNED_PERMUTATION: "a norm with a gain sits on the space",
+    Group.SIGNED_PERMUTATION: "norms with gains stand between what writes the space and the space",
     Group.POSITIVE_MONOMIAL: "ReLU commutes with permutations and positive scales alone",
     Group.MONOMIAL: "an activation sits on the gate and only the linear branch may be scaled",
     Group.ORTHOGONAL: "the norm that reads the space divides by the length of its input",
@@ -68,7 +68,8 @@ class Space:
 
     ``dim`` is the width of one copy, ``copies`` the number of independent ones (KV heads), ``rotary`` how many
     leading dims carry rotary positions, as pairs (j, j + rotary/2). ``grain`` is how many numbers stand for one
-    direction in what readers see: of a KV group, the values of all its query heads.
+    direction in what readers see: of a KV group, the values of all its query heads. ``normed``: a norm over all its dims
+    stands between what writes it and what reads it.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Space:
     copies: int = 1
     rotary: int = 0
     grain: int = 1
+    normed: bool = False
 
     @property
     def seen(self) -> int:
@@ -87,6 +89,10 @@ class Space:
     @property
     def why(self) -> str:
         """The reason that its group is no wider, for error messages."""
+        if self.normed:
+            return (
+                "a norm divides by the length over all its dims, which no change of basis and no cut passes"
+            )
         return "every head has a softmax of its own" if self.kind == "heads" else self.group.why
 
     def admits(self, group: Group) -> bool:
@@ -112,7 +118,10 @@ class Space:
         return self.dim - self.rotary
 
     def fits(self, k: int) -> bool:
-        """Whether the space can be cut to k dims: with rotary positions, to whole pairs and all dims they spare."""
+        """Whether the space can be cut to k dims: with rotary positions, to whole pairs and all dims they spare; under a
+        norm of its own, not at all."""
+        if self.normed:
+            return k == self.dim
         pairs = k - self.spared
         return 0 <= k <= self.dim and (not self.rotary or (pairs >= 2 and pairs % 2 == 0))
 

@@ -22,6 +22,8 @@ VOCABULARY = 41
 WORDS = ["The", "people", "of", "the", "United", "States", "are", "many", "and", "free", "."]
 SHAPES: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 64, "head_dim": 8, "tie_word_embeddings": True},
+    "qwen3": {"intermediate_size": 64, "head_dim": 8},
+    "gemma3_text": {"intermediate_size": 64, "head_dim": 8},
     "opt": {"ffn_dim": 64},
     "phi": {"intermediate_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
                                                          "partial_rotary_factor": 0.5}},

@@ -43,7 +43,10 @@ def test_a_folded_model_has_bare_norms_and_centred_writers(model, keep):
     centred = canonicalize(copy.deepcopy(model), fold=False).centred
     twin, layout = canonical_copy(model, fold=True, tie=tie_of(model, keep))
     assert layout.folded and not layout.centred
-    assert all(n.gain is None and n.bias is None and not n.centred for n in norms(twin))
+    behind = [m for n, m in twin.named_modules() if n.endswith(("post", "q_norm", "k_norm"))]
+    bare = [n for n in norms(twin) if n not in behind]
+    assert all(n.gain is None and n.bias is None and not n.centred for n in bare)
+    assert all(n.gain is not None for n in behind) and len(bare) == layout.depth + 1
     means = [
         twin.get_parameter(name).mean(i).abs().amax().item()
         for name, axes in layout.axes.items()

@@ -35,6 +35,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from invariance import verify
 from invariance.canonical import canonicalize
 from invariance.errors import InvarianceError
+from invariance.families import architecture
 from invariance.layout import KINDS, Layout, label
 from invariance.reparametrize import reparametrize
 from invariance.space import Change
@@ -94,6 +95,8 @@ def project(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change
             stage.attention.k.register_forward_hook(lambda _, args, k, space=f"qk.{i}": signal(k, space))
         if stage.mlp is not None:
             before(stage.mlp.down, f"mlp.{i}")
+        if stage.post is not None:
+            before(stage.post, edge.target)
     final = model.get_submodule(layout.architecture.final_norm)
     before(final, layout.points[-1])
     if layout.tied:  # the head reads the table as the first point has it
@@ -121,10 +124,11 @@ def test_restructuring_alone_is_the_familys_function_on_padded_batches(model, at
 @given(model=tiny_models(), seed=seeds)
 def test_in_float64_the_restructured_model_is_the_family_with_torchs_own_norms(model, seed):
     family = copy.deepcopy(model).double()
+    rms = architecture(model.config).rms
     for name, module in family.named_modules():
-        if hasattr(module, "variance_epsilon"):  # these compute in float32 whatever they are given
-            norm = nn.RMSNorm(len(module.weight), eps=module.variance_epsilon, dtype=torch.float64)
-            norm.weight = module.weight
+        if "RMSNorm" in type(module).__name__:  # these compute in float32 whatever they are given
+            norm = nn.RMSNorm(len(module.weight), eps=getattr(module, rms.eps), dtype=torch.float64)
+            norm.weight = nn.Parameter(rms.offset + module.weight.detach())
             family.set_submodule(name, norm)
     twin = verify.exact_copy(model)
     reference, bound = logits(family, tokens(seed)), tolerance(torch.float64, label(twin).depth)
@@ -139,6 +143,8 @@ def test_in_float64_the_restructured_model_is_the_family_with_torchs_own_norms(m
         ("llama", {}),
         ("mistral", {"sliding_window": 3}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
+        ("gemma3_text", {"sliding_window": 3}),
         ("phi", {}),
     ],
 )
@@ -177,6 +183,8 @@ def test_any_group_elements_of_any_spaces_leave_logits_unchanged(model, data):
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("mistral", {"sliding_window": 3}),
         ("qwen2", {}),
+        ("qwen3", {"attention_bias": True}),
+        ("gemma3_text", {"attention_bias": True}),
         ("opt", {}),
         ("opt", {"layer_norm_elementwise_affine": False}),
         ("opt", {"layer_norm_elementwise_affine": False, "enable_bias": False}),
@@ -519,13 +527,13 @@ def test_generation_with_and_without_a_cache_agrees_rotated_and_sliced(model, da
         assert relative_error(scores[0], its[0]) > MOVED
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+@pytest.mark.parametrize("family", ["llama", "opt", "phi", "qwen3", "gemma3_text"])
 def test_generation_works_at_different_widths_in_every_space(family):
     model = tiny(family, num_hidden_layers=2)
     sliced, layout = canonical_copy(model, fold=True, tie="untie")
     changes = rotations(elements(layout, layout.spaces, 0))
-    kept = {n: s.dim - 2 if n.startswith("qk") and s.rotary else max(1, s.dim - 1 - i % 3) for i, (n, s) in
-            enumerate(layout.spaces.items())}  # fmt: skip
+    kept = {n: s.dim if s.normed else s.dim - 2 if n.startswith("qk") and s.rotary else max(1, s.dim - 1 - i % 3)
+            for i, (n, s) in enumerate(layout.spaces.items())}  # fmt: skip
     if family == "phi":
         kept |= {"qk.0": 3, "qk.1": 2}  # two rotary dims stay, one or none of the others
     reparametrize(sliced, layout, {n: cut(c, kept[n], layout.spaces[n]) for n, c in changes.items()})
@@ -573,7 +581,10 @@ def test_certify_fails_on_a_basis_outside_its_group(model, data):
     noise = torch.randn(bases[name].shape, generator=layout.spaces[name].generator(0), dtype=torch.float64)
     bases[name] = bases[name] + 0.1 * noise
     assert not layout.spaces[name].contains(bases[name])
-    if layout.spaces[name].rotary:  # what does not keep pairs whole is no change of such a space at all
+    space = layout.spaces[name]
+    if (
+        space.rotary and not space.normed
+    ):  # what does not keep pairs whole is no change of such a space at all
         with pytest.raises(InvarianceError, match="does more than choose among"):
             verify.certify(model, bases, tokens(), fold=True)
         return

@@ -23,7 +23,7 @@ from invariance.space import Change, Group, haar
 from invariance.verify import certify, logits, relative_error, tolerance
 
 FAR = 1e5  # times the tolerance; what a fault must reach. Rounding stays below 1
-RMS, LAYER = ("llama", "mistral", "qwen2"), ("opt", "phi")
+RMS, LAYER = ("llama", "mistral", "qwen2", "qwen3"), ("opt", "phi")
 Fault = Callable[[PreTrainedModel, Layout], None]
 
 
@@ -159,6 +159,66 @@ def test_mean_square_over_the_kept_width_in_place_of_the_original(family):
     assert relative_error(reference, logits(sliced, tokens())) > FAR * bound
 
 
+# Norms behind branches and on heads
+
+
+def family_error(before: Fault = nothing) -> float:
+    """How far the rewritten model is from its family, in tolerances of the families' float32 norms, after a fault."""
+    model = tiny("gemma3_text")
+    twin, layout = canonical_copy(model, fold=False, tie="untie")
+    with torch.no_grad():
+        before(twin, layout)
+    return relative_error(logits(model, tokens()), logits(twin, tokens())) / tolerance(
+        torch.float32, layout.depth
+    )
+
+
+@pytest.mark.parametrize("part", ["post", "attention.q_norm", "attention.k_norm"])
+def test_a_norm_behind_a_branch_or_on_heads_is_left_out(part):
+    def forget(model: PreTrainedModel, layout: Layout) -> None:
+        path = f"{layout.edges[0].stage}.{part}"
+        model.set_submodule(path, nn.Identity())
+
+    assert family_error() <= 1
+    assert family_error(forget) > 10
+
+
+def test_a_gain_of_one_plus_w_taken_for_w():
+    def forget(model: PreTrainedModel, layout: Layout) -> None:
+        for norm in norms(model):
+            norm.offset = 0.0
+
+    assert error(tiny("gemma3_text"), signed) <= 1
+    assert error(tiny("gemma3_text"), signed, after=forget) > FAR
+
+
+def signed(layout: Layout) -> dict[str, Change]:
+    """Signed permutations of the stream, where norms with gains stand behind branches."""
+    return rotations(elements(layout, layout.points, seed=0))
+
+
+def test_the_gain_of_a_norm_behind_a_branch_that_does_not_move_with_the_stream():
+    model = tiny("gemma3_text")
+
+    def forget(changed: PreTrainedModel, layout: Layout) -> None:
+        twin, _ = canonical_copy(model, fold=True, tie="untie")
+        stages(changed)[0].post.gain = stages(twin)[0].post.gain
+
+    assert error(model, signed) <= 1
+    assert error(model, signed, after=forget) > FAR
+
+
+def test_the_gain_of_a_norm_behind_a_branch_that_takes_the_sign_of_the_stream(monkeypatch):
+    contract = operator.contract
+
+    def with_sign(W: Tensor, dim: int, axis: Axis, change: Change) -> Tensor:
+        return contract(W, dim, replace(axis, role=Role.WRITE), change)
+
+    assert error(tiny("gemma3_text"), signed) <= 1
+    monkeypatch.setattr(operator, "contract", with_sign)
+    assert error(tiny("gemma3_text"), signed) > FAR
+
+
 # Biases and shortcuts
 
 
@@ -278,6 +338,11 @@ def pairs_of_neighbours(d: int, g: torch.Generator) -> Tensor:
         ("opt", {}, "mlp", haar, Group.POSITIVE_MONOMIAL),
         ("opt", {"activation_function": "gelu"}, "mlp", scales, Group.PERMUTATION),
         ("opt", {}, "residual", invertible, Group.ORTHOGONAL),
+        ("qwen3", {}, "qk", haar, Group.IDENTITY),
+        ("qwen3", {}, "qk", scales, Group.IDENTITY),
+        ("gemma3_text", {}, "qk", pairs_of_neighbours, Group.IDENTITY),
+        ("gemma3_text", {}, "x.1.0", haar, Group.SIGNED_PERMUTATION),
+        ("gemma3_text", {}, "x.1.0", scales, Group.SIGNED_PERMUTATION),
     ],
 )
 def test_an_element_outside_the_group(family, options, kind, outsider, group, monkeypatch):
@@ -289,7 +354,7 @@ def test_an_element_outside_the_group(family, options, kind, outsider, group, mo
     A = torch.stack([outsider(space.dim, space.generator(seed=c)) for c in range(space.copies)])
     assert space.contains(space.element(0)) and not space.contains(A)
     right = certify(model, {name: space.element(0)}, tokens(), fold=True)
-    if space.rotary:
+    if space.rotary and not space.normed:
         with pytest.raises(InvarianceError, match="does more than choose among"):
             certify(model, {name: A}, tokens(), fold=True)
         monkeypatch.setattr(

@@ -529,12 +529,43 @@ def test_a_stock_form_with_every_space_cut_is_counted_as_planned(tmp_path: Path)
 # Norms of queries and keys
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "olmo2", "gemma3_text"])
-def test_a_family_that_norms_its_queries_and_keys_is_refused_with_the_reason(kind: str) -> None:
-    with pytest.raises(
-        InputError, match=rf"'{kind}' is not a known family.*norms queries and keys.*known: llama"
-    ):
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        ("olmo2", "norms the queries of all heads together .*, and its branches read the stream itself"),
+        ("hunyuan_v1_dense", "behind rotary positions"),
+        ("gemma2", "softcap"),
+        ("qwen3_moe", "experts"),
+    ],
+)
+def test_a_family_whose_norms_or_scores_cannot_be_declared_is_refused_with_the_reason(
+    kind: str, why: str
+) -> None:
+    with pytest.raises(InputError, match=rf"'{kind}' is not a known family.*{why}.*known: gemma3_text"):
         architecture(AutoConfig.for_model(kind))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text"])
+def test_heads_with_norms_of_their_own_have_one_basis_and_one_width(family: str) -> None:
+    model, layout = canonical_copy(tiny(family), fold=True, tie="untie")
+    space = layout.spaces["qk.0"]
+    assert space.group is Group.IDENTITY and [k for k in range(5) if space.fits(k)] == [4]
+    stage = f"{layout.edges[0].stage}.attention"
+    assert layout.axes[f"{stage}.q_norm.gain"] == layout.axes[f"{stage}.k_norm.gain"]
+    with pytest.raises(InvarianceError, match=r"cuts space 'qk\.0' to width 2, and a norm divides"):
+        reparametrize(model, layout, {"qk.0": Change.empty(space, 2)})
+    base = {"model": "m", "calibrate": {"data": "d"}}
+    for step, why in (
+        ({"rotate": "qk_svd"}, "rotator 'qk_svd'.*admits 'identity' only, because a norm divides"),
+        (
+            {"rotate": "identity", "select": {"uniform": {"width": 2}}, "slice": "truncate"},
+            "space 'qk.0' cannot be cut, because a norm divides by the length",
+        ),
+    ):
+        recipe = Recipe.from_dict(base | {"steps": [{"spaces": "qk"} | step]})
+        with pytest.raises(InputError, match=why):
+            plan(recipe, model.config)
+    plan(Recipe.from_dict(base | {"steps": [{"spaces": "qk", "rotate": "identity"}]}), model.config)
 
 
 def test_a_variant_that_norms_its_queries_and_keys_is_refused_with_the_reason() -> None:

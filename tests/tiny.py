@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from invariance.canonical import canonicalize
-from invariance.families import FAMILIES
+from invariance.families import FAMILIES, architecture
 from invariance.layout import Layout
 from invariance.space import Change, Space, columns
 from invariance.verify import exact_copy
@@ -40,8 +40,19 @@ def tiny(family: str, seed: int = 0, **options: Any) -> PreTrainedModel:
         own: dict[str, Any] = {"ffn_dim": 24, "dropout": 0.0}
     else:
         own = {"intermediate_size": 24, "num_key_value_heads": heads // 2}
-        if family in ("mistral", "qwen2"):
+        if family in ("mistral", "qwen2", "qwen3"):
             own["sliding_window"] = None
+        if family == "qwen3":
+            own["head_dim"] = 4
+        if family == "gemma3_text":
+            own |= {"head_dim": 4, "query_pre_attn_scalar": 6, "sliding_window": 3}
+            layers = options.get("num_hidden_layers", 2)
+            own["layer_types"] = [
+                "sliding_attention",
+                "full_attention",
+                "sliding_attention",
+                "full_attention",
+            ][:layers]
     config = AutoConfig.for_model(family, **(common | own | options))
     return redraw(AutoModelForCausalLM.from_config(config).eval(), seed)
 
@@ -53,6 +64,7 @@ def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     All that writes the stream has a mean, so that centring it is no small thing.
     """
     g = torch.Generator().manual_seed(seed)
+    family = architecture(model.config)
     for name, module in model.named_modules():
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if isinstance(module, nn.Linear):
@@ -60,12 +72,12 @@ def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
             drawn = torch.randn(weight.shape, generator=g) + (0 if name == "lm_head" else mean)
             weight.copy_(drawn / module.in_features**0.5)
         elif isinstance(module, nn.Embedding):
-            tied = model.config.tie_word_embeddings and "position" not in name
+            small = (model.config.tie_word_embeddings and "position" not in name) or family.scaled
             weight.copy_(
-                (torch.randn(weight.shape, generator=g) + 0.3) * (weight.shape[1] ** -0.5 if tied else 0.7)
+                (torch.randn(weight.shape, generator=g) + 0.3) * (weight.shape[1] ** -0.5 if small else 0.7)
             )
         elif weight is not None:
-            weight.copy_(1 + 0.3 * torch.randn(weight.shape, generator=g))
+            weight.copy_(1 - family.rms.offset + 0.3 * torch.randn(weight.shape, generator=g))
         if bias is not None:
             bias.copy_(0.3 * torch.randn(bias.shape, generator=g) + 0.2)
     return model
@@ -92,7 +104,10 @@ def tiny_models(
         options |= {"ffn_dim": width, "activation_function": act, "enable_bias": draw(st.booleans())}
         options["layer_norm_elementwise_affine"] = draw(st.booleans())
         return tiny(family, draw(seeds), **options)
-    options |= {"intermediate_size": width, "hidden_act": act}
+    options |= {
+        "intermediate_size": width,
+        "hidden_activation" if family == "gemma3_text" else "hidden_act": act,
+    }
     options["num_key_value_heads"] = draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0]))
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": draw(st.sampled_from([100.0, 10000.0]))}
     if family == "phi":
@@ -101,7 +116,7 @@ def tiny_models(
         rope["partial_rotary_factor"] = {4: 0.5, 6: draw(st.sampled_from([1 / 3, 1.0])), 8: 0.25}[head_dim]
     else:
         options["rms_norm_eps"] = eps
-        if family == "qwen2" or draw(st.booleans()):
+        if family in ("qwen2", "qwen3", "gemma3_text") or draw(st.booleans()):
             options["head_dim"] = head_dim
         else:  # derived from the width then
             options["hidden_size"] = heads * head_dim
@@ -109,7 +124,11 @@ def tiny_models(
         options |= {"attention_bias": draw(st.booleans()), "mlp_bias": draw(st.booleans())}
     if family == "mistral":
         options["sliding_window"] = draw(st.sampled_from([None, 3]))
-    if family == "qwen2":
+    if family == "gemma3_text":
+        options["final_logit_softcapping"] = draw(st.sampled_from([None, 3.0]))
+        rope = {kind: rope for kind in ("sliding_attention", "full_attention")}
+        rope["full_attention"] = rope["full_attention"] | {"rope_theta": draw(st.sampled_from([50.0, 1e6]))}
+    if family in ("qwen2", "qwen3"):
         options |= draw(
             st.sampled_from([{}, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}])
         )
@@ -169,9 +188,9 @@ def cut(change: Change, k: int, space: Space | None = None, pairs: int | None = 
 
 
 def cuttable(layout: Layout, name: str) -> bool:
-    """Whether a space can be made narrower: not where one frequency pair is all that it has."""
+    """Whether a space can be made narrower: not under a norm, nor where one frequency pair is all that it has."""
     space = layout.spaces[name]
-    return space.dim > (2 if space.rotary else 1)
+    return not space.normed and space.dim > (2 if space.rotary else 1)
 
 
 def widths(layout: Layout, names: Iterable[str], data: st.DataObject) -> dict[str, int]:
