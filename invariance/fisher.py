@@ -34,7 +34,9 @@ def measure(
     queries: Iterable[str] = (),
     seed: int = SEED,
 ) -> Moments:
-    """FISHER, E[g gᵀ], at points of the stream, g = ∂/∂x_t Σ_s log p(y_s), with a label y_s ~ p drawn for every real token s.
+    """FISHER, E[g gᵀ], at points of the stream or where branches write (``Edge.written``).
+
+    g = ∂/∂x_t Σ_s log p(y_s), with a label y_s ~ p drawn for every real token s.
 
     The labels are the model's own, so E[g] = 0, their cross terms vanish, and E[g gᵀ] = Σ_s J_stᵀ F_s J_st, with J_st
     the derivative of the logits at s by x_t and F_s the softmax's Fisher: errors e_t of mean 0, uncorrelated between
@@ -90,9 +92,11 @@ def sample(logits: Float[Tensor, "n V"], g: torch.Generator) -> Int[Tensor, " n"
 
 @contextmanager
 def _signals(model: PreTrainedModel, layout: Layout, points: list[str]) -> Iterator[dict[str, Tensor]]:
-    """What arrives at points of the stream when the model runs, ready to be differentiated by."""
+    """What arrives at points of the stream, or at norms behind branches, when the model runs, ready to be
+    differentiated by."""
     signals: dict[str, Tensor] = {}
     readers = {e.source: e.stage for e in layout.edges} | {layout.points[-1]: layout.architecture.final_norm}
+    readers |= {e.written: f"{e.stage}.post" for e in layout.edges if e.post}
 
     def keep(point: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
@@ -135,7 +139,7 @@ def _queries(model: PreTrainedModel, layout: Layout, names: list[str]) -> Iterat
 @torch.no_grad()
 def moment(model: PreTrainedModel, layout: Layout, space: Space, known: Moments) -> Moment:
     """The Fisher of a space, per copy: a point's own; of a space inside a stage Σ Wᵀ F W over the weights W that read
-    it, F that of the point that they write. Of heads that share a copy, whose second moments are summed, it is the
+    it, F that of where they write. Of heads that share a copy, whose second moments are summed, it is the
     mean. Raises KeyError where F was not measured."""
     if space.kind == "residual":
         return known.known[space.name, Statistic.FISHER]

@@ -145,7 +145,8 @@ def _exact_fast_products(allowed: bool) -> Iterator[None]:
 
 
 def weights(behind: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 1"]:
-    """What each token counts by: 1/mean(y²) of the stream behind a stage, which the next norm divides by."""
+    """What each token counts by: 1/mean(y²) of what the next norm divides by: the stream behind a stage, or what a
+    branch gives to the norm behind it."""
     wide = torch.promote_types(behind.dtype, torch.float32)
     return 1 / behind.to(wide).square().mean(-1, keepdim=True).clamp_min(1e-12)
 

@@ -262,7 +262,8 @@ class _Run:
         """Whether all that leaves the dense model's stages fits into a third of the memory that is free."""
         device = self.model.device
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else virtual_memory().available
-        return 3 * self.layout.depth * sum(batch.x.nbytes for batch in batches) <= free
+        kept = sum(2 if edge.post else 1 for edge in self.layout.edges)
+        return 3 * kept * sum(batch.x.nbytes for batch in batches) <= free
 
     def _measure_gradients(self, keys: list[Key]) -> Moments:
         assert self.tokens is not None

@@ -87,8 +87,9 @@ class Follower:
 
     The features h are what the writers (of all branches together) read, the targets t what the dense stream after
     the stage has beyond the sliced stream before it. Every token counts by w = 1/mean(x²) of its dense stream, as
-    the next norm sees it. Writers W become W + Δᵀ, where Δ regresses what W h leaves of t on h. λ is the one that
-    predicts held-out sequences best; none of them may help, then Δ = 0.
+    the next norm sees it. Where that norm stands behind the writers already, t is what they give in the dense model
+    and w = 1/mean(t²): nothing can be added up across a norm. Writers W become W + Δᵀ, where Δ regresses what W h
+    leaves of t on h. λ is the one that predicts held-out sequences best; none of them may help, then Δ = 0.
     """
 
     def __init__(self, edge: Edge, stage: Stage) -> None:
@@ -105,13 +106,14 @@ class Follower:
         self.parts: tuple[Normal, Normal] | None = None
 
     def add(self, batch: Batch, dense: Tensor) -> None:
-        """Run the stage on a batch and take it in; ``dense`` is the dense stream behind the stage."""
+        """Run the stage on a batch and take it in; ``dense`` is the dense stream behind the stage, or what is written in
+        the dense model where a norm stands behind that."""
         if not self.writers:
             return
-        batch.through(self.stage, self.edge)
+        self.stage.write(batch.x, **batch.contexts[self.edge.block])
         self.kept.append(torch.cat(self.read, dim=-1))
         self.read.clear()
-        target = dense.float() - self.stage.carry(batch.x).float()
+        target = dense.float() if self.edge.post else dense.float() - self.stage.carry(batch.x).float()
         self.parts = gather(self.parts, self.sequences, batch.mask, self.kept[-1], target, weights(dense))
         self.sequences += len(dense)
 
@@ -136,7 +138,8 @@ class Follower:
         for name, part in zip(self.writers, parts, strict=True):
             assign(model, f"{self.edge.stage}.{name}.weight", part)
         for batch, h in zip(batches, self.kept, strict=True):
-            batch.x = self.stage.carry(batch.x) + nn.functional.linear(h, W.to(h.dtype), bias.to(h.dtype))
+            written = nn.functional.linear(h, W.to(h.dtype), bias.to(h.dtype))
+            batch.x = self.stage.land(batch.x, [written])
         self.kept.clear()
 
 

@@ -23,8 +23,10 @@ from .space import Change, Space
 
 Wanted = Mapping[str, frozenset[Statistic]]
 """Which statistics to measure of which spaces, by name."""
-Streams = deque[list[Tensor]]
-"""What leaves each stage of the dense model, batch by batch."""
+Left = tuple[Tensor, Tensor]
+"""What leaves a stage, and what its writers give: the same, or where a norm stands behind them, what they hand to it."""
+Streams = deque[list[Left]]
+"""``Left`` of each stage of the dense model, batch by batch."""
 
 
 def together(*asked: Wanted) -> Wanted:
@@ -70,6 +72,12 @@ class Batch:
     def through(self, stage: Stage, edge: Edge) -> Tensor:
         """The stream behind a stage, which stands on that edge."""
         return stage(self.x, **self.contexts[edge.block])
+
+    def left(self, x: Tensor, stage: Stage, edge: Edge) -> Left:
+        """The same of another stream, in this batch's place, and what is written there."""
+        written = stage.write(x, **self.contexts[edge.block])
+        behind = stage.land(x, written)
+        return behind, written[0] if edge.post and written else behind
 
 
 @torch.no_grad()
@@ -127,16 +135,20 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
     ] = []  # the stream where the block began, as long as it is compared with what leaves it
     for edge in progress(layout.edges, "calibrate", layout.depth):
         stage = fast_copy(model, edge, dtype)
+        passed: list[Left] = []
         compared = Statistic.COSINE in wanted.get(edge.entry, ())
         if compared and edge.source == edge.entry:
             entered = [batch.x for batch in batches]
         with _probes(moments, layout, [edge.source, *_inner(layout, edge)], stage, wanted) as probe:
             for batch in batches:
                 probe.mask = batch.mask
-                batch.x = batch.through(stage, edge)
-                probe.leave(batch.x)
+                left = batch.left(batch.x, stage, edge)
+                batch.x = left[0]
+                probe.leave(left[1])
+                if streams is not None:
+                    passed.append(left)
         if streams is not None:
-            streams.append([batch.x for batch in batches])
+            streams.append(passed)
         if compared and edge.leaves:
             for x, batch in zip(entered, batches, strict=True):
                 both = (real_tokens(s, batch.mask) for s in (x, batch.x))
@@ -158,11 +170,13 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
     inner spaces are measured runs twice. With ``follow``, the dense model walks beside, and after each stage is cut, what
     writes the stream is refit to bring it back to the dense one, and, with ``readers``, before it is cut, what reads
     the stream to make up for what it has become (refit.py). ``stay`` names the stages that keep a branch; the last one
-    before some that go is refit to the dense stream behind all those, whose work it takes over. ``streams``, which are
+    before some that go is refit to the dense stream behind all those, whose work it takes over. Writers with a norm
+    behind them are refit to what they give in the dense model. ``streams``, which are
     used up, spare the dense model its walk. ``joined`` are the points that a shortcut of low rank leads to: what it
     leaves out is lost there.
     """
     dense = [batch.x for batch in batches] if follow else []
+    goals = dense  # what the writers of a stage are refit to
     reached = 0  # how many stages the dense stream has passed
     basis: Change | None = None  # of the point before, in which the stream is now
     before: list[Tensor] = []  # the stream there, where it is still needed
@@ -181,17 +195,20 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
                     model, layout, edge, batches, dense, uncut[0], basis if edge.source in wanted else None
                 )
             for e, stage in zip(ahead, uncut, strict=True):
-                if streams:
-                    dense = streams.popleft()
-                    continue
-                for n, batch in enumerate(batches):
-                    dense[n] = stage(dense[n], **batch.contexts[e.block])
+                passed = streams.popleft() if streams else [
+                    batch.left(x, stage, e) for batch, x in zip(batches, dense, strict=True)
+                ]  # fmt: skip
+                dense = [behind for behind, _ in passed]
+                if e is edge:
+                    goals = [given for _, given in passed]
+            if not edge.post:
+                goals = dense
         if inner:
             moments = _measured(model, layout, edge, batches, {n: wanted[n] for n in inner}, dtype)
             reparametrize(model, layout, {n: c for n in inner if (c := decide(n, moments)) is not None})
         stage = fast_copy(model, edge, dtype)
         if follow:
-            _follow(model, Follower(edge, stage), batches, dense)
+            _follow(model, Follower(edge, stage), batches, goals)
         else:
             for batch in batches:
                 batch.x = batch.through(stage, edge)
@@ -213,13 +230,13 @@ def _measured(model: PreTrainedModel, layout: Layout, edge: Edge, batches: list[
         with _probes(moments, layout, list(wanted), stage, wanted) as probe:
             for batch in batches:
                 probe.mask = batch.mask
-                probe.leave(batch.through(stage, edge))
+                probe.leave(batch.left(batch.x, stage, edge)[1])
     return moments.cpu()
 
 
-def _follow(model: PreTrainedModel, follower: Follower, batches: list[Batch], dense: list[Tensor]) -> None:
-    """Refit the writers of one stage to the dense stream behind it; carry the batches there."""
-    for batch, target in zip(batches, dense, strict=True):
+def _follow(model: PreTrainedModel, follower: Follower, batches: list[Batch], goals: list[Tensor]) -> None:
+    """Refit the writers of one stage to their goals; carry the batches behind it."""
+    for batch, target in zip(batches, goals, strict=True):
         follower.add(batch, target)
     follower.refit(model, batches)
 
@@ -307,9 +324,9 @@ class _Probe:
                 x = real_tokens(signal, self.mask)
                 self.moments.add((space.name, statistic), x, space.copies, heads)
 
-    def leave(self, behind: Tensor) -> None:
-        """The batch has left the stage as the stream ``behind``, by which its tokens weigh."""
-        w = real_tokens(weights(behind), self.mask)
+    def leave(self, given: Tensor) -> None:
+        """The batch has left the stage, and its tokens weigh by what was ``given`` there (``Left``)."""
+        w = real_tokens(weights(given), self.mask)
         for space, signal, heads in self.seen:
             x = real_tokens(signal, self.mask)
             self.moments.add((space.name, Statistic.WEIGHTED), x, space.copies, heads, w)

@@ -122,13 +122,14 @@ def test_half_the_fisher_is_the_kl_per_token_of_small_errors(many: Any, point: s
     assert kl != pytest.approx(2 * predicted, rel=0.1)  # the control: without the half
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+@pytest.mark.parametrize("family", ["llama", "opt", "phi", "gemma3_text"])
 def test_a_space_inside_a_stage_gets_its_own_gradients_moment(family: str) -> None:
     """F_h = Wᵀ F W is E of the outer product of the gradient by h itself, for the same labels."""
     model, layout = canonical_copy(model_of(family), fold=True, tie="untie")
     twin = copy_in(torch.float32, model).requires_grad_(False)
-    found = fisher.measure(model, layout, layout.points, tokens(IDS))
-    for name in layout.select(["mlp", "vo"]):
+    names = layout.select(["mlp", "vo"])
+    found = fisher.measure(model, layout, [p for n in names for p in layout.written_behind(n)], tokens(IDS))
+    for name in names:
         space = layout.spaces[name]
         ((weight, _),) = layout.readers(name)
         kept: list[Tensor] = []

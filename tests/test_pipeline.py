@@ -226,7 +226,10 @@ def watched(family: str, ids: Tensor, **options: Any) -> dict[str, Tensor]:
     """The signals of a family's own, untouched model, by hooks; (tokens, width), the stream centred if it must be."""
     model = model_of(family, **options).double()
     found: dict[str, Tensor] = {}
+    centred = family in ("opt", "phi")
     names = {
+        "gemma3_text": ("model.layers", "input_layernorm", "self_attn.o_proj", "pre_feedforward_layernorm",
+                        "mlp.down_proj", "model.norm"),
         "llama": ("model.layers", "input_layernorm", "self_attn.o_proj", "post_attention_layernorm",
                   "mlp.down_proj", "model.norm"),
         "opt": ("model.decoder.layers", "self_attn_layer_norm", "self_attn.out_proj", "final_layer_norm", "fc2",
@@ -238,7 +241,7 @@ def watched(family: str, ids: Tensor, **options: Any) -> dict[str, Tensor]:
     def keep(path: str, name: str, reads: bool = True) -> None:
         def hook(_m: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
             x = (args[0] if reads else y).detach().flatten(0, -2)
-            found[name] = x - x.mean(-1, keepdim=True) if name.startswith("x.") and family != "llama" else x
+            found[name] = x - x.mean(-1, keepdim=True) if name.startswith("x.") and centred else x
 
         model.get_submodule(path).register_forward_hook(hook)
 
@@ -248,6 +251,9 @@ def watched(family: str, ids: Tensor, **options: Any) -> dict[str, Tensor]:
         keep(f"{blocks}.{i}.{out}", f"heads.{i}")
         keep(f"{blocks}.{i}.self_attn.k_proj", f"qk.{i}", reads=False)
         keep(f"{blocks}.{i}.{down}", f"mlp.{i}")
+        if family == "gemma3_text":
+            keep(f"{blocks}.{i}.{out}", f"y.{i}.0", reads=False)
+            keep(f"{blocks}.{i}.{down}", f"y.{i}.1", reads=False)
         if second:
             keep(f"{blocks}.{i}.{second}", f"x.{i}.1")
     keep(final, "x.2.0")
@@ -257,20 +263,22 @@ def watched(family: str, ids: Tensor, **options: Any) -> dict[str, Tensor]:
 
 
 def behind(family: str, signals: dict[str, Tensor], name: str) -> Tensor:
-    """The stream behind the stage that a space lies in, or where it stands."""
+    """The stream behind the stage that a space lies in, or where it stands; what the branch gives to a norm behind it."""
     kind, block = name.split(".")[:2]
     if kind == "x":
         return signals[name]
+    if family == "gemma3_text":
+        return signals[f"y.{block}.{int(kind == 'mlp')}"]
     last = kind == "mlp" or family == "phi"
     return signals[f"x.{int(block) + 1}.0" if last else f"x.{block}.1"]
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+@pytest.mark.parametrize("family", ["llama", "opt", "phi", "gemma3_text"])
 def test_oneshot_moments_are_those_of_the_familys_own_signals(family: str) -> None:
     ids = tokens().ids[:6]
     walked, layout = measured(family, [real(ids)]), exact(family)[1]
     signals = watched(family, ids)
-    assert signals.keys() == layout.spaces.keys()
+    assert {n for n in signals if not n.startswith("y.")} == layout.spaces.keys()
     for name, space in layout.spaces.items():
         x = signals[name]
         heads = {"vo": 4, "qk": 2}.get(space.kind, 1)
@@ -286,7 +294,9 @@ def test_oneshot_moments_are_those_of_the_familys_own_signals(family: str) -> No
         ), name
         assert not close(walked.known[name, WEIGHTED].mean, by_hand.known[name, RAW].mean, 1e-3), name
         if space.kind == "residual":
-            unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + {"llama": 1e-6}.get(family, 1e-5))
+            unit = x * torch.rsqrt(
+                x.square().mean(-1, keepdim=True) + (1e-5 if family in ("opt", "phi") else 1e-6)
+            )
             assert close(walked.second(space, NORMED)[0], unit.T @ unit / len(unit), bound), name
 
 
@@ -447,7 +457,7 @@ def test_bases_that_need_no_moments_need_no_tokens_and_no_walk(
 
 
 @pytest.mark.parametrize("order", ["oneshot", "sequential", "dense_target"])
-@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+@pytest.mark.parametrize("family", ["llama", "opt", "phi", "qwen3"])
 def test_the_model_that_is_given_is_left_as_it_is(family: str, order: str) -> None:
     model = dense(family)
     before, config, attention = (
@@ -506,17 +516,22 @@ def test_shortcuts_lie_where_two_bases_meet_and_nowhere_else(segments: Any, coun
 
 
 @pytest.mark.parametrize("order", ["oneshot", "sequential", "dense_target"])
-@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+@pytest.mark.parametrize("family", ["llama", "opt", "phi", "qwen3", "gemma3_text"])
 def test_every_space_may_have_a_width_of_its_own(family: str, order: str, tmp_path: Path) -> None:
     model = dense(family)
-    layout = plan(recipe(RESIDUAL), model.config).layout
+    points = RESIDUAL | (
+        {"rotate": "identity"} if family == "gemma3_text" else {}
+    )  # its stream does not turn
+    layout = plan(recipe(points), model.config).layout
     widths: dict[str, int] = {}
     steps = []
     for n, (name, space) in enumerate(layout.spaces.items()):
+        if space.normed:
+            continue
         turned = space.kind == "qk" and space.rotary > 0
         widths[name] = space.dim - 2 if turned else max(1, space.dim - 1 - n % (space.dim // 2))
         keys = {"rotate": "rope_pairs" if turned else "qk_svd"}
-        base = {"residual": RESIDUAL, "mlp": MLP, "vo": HEADS, "qk": keys, "heads": MLP}[space.kind]
+        base = {"residual": points, "mlp": MLP, "vo": HEADS, "qk": keys, "heads": MLP}[space.kind]
         segments = {"segments": "stage"} if space.kind == "residual" else {}
         steps.append(base | segments | {"spaces": name, "select": {"uniform": {"width": widths[name]}}})
     made = outcome(model, recipe(*steps, order=order), evaluate=False)
@@ -553,19 +568,20 @@ def stream(model: nn.Module, ids: Tensor) -> Tensor:
     return found[0]
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("held_out", [False, True])
-def test_refitting_to_the_dense_stream_brings_the_sliced_one_nearer(held_out: bool) -> None:
+def test_refitting_to_the_dense_stream_brings_the_sliced_one_nearer(held_out: bool, family: str) -> None:
     ids = torch.from_numpy(np.load(save_tokens(Path("more.npy"), 16, seed=9)))
     ids = ids if held_out else tokens().ids
-    goal = stream(dense(), ids)
+    goal = stream(dense(family), ids)
     errors = {
-        order: relative_error(goal, stream(compress(dense(), recipe(MLP, HEADS, order=order)), ids))
+        order: relative_error(goal, stream(compress(dense(family), recipe(MLP, HEADS, order=order)), ids))
         for order in ("sequential", "dense_target")
     }
     assert errors["dense_target"] < errors["sequential"]
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+@pytest.mark.parametrize("family", ["llama", "opt", "phi", "gemma3_text"])
 def test_the_stream_that_is_carried_is_the_refit_models_own(family: str) -> None:
     """The walk multiplies what the writers read once, before the cut; the cut model must compute the same."""
     model, layout = exact(family)
@@ -620,25 +636,30 @@ def test_following_the_dense_stream_refuses_too_few_sequences_to_hold_one_out() 
         slice_model(dense(), plan(asked, dense().config), few)
 
 
+@pytest.mark.parametrize(("family", "part"), [("llama", 0), ("gemma3_text", 0), ("gemma3_text", 1)])
 def test_a_dense_stream_that_was_kept_and_one_walked_again_give_one_model(
-    monkeypatch: pytest.MonkeyPatch,
+    family: str, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The second part is what a branch gives, where a norm behind it parts that from the stream."""
     asked = recipe(MLP, HEADS, order="dense_target")
     weight = "model.layers.1.stages.1.mlp.down.weight"
-    kept = sliced(asked).model.get_parameter(weight)
+    kept = sliced(asked, dense(family)).model.get_parameter(weight)
     real = walk.oneshot
 
     def disturbed(*args: Any) -> Moments:
         found = real(*args)
-        for stream in args[-1]:
-            stream[0] = 1.1 * stream[0]
+        for passed in args[-1]:
+            behind, given = passed[0]
+            other = behind.flip(-1)  # another length a norm would not see
+            passed[0] = (other, other if behind is given else given) if part == 0 else (behind, 1.1 * given)
         return found
 
     with monkeypatch.context() as patch:
         patch.setattr(walk, "oneshot", disturbed)  # the control: the streams are what is followed
-        assert relative_error(kept, sliced(asked).model.get_parameter(weight)) > 1e-3
+        disturbed_one = sliced(asked, dense(family)).model.get_parameter(weight)
+        assert relative_error(kept, disturbed_one) > 1e-3
     monkeypatch.setattr(pipeline._Run, "_streams_fit", lambda self, batches: False)
-    assert torch.equal(kept, sliced(asked).model.get_parameter(weight))
+    assert torch.equal(kept, sliced(asked, dense(family)).model.get_parameter(weight))
 
 
 def test_a_checkpoint_keeps_its_dtype(tmp_path: Path) -> None:
