@@ -24,7 +24,8 @@ def stock(
     """The model under a config of plain transformers, or None and the reason why there is none.
 
     ``layout`` is that of the canonical form before it was changed, ``dense`` that of the model as it came. With one
-    residual basis of width k, RMS over k becomes RMS over d by gains √(d/k) and eps·d/k. Raises InvarianceError when
+    residual basis of width k, RMS over k becomes RMS over d by gains √(d/k) and eps·d/k; what is normed elsewhere, by
+    the same eps, is √(d/k) times as large then. Raises InvarianceError when
     the result computes anything else: give it the model in float64, before the one cast.
     """
     now = label(model)
@@ -228,6 +229,9 @@ def _weights(model: PreTrainedModel, layout: Layout, now: Layout) -> dict[str, T
         names |= arch.origin(edge.block, int(edge.source.split(".")[2]), blocks.index(edge.block))
     d, k = (_by_kind(each, {})["qk"] for each in (layout, now))
     scale = (k / d) ** 0.5  # stock attention divides scores by the square root of the width it has now
+    d, k = (each.spaces[layout.points[-1]].dim for each in (layout, now))
+    narrowed = (d / k) ** 0.5  # what a norm over k dims, of eps·d/k, makes smaller than one over d
+    normed = any(space.normed for space in layout.spaces.values())
     weights: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         path, _, leaf = name.rpartition(".")
@@ -235,19 +239,24 @@ def _weights(model: PreTrainedModel, layout: Layout, now: Layout) -> dict[str, T
             value = parameter.detach()
             if path.endswith(".attention.q"):
                 value = value * scale
+            if normed and path.endswith((".attention.q", ".attention.k")):
+                value = value * narrowed  # the norms of heads have that eps too
+            if arch.scaled and path == arch.embed[0]:
+                value = value * narrowed  # by √k, where it was √d
             weights[f"{names.get(path, path)}.{leaf}"] = value
-    norms = {f"{e.stage}.norm": names[f"{e.stage}.norm"] for e in edges} | {arch.final_norm: arch.final_norm}
-    for path, theirs in norms.items():
-        norm = model.get_submodule(path)
-        assert isinstance(norm, Norm)
+    for path, norm in model.named_modules():
+        if not isinstance(norm, Norm):
+            continue
+        theirs = names.get(path, path)
         weights.pop(f"{theirs}.bias", None)
-        k = now.spaces[layout.points[-1]].dim
         like = next(model.parameters())
         if norm.gain is not None:
-            weights[f"{theirs}.weight"] = norm.gain.detach()
+            factor = (norm.d / len(norm.gain)) ** 0.5
+            weights[f"{theirs}.weight"] = (norm.offset + norm.gain.detach()) * factor - arch.rms.offset
         elif layout.folded:
-            scale = (norm.d / k) ** 0.5
-            weights[f"{theirs}.weight"] = torch.full((k,), scale, dtype=like.dtype, device=like.device)
+            weights[f"{theirs}.weight"] = torch.full(
+                (k,), narrowed - arch.rms.offset, dtype=like.dtype, device=like.device
+            )
         if norm.bias is not None:
             weights[f"{theirs}.bias"] = norm.bias.detach()
     return weights

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,14 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "heads": [HEADS],
     "all": [STAGES, MLP, HEADS],
 }
-STOCK = {("llama", "global"), ("llama", "mlp"), ("opt", "mlp"), ("phi", "mlp")}
+STOCK = {
+    ("llama", "global"),
+    ("llama", "mlp"),
+    ("qwen3", "global"),
+    ("qwen3", "mlp"),
+    ("opt", "mlp"),
+    ("phi", "mlp"),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,7 +72,7 @@ def generated(model: PreTrainedModel, cache: bool) -> list[int]:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "opt", "phi"])
 def test_what_is_saved_loads_with_the_same_logits(family: str, name: str, tied: bool, tmp_path: Path) -> None:
     made = compressed(dense(family, tied), RECIPES[name])
     loaded = reloaded(made.model, tmp_path)
@@ -219,3 +228,69 @@ def test_a_plan_knows_what_the_export_will_say(
     report = compressed(model, steps).report["model"]
     assert chart.why_not_stock(widths) == report["why_not_stock"]
     assert report["stock"] == (report["why_not_stock"] is None)
+
+
+# Norms on heads and behind branches: what stays of layers of two types
+
+STREAM = {
+    "spaces": "residual",
+    "rotate": "identity",
+    "select": {"uniform": {"width": 24}},
+    "slice": "truncate",
+}
+FIRST = {"spaces": ["heads.0", "mlp.0"], "rotate": "identity", "select": {"uniform": {"width": 0}}}
+GONE = FIRST | {"slice": "truncate", "widths": {"min": 0}}
+GEMMA: dict[str, tuple[list[dict[str, Any]], str | None]] = {
+    "mlp": ([MLP], None),
+    "stream": ([STREAM, MLP], None),
+    "groups": ([{"spaces": "heads", "rotate": "permute", "select": {"uniform": {"width": 1}}}], None),
+    "depth": ([GONE], None),
+    "values": ([MLP, HEADS], "value heads have 6 dims"),
+    "some": ([MLP | {"spaces": "mlp.1"}], "mlp widths differ"),
+}
+FRESH = """
+import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+assert "invariance" not in sys.modules
+logits = model(torch.tensor([[int(n) for n in sys.argv[2].split()]])).logits
+print(type(model).__name__, repr(logits.detach().double().norm().item()))
+"""
+
+
+@pytest.mark.parametrize("name", GEMMA)
+def test_layers_of_two_types_survive_the_export(name: str, tmp_path: Path) -> None:
+    steps, why = GEMMA[name]
+    layers = ["sliding_attention", "full_attention", "sliding_attention"]
+    angles = {t: {"rope_type": "default", "rope_theta": b} for t, b in zip(layers, (1e2, 1e4), strict=False)}
+    model = dense("gemma3_text", True, num_hidden_layers=3, layer_types=layers, rope_parameters=angles)
+    made = compressed(model, steps)
+    report = made.report["model"]
+    assert report["stock"] == (why is None) and (why or "") in (report["why_not_stock"] or "")
+    loaded = reloaded(made.model, tmp_path)
+    assert relative_error(logits(made.model, IDS), logits(loaded, IDS)) <= tolerance(torch.float32, 6)
+    assert generated(loaded, True) == generated(loaded, False) == generated(made.model, True)
+    assert stored_numbers(tmp_path) == made.report["parameters"]["sliced"]["total"]
+    assert relative_error(logits(model, IDS), logits(loaded, IDS)) > 1e-4  # it was cut
+    config = loaded.config if report["stock"] else loaded.inner.config
+    assert config.layer_types == (layers[1:] if name == "depth" else layers)
+    assert (config.head_dim, config.sliding_window, config.query_pre_attn_scalar) == (8, 3, 6)
+    assert {t: config.rope_parameters[t]["rope_theta"] for t in angles} == dict(
+        zip(angles, (1e2, 1e4), strict=True)
+    )
+    if name != "stream":
+        return
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path), " ".join(map(str, IDS[0].tolist()))],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    kind, norm = done.stdout.split()
+    assert kind == "Gemma3ForCausalLM"
+    assert float(norm) == pytest.approx(logits(made.model, IDS).double().norm().item(), rel=1e-4)
+
+
+def test_a_gain_of_one_plus_w_is_written_back_as_w() -> None:
+    model = dense("gemma3_text", True)
+    made = compressed(model, [MLP]).model
+    norms = {n: p for n, p in model.named_parameters() if n.endswith("norm.weight")}
+    assert len(norms) == 2 * 6 + 1
+    assert all(torch.equal(p, made.get_parameter(n)) for n, p in norms.items())
