@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import TypeVar
 
 from .errors import InputError
@@ -72,7 +73,7 @@ class Bill:
         for resource, limit in self.limits.items():
             least = self.amounts[resource](narrowest)
             if least > limit:
-                factor = f" by a factor of {least / limit:.3f} or more" if limit >= 1 else ""
+                factor = f" by a factor of {ceil(1000 * least / limit) / 1000} or more" if limit >= 1 else ""
                 unit = UNITS.get(resource, resource)
                 raise InputError(
                     f"the budget of {limit:,.0f} {unit} cannot be met: these spaces at their narrowest leave "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import lcm
+from math import ceil, lcm
 
 import torch
 from jaxtyping import Float64
@@ -106,7 +106,8 @@ class Demand:
                 f"multiple_of {multiple} is more than the {d} directions of space '{self.space.name}'. Give a smaller "
                 "multiple, or give such spaces a step of their own."
             )
-        low, high = (int(x * d + 1e-9) if isinstance(x, float) else min(x, d) for x in (c.min, c.max))
+        low = ceil(c.min * d - 1e-9) if isinstance(c.min, float) else min(c.min, d)
+        high = int(c.max * d + 1e-9) if isinstance(c.max, float) else min(c.max, d)
         if c.min == 0 and any(m not in vanishing for m in self.members):
             raise InputError(
                 f"no branch vanishes with space '{self.space.name}', so its width cannot be 0. Use `min: 1`, or limit "

@@ -25,12 +25,13 @@ from invariance import heldout, walk
 from invariance.budget import Bill, Predicted
 from invariance.canonical import canonicalize
 from invariance.data import Tokens, load_tokens
+from invariance.demand import Demand
 from invariance.errors import InputError
 from invariance.interfaces import Rotator, Selector, Statistic, find
 from invariance.moments import Moments
 from invariance.pipeline import Sliced, slice_model
 from invariance.plan import plan
-from invariance.recipe import Recipe
+from invariance.recipe import Constraints, Recipe
 from invariance.run import outcome
 from invariance.space import Basis, Group, Space
 
@@ -538,3 +539,23 @@ def test_widths_above_the_budget_are_the_methods_fault_and_refused() -> None:
     with pytest.raises(InputError, match=r"'spendthrift' gave widths that spend .* fault of the method"):
         spend.allocate(None)
     assert chart.allocate(None) is not None  # the control: one that keeps to it
+
+
+@given(seeds)
+def test_the_budget_that_a_refusal_names_can_be_met(seed: int) -> None:
+    limit = int(np.random.default_rng(seed).integers(1, additive({s: 1 for s in SPACES})))
+    refused = replace(bill(1.0), limits={"parameters": float(limit)})
+    with pytest.raises(InputError) as e:
+        refused.check()
+    factor = float(str(e.value).split("factor of ")[1].split()[0])
+    replace(refused, limits={"parameters": factor * limit}).check()
+    with pytest.raises(InputError):
+        replace(refused, limits={"parameters": (factor - 0.002) * limit}).check()
+
+
+def test_shares_of_a_width_are_limits_to_the_letter() -> None:
+    step = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"keep": 0.9}}}
+    recipe = Recipe.from_dict({"model": "m", "calibrate": {"data": "tokens.npy"}, "steps": [step]})
+    (unit, *_) = plan(recipe, model_of("llama").config).units
+    for share, least in ((0.73, 47), (0.99, 64), (0.5, 32)):  # of 64
+        assert Demand((unit,), Constraints(min=share)).allowed(2, ())[0] == least
