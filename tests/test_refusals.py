@@ -128,7 +128,7 @@ CASES = [
                 ("steps:", "budget: {parameters: 0.9}\nsteps:")), at="6"),
     # models
     Case("no such folder", "there is no such file or folder", **model("nowhere")),
-    Case("an unknown family", "'gpt2' is not a known family.*known: llama, mistral", **model("gpt2")),
+    Case("an unknown family", "'gpt2' is not a known family.*known: gemma3_text, llama, mistral", **model("gpt2")),
     Case("no config", "no config.json", **model("bare")),
     Case("a config that is no JSON", "not valid JSON", **model("nonsense")),
     Case("a config without a family", "no model_type", **model("nameless")),
