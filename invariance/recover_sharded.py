@@ -32,7 +32,7 @@ def strategy(trainer: dict[str, Any], where: str) -> ModelParallelStrategy:
 def shard(model: PreTrainedModel, layout: Layout, mesh: DeviceMesh) -> None:
     """Leave this process its part of each weight; a block's are whole while the block computes, all others throughout.
 
-    What is whole already is left as it is, so that a second call does nothing.
+    A model that is shared out already is left as it is.
     """
     if isinstance(model, FSDPModule):
         return
