@@ -12,7 +12,12 @@ from .space import Space
 
 Chosen = Mapping[Space, int]
 S = TypeVar("S")
-UNITS = {"latency": "nanoseconds of latency"}  # of amounts whose resource is not their name
+UNITS = {  # of amounts
+    "parameters": "parameters",
+    "flops": "FLOPs a token",
+    "kv_cache": "KV numbers a token",
+    "latency": "nanoseconds of latency",
+}
 
 
 class Predicted(dict[S, int]):
@@ -74,8 +79,7 @@ class Bill:
             least = self.amounts[resource](narrowest)
             if least > limit:
                 factor = f" by a factor of {ceil(1000 * least / limit) / 1000} or more" if limit >= 1 else ""
-                unit = UNITS.get(resource, resource)
                 raise InputError(
-                    f"the budget of {limit:,.0f} {unit} cannot be met: these spaces at their narrowest leave "
+                    f"the budget of {limit:,.0f} {UNITS[resource]} cannot be met: these spaces at their narrowest leave "
                     f"{least:,.0f}. Raise it{factor}, allow narrower widths, or cut more spaces."
                 )

@@ -61,6 +61,17 @@ def _split(model: PreTrainedModel, matrices: Mapping[str, str], names: list[str]
         model.set_submodule(matrices[name], Factored.split(linear))
 
 
+@torch.no_grad()
+def join(model: PreTrainedModel) -> Layout:
+    """Make one matrix of two factors that store no less than it, and return the layout: the inverse of ``split``."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, Factored)]
+    for name, pair in found:
+        first, second = pair.first.weight, pair.second.weight
+        if first.numel() + second.numel() >= pair.in_features * pair.out_features:
+            model.set_submodule(name, pair.joined())
+    return label(model)
+
+
 def _fold(norm: Norm, readers: Sequence[Linear]) -> None:
     """W(γ ⊙ n + β) + b = (W diag γ) n + (b + Wβ), in float64; of two factors the first has γ, the second the bias.
 

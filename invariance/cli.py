@@ -113,7 +113,7 @@ def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remo
                 },
                 "measures": sorted(s.value for s in u.needs),
             }
-            for u in chart.units
+            for u in (*chart.depth, *chart.units)
         ],
         "parameters": {
             "dense": chart.dense.parameters({}).to_dict(),
@@ -122,6 +122,10 @@ def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remo
         "flops_per_token": {
             "dense": chart.dense.flops({}),
             "sliced": None if widths is None else chart.flops(widths),
+        },
+        "kv_entries_per_token": {
+            "dense": chart.dense.kv_entries({}),
+            "sliced": None if widths is None else chart.layout.kv_entries(widths),
         },
         "predicted_seconds": {
             "dense": chart.seconds({}),
@@ -154,7 +158,7 @@ def _plan_tables(document: dict[str, Any]) -> list[Any]:
             str(u["dim"]),
             *(str(u.get(k, "")) for k in ("rotate", "select", "slice")),
         )
-    costs = Table("parameters", "dense", "sliced", "ratio", title="what it costs")
+    costs = Table("", "dense", "sliced", "ratio", title="what it costs")
     dense, sliced = document["parameters"]["dense"], document["parameters"]["sliced"]
     for part, n in dense.items():
         m = None if sliced is None else sliced[part]
@@ -165,6 +169,10 @@ def _plan_tables(document: dict[str, Any]) -> list[Any]:
         n, m = dense["total"], None if member is None else member["total"]
         cells = ["", ""] if m is None else [f"{m:,}", f"{m / n:.3f}"]
         costs.add_row(f"total, nested {share}", f"{n:,}", *cells)
+    for key, name in (("flops_per_token", "FLOPs a token"), ("kv_entries_per_token", "KV numbers a token")):
+        n, m = document[key].values()
+        cells = ["", ""] if m is None else [f"{m:,}", f"{m / n:.3f}"]
+        costs.add_row(name, f"{n:,}", *cells)
     seconds = document["predicted_seconds"]
     if seconds["dense"] is not None:
         costs.add_row("latency, ms", *(f"{1e3 * s:.2f}" if s else "" for s in seconds.values()),

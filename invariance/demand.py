@@ -71,6 +71,13 @@ class Demand:
     def members(self) -> list[str]:
         return [m for unit in self.units for m in unit.members]
 
+    def without(self, gone: Container[str]) -> Demand | None:
+        """What is left where some spaces go with their branches; None where all do."""
+        if not any(m in gone for m in self.members):
+            return self
+        left = tuple(u for u in self.units if not all(m in gone for m in u.members))
+        return replace(self, units=left) if left else None
+
     def pooled(self, spectra: Spectra) -> Float64[Tensor, "c d"]:
         """The energies of all units together, direction by direction."""
         return (
@@ -106,8 +113,9 @@ class Demand:
                 f"multiple_of {multiple} is more than the {d} directions of space '{self.space.name}'. Give a smaller "
                 "multiple, or give such spaces a step of their own."
             )
-        low = ceil(c.min * d - 1e-9) if isinstance(c.min, float) else min(c.min, d)
-        high = int(c.max * d + 1e-9) if isinstance(c.max, float) else min(c.max, d)
+        share = self.space.share
+        low = ceil(share(c.min) - 1e-9) if isinstance(c.min, float) else min(c.min, d)
+        high = int(share(c.max) + 1e-9) if isinstance(c.max, float) else min(c.max, d)
         if c.min == 0 and any(m not in vanishing for m in self.members):
             raise InputError(
                 f"no branch vanishes with space '{self.space.name}', so its width cannot be 0. Use `min: 1`, or limit "

@@ -94,7 +94,7 @@ def obstacle(
             return f"block {space.split('.')[1]} has lost its {branch.rpartition('.')[2]} and not all else"
     if not blocks:
         return "no block is left"
-    if split := [n for n, s in layout.spaces.items() if s.kind == "edge"]:
+    if split := layout.factored(widths):
         return f"{len(split)} matrices are stored as two factors each"
     for kind in KINDS:
         found = _widths(layout, widths, kind, blocks)

@@ -29,14 +29,19 @@ HELD_OUT = (
 
 def split(tokens: Tokens, where: str) -> tuple[Tokens, Tokens]:
     """The sequences to calibrate on, and those to measure losses on. Raises InputError where they are too few."""
-    count = len(tokens.ids)
-    if count < HELD_OUT or tokens.ids.shape[1] < 2:
-        raise InputError(
-            f"{where}: {count} sequences of {tokens.ids.shape[1]} tokens, and a selector that measures losses holds "
-            f"out one sequence in {HELD_OUT}. Calibrate on {HELD_OUT} sequences of 2 tokens at least; 64 and more are better."
-        )
+    count, length = tokens.ids.shape
+    enough_held_out(count if length > 1 else 0, where)
     n = count - count // HELD_OUT
     return Tokens(tokens.ids[:n], tokens.mask[:n]), Tokens(tokens.ids[n:], tokens.mask[n:])
+
+
+def enough_held_out(sequences: int, where: str) -> None:
+    """Raises InputError where so many sequences cannot be divided."""
+    if sequences < HELD_OUT:
+        raise InputError(
+            f"{where}: {sequences} sequences of 2 tokens or more, and a selector that measures losses holds out one in "
+            f"{HELD_OUT}. Calibrate on {HELD_OUT} at least; 64 and more are better."
+        )
 
 
 @dataclass
@@ -71,7 +76,7 @@ class HeldOut:
 
     def __call__(self, widths: Mapping[str, int]) -> float:
         """The loss at widths by space name; spaces left out stay whole. Infinite where it overflows."""
-        kept = {u: widths.get(u.space.name, u.space.dim) for u in self.units if u.slice is not None}
+        kept = {u: widths.get(u.space.name, u.space.dim) for u in self.units}
         cut = {u: k for u, k in kept.items() if k < u.space.dim}
         choice = " ".join(f"{u.space.name}={k}" for u, k in cut.items())
         if choice not in self.losses:

@@ -38,7 +38,7 @@ class Statistic(Enum):
     FISHER = "fisher"  # E[g gᵀ], g the gradient of a sampled label's log-likelihood: ½ E[eᵀFe] nats a token for errors e
     TAYLOR = "taylor"  # E[m mᵀ], m = Σ q ∘ g over the queries of a KV head: dropping dims S costs ½ Σ_S of it, in nats
     QUERIES = "queries"  # E[q qᵀ] of the queries that meet a KV head's keys, before positions turn them
-    READERS = "readers"  # Σ WᵀW over the weights that read the space; no calibration needed
+    READERS = "readers"  # Σ WᵀW over the weights that read the space, heads that share a copy averaged; needs no tokens
     COSINE = (
         "cosine"  # mean cosine of the stream into a block and out of it; for selectors, in ``Bill.influence``
     )
@@ -123,6 +123,9 @@ class Selector(Method, ABC):
     """How wide every space stays, under one budget."""
 
     kind = "select"
+    depth: ClassVar[bool] = (
+        False  # whether it lets branches go and leaves all else whole, for a later step to cut
+    )
     multiple_of: int = (
         1  # of which widths are multiples, beside what the step's `widths` say; an option of some
     )

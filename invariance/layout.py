@@ -167,8 +167,13 @@ class Layout:
         return self.spaces[space].dim if k is None else k
 
     def widths(self, now: Layout) -> dict[str, int]:
-        """The widths of this model's spaces in a later layout of it, 0 where their branch is gone."""
-        return {n: now.spaces[n].dim if n in now.spaces else 0 for n in self.spaces}
+        """The widths of this model's spaces in a later layout of it, 0 where their branch is gone; that of a space inside
+        a matrix is the whole one where the matrix is stored as one again."""
+        whole = now.matrices
+        return {
+            n: now.spaces[n].dim if n in now.spaces else s.dim if n in whole else 0
+            for n, s in self.spaces.items()
+        }
 
     def blocks(self, widths: Mapping[str, int]) -> list[int]:
         """The numbers of the blocks that still have a branch."""
@@ -221,7 +226,26 @@ class Layout:
             for axis in axes:
                 size *= self.length(axis, widths)
             sizes[name] = size
+        for first, second, rank in self._pairs:
+            if first in sizes and (k := self.width(rank, widths)):
+                whole = sizes[first] * sizes[second] // k**2
+                if whole <= sizes[first] + sizes[second]:  # is stored as one matrix then
+                    sizes[first], sizes[second] = 0, whole
         return sizes
+
+    @cached_property
+    def _pairs(self) -> list[tuple[str, str, str]]:
+        """The weights of two factors of one matrix each, and the space between them."""
+        return [
+            (name, name.removesuffix("first.weight") + "second.weight", axes[0].space)
+            for name, axes in self.axes.items()
+            if name.endswith(".first.weight") and axes[0] is not None
+        ]
+
+    def factored(self, widths: Mapping[str, int]) -> list[str]:
+        """The spaces inside matrices that are stored as two factors, since those are smaller."""
+        sizes = self._sizes(widths)
+        return [rank for first, _, rank in self._pairs if sizes.get(first)]
 
     def written_behind(self, space: str) -> list[str]:
         """Where what reads a space writes to the stream (``Edge.written``); a point itself. None for queries, keys and
@@ -239,14 +263,22 @@ class Layout:
                     found += self.written_behind(a.space)
         return found
 
-    def missing_biases(self, space: str) -> dict[str, tuple[Axis | None, ...]]:
-        """The biases that the readers of a space could have and have not, with the labels that they would get."""
-        found = {name.removesuffix("weight") + "bias": self.axes[name][:1] for name, _ in self.readers(space)}
+    def missing_biases(
+        self, space: str, widths: Mapping[str, int] | None = None
+    ) -> dict[str, tuple[Axis | None, ...]]:
+        """The biases that the readers of a space could have and have not, with the labels that they would get: as they
+        are, or at ``widths``, where two factors may be one matrix again, whose bias is the second's."""
+        names = [name for name, _ in self.readers(space)]
+        if widths is not None:
+            sizes = self._sizes(widths)
+            names = [n.replace(".first.", ".second.") if sizes.get(n) == 0 else n for n in names]
+        found = {name.removesuffix("weight") + "bias": self.axes[name][:1] for name in names}
         return {bias: axes for bias, axes in found.items() if bias not in self.axes}
 
     def added_biases(self, before: Layout) -> list[str]:
         """The biases that linear layers have got since an earlier layout of the model."""
-        return sorted(n for n in self.shapes.keys() - before.shapes.keys() if n.endswith(".bias"))
+        whole = {n.replace(".second.bias", ".bias") for n in before.shapes}  # of matrices that are one again
+        return sorted(n for n in self.shapes.keys() - before.shapes.keys() - whole if n.endswith(".bias"))
 
     @cached_property
     def parts(self) -> dict[str, str]:
@@ -319,6 +351,21 @@ class Layout:
             matrices += sizes[f"{self.architecture.embed[0]}.weight"]
         return 2 * (matrices + self.shortcut_products(widths, segments, ranks))
 
+    def split_products(self, branch: str, widths: Mapping[str, int]) -> float:
+        """How many products a branch's matrices take where some are two factors, relative to all of them whole."""
+        if not self._pairs:
+            return 1.0
+        whole = {**widths, **{rank: self.spaces[rank].dim for *_, rank in self._pairs}}
+        now, before = (
+            sum(
+                n
+                for name, n in self._sizes(at).items()
+                if name.startswith(f"{branch}.") and len(self.axes[name]) == 2
+            )
+            for at in (widths, whole)
+        )
+        return now / before
+
     @property
     def head_flops(self) -> int:
         """Per token: what the matrix costs that makes logits, which generation asks for the last token only."""
@@ -355,7 +402,8 @@ def label(model: PreTrainedModel) -> Layout:
         """Label a linear layer's weight (out, in) and bias (out), where it has them; its factors, where it is split."""
         if isinstance(pair := model.get_submodule(weight), modules.Factored):
             name = f"edge.{i}.{weight.rpartition('.')[2]}"
-            spaces[name] = Space(name, "edge", pair.second.in_features, Group.INVERTIBLE)
+            even = 1 / (1 / pair.in_features + 1 / pair.out_features)
+            spaces[name] = Space(name, "edge", pair.second.in_features, Group.INVERTIBLE, even=even)
             put(f"{weight}.first", Axis(name, Role.WRITE), where[1])
             put(f"{weight}.second", where[0], Axis(name, Role.READ))
             return

@@ -67,6 +67,18 @@ class Factored(nn.Module):
         second.bias = bias
         return cls(first, second)
 
+    def joined(self) -> nn.Linear:
+        """The product as one matrix."""
+        W = (self.second.weight.double() @ self.first.weight.double()).to(self.second.weight)
+        whole = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        whole.weight = nn.Parameter(W, self.second.weight.requires_grad)
+        whole.bias = self.second.bias
+        if self.first.bias is not None:
+            bias = self.second.weight.double() @ self.first.bias.double()
+            bias = bias if whole.bias is None else bias + whole.bias.double()
+            whole.bias = nn.Parameter(bias.to(W), self.first.bias.requires_grad)
+        return whole
+
     @property
     def in_features(self) -> int:
         return self.first.in_features

@@ -158,11 +158,15 @@ def real_tokens(x: Float[Tensor, "B T d"], mask: Bool[Tensor, "B T"] | None) -> 
 
 @torch.no_grad()
 def reader_moment(model: PreTrainedModel, layout: Layout, space: Space) -> Moment:
-    """Σ WᵀW over the weights that read a space, per copy: how much each direction weighs with its readers."""
+    """Σ WᵀW over the weights that read a space, per copy: how much each direction weighs with its readers.
+
+    Heads that share a copy of it count as one of them does on average, since moments of the signal add up over them.
+    """
     total = torch.zeros(space.copies, space.seen, space.seen, dtype=torch.float64)
     for name, i in layout.readers(space.name):
         W = reader(model, space, name).movedim(i, -1).flatten(0, -2)
-        total += outer(rearrange(W, "n (c r d) -> c (n r) d", c=space.copies, d=space.seen))
+        runs = W.shape[-1] // (space.copies * space.seen)
+        total += outer(rearrange(W, "n (c r d) -> c (n r) d", c=space.copies, d=space.seen)) / runs
     return Moment(total, 1)
 
 

@@ -87,6 +87,7 @@ def of_member(report: Report, share: float, model: PreTrainedModel, why: str) ->
         "predicted": {
             "loss": found["predicted"],
             "measured": measured[0]["value"] if any(measured[:1]) else None,
+            "energy": {},
         },
         "widths": found["widths"],
     }

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from . import fisher, walk
 from .budget import Predicted
-from .canonical import canonicalize
+from .canonical import canonicalize, join
 from .data import Tokens
 from .demand import Unit, Widths
 from .errors import CertificateError, InputError, InvarianceError
@@ -52,6 +52,7 @@ class Sliced:
     certificate: Certificate
     seconds: dict[str, float] = field(default_factory=dict)
     predicted: float | None = None  # the loss in nats per token, where selectors or energies tell
+    energy: dict[str, float] = field(default_factory=dict)  # kind of space → which share of its energy is cut
     search: dict[str, float] | None = None  # what a selector that measures asked for
     encodes: dict[str, Float64[Tensor, "d k"]] = field(
         default_factory=dict
@@ -162,6 +163,7 @@ class _Run:
             self._walk_sequentially(moments, chosen)
             certificate = self._certify()
             narrower = {}
+        join(self.model)
         spectra = {name: basis.energy for name, basis in self.bases.items()}
         encodes = {
             n: c.encode[0] for n, c in self.changes.items() if self.layout.spaces[n].kind == "residual"
@@ -174,6 +176,7 @@ class _Run:
             certificate,
             self.seconds,
             self._predicted(chosen),
+            self._energy(chosen),
             self.search,
             encodes,
             narrower,
@@ -398,6 +401,16 @@ class _Run:
         if not all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.refits for u in cut):
             return None
         return sum(self.bases[u.space.name].energy[:, widths[u.space.name] :].sum().item() for u in cut)
+
+    def _energy(self, widths: Widths) -> dict[str, float]:
+        """The share of energy that widths cut, by kind of space and on average over its bases; 0 is left out."""
+        found: dict[str, list[float]] = {}
+        for unit in self.plan.units:
+            energy = self.bases[unit.space.name].energy
+            lost = energy[:, widths[unit.space.name] :].sum() / energy.sum().clamp_min(1e-300)
+            found.setdefault(unit.space.kind, []).append(lost.item())
+        means = {kind: sum(each) / len(each) for kind, each in found.items()}
+        return {kind: mean for kind, mean in means.items() if mean}
 
     def _cut(self, units: Iterable[Unit], moments: Moments, widths: Widths) -> dict[str, Change]:
         """The changes of all members of units, which stand in the order of the stream."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import TypeVar
@@ -15,6 +15,7 @@ from .demand import Demand, Loss, Spectra, Unit, Widths
 from .errors import InputError
 from .export import config_obstacle, obstacle
 from .fitting import check_unit
+from .heldout import enough_held_out
 from .interfaces import Method, Selector, Statistic
 from .latency import Latency, table
 from .layout import Layout, Parameters, layout_of
@@ -41,6 +42,12 @@ class Plan:
     units: tuple[Unit, ...]
     config: PretrainedConfig
     latency: Latency | None = None  # where the budget limits it
+    depth: tuple[Unit, ...] = ()  # steps that let branches go, of spaces that later steps cut where they stay
+
+    @property
+    def selectors(self) -> list[Selector]:
+        """That of every unit that has one."""
+        return [u.select for u in (*self.depth, *self.units) if u.select is not None]
 
     @property
     def fold(self) -> bool:
@@ -89,12 +96,12 @@ class Plan:
     @property
     def measures(self) -> bool:
         """Whether a selector asks for held-out losses."""
-        return any(u.select is not None and u.select.measures for u in self.units)
+        return any(select.measures for select in self.selectors)
 
     @property
     def compared(self) -> dict[str, frozenset[Statistic]]:
         """What calibration measures for selectors that ask for the influence of blocks, at the point of their entry."""
-        asked = any(u.select is not None and Statistic.COSINE in u.select.needs for u in self.units)
+        asked = any(Statistic.COSINE in select.needs for select in self.selectors)
         return {e.entry: frozenset({Statistic.COSINE}) for e in self.layout.edges} if asked else {}
 
     def wanted(self) -> dict[str, frozenset[Statistic]]:
@@ -143,9 +150,9 @@ class Plan:
         cut = [m for u in self.units if u.slice is not None and u.slice.offsets for m in u.members
                if widths.get(m, u.space.dim) < u.space.dim]  # fmt: skip
         gone = self.layout.gone(widths)
-        new = [axis for m in cut for bias, (axis,) in self.layout.missing_biases(m).items()
+        new = [axes for m in cut for bias, axes in self.layout.missing_biases(m, widths).items()
                if not bias.startswith(gone)]  # fmt: skip
-        return sum(self.layout.length(axis, widths) for axis in new if axis is not None)
+        return sum(self.layout.length(axis, widths) for (axis,) in new if axis is not None)
 
     def parameters(self, widths: Widths, stock: bool | None = None) -> Parameters:
         """What is stored at these widths. A stock checkpoint stores gains of √(d/k) that the canonical form lacks."""
@@ -230,13 +237,15 @@ class Plan:
         within = within or {}
         kept: dict[str, int] = {}
         losses: list[float | None] = []
-        demands: dict[Selector, list[Demand]] = {}
-        for demand in self.demands:
-            if demand.select is None:
-                kept |= dict.fromkeys(demand.members, demand.space.dim)
-            else:
-                demands.setdefault(demand.select, []).append(demand)
-        for selector, found in sorted(demands.items(), key=lambda item: item[0].needs_budget):
+        depth = _by_selector(_demands(self.depth, self._constraints))
+        for selector, demands in (*depth, *_by_selector(self.demands)):
+            gone = {m for m, k in kept.items() if not k}
+            found = [left for d in demands if (left := d.without(gone)) is not None]
+            if not found:
+                continue
+            if selector is None:
+                kept |= {m: d.space.dim for d in found for m in d.members}
+                continue
             try:
                 bill = self._bill(found, kept, loss, influence, within)
                 if selector.needs_budget:
@@ -339,11 +348,7 @@ class Plan:
     @cached_property
     def demands(self) -> list[Demand]:
         """The units, those of a step whose spaces get one width as one demand."""
-        found: dict[object, list[Unit]] = {}
-        for n, unit in enumerate(self.units):
-            same = unit.select is not None and self._constraints(unit).same
-            found.setdefault(("step", unit.step) if same else n, []).append(unit)
-        return [Demand(tuple(units), self._constraints(units[0])) for units in found.values()]
+        return _demands(self.units, self._constraints)
 
     def _constraints(self, unit: Unit) -> Constraints:
         found = self.recipe.steps[unit.step].widths or Constraints()
@@ -369,10 +374,11 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
     for n, step in enumerate(recipe.steps):
         names = _named(recipe, n, step, layout)
         for name in names:
-            if name in taken:
+            if name in taken and not _lets_go(recipe.steps[taken[name]]):
                 raise InputError(
                     f"{recipe.where('steps', n, 'spaces')}: space '{name}' is already changed by step {taken[name]}. "
-                    "Give each space to one step."
+                    "Give each space to one step; only what selectors of depth leave (`shortgpt: {blocks: 2}`) can be cut "
+                    "by a later one."
                 )
             taken[name] = n
         for members in _segments(layout, step, names):
@@ -383,14 +389,21 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
             rotate, select, cut = _seeded(step.rotate, seed), _seeded(select, seed), _seeded(cut, seed)
             rank = None if step.shortcuts is None or whole else step.shortcuts.at_most(space.dim)
             units.append(Unit(tuple(members), space, n, rotate, select, cut, rank))
+    deep = {u.step for u in units if taken[u.space.name] != u.step}
+    depth = tuple(u for u in units if u.step in deep)
+    units = [
+        replace(u, select=None, slice=None) if u.step in deep else u
+        for u in units
+        if taken[u.space.name] == u.step
+    ]
     for unit in units:
         check_unit(recipe, unit, layout)
     asked = recipe.budget is not None and recipe.budget.latency is not None
     timed = table(config, cache_dir("latency"), device, progress) if asked else None
-    result = Plan(recipe, dense, layout, tuple(units), config, timed)
+    result = Plan(recipe, dense, layout, tuple(units), config, timed, depth)
     if recipe.quantize is not None:  # the dense model is quantised too, to compare with
         check_groups(dense, {}, recipe.quantize, recipe.where("quantize", "group"))
-    spending = {u.select: u.step for u in units if u.select is not None and u.select.needs_budget}
+    spending = {u.select: u.step for u in (*depth, *units) if u.select is not None and u.select.needs_budget}
     if len(spending) > 1:
         raise InputError(
             f"{recipe.where('steps', max(spending.values()), 'select')}: two different selectors would spend the one "
@@ -401,6 +414,8 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
             f"{recipe.where('steps', min(spending.values()), 'select')}: this selector spends a budget, and the "
             "recipe has none. Add `budget: {parameters: 0.8}`, or give a width."
         )
+    if result.measures and recipe.calibrate is not None and recipe.calibrate.sequences is not None:
+        enough_held_out(recipe.calibrate.sequences, recipe.where("calibrate", "sequences"))
     if result.reads_tokens and recipe.calibrate is None:
         raise InputError(
             f"{recipe.where('order')}: order '{recipe.order}' compares streams of tokens, and the recipe has no "
@@ -411,12 +426,38 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
             f"{recipe.where('refit')}: only order 'dense_target' refits. Remove `refit`, or take that order."
         )
     _check_widths(result)
+    if recipe.nested and split:
+        raise InputError(
+            f"{recipe.where('nested')}: members share weights, and a matrix whose rank a step chooses may be stored whole in "
+            "the widest one. Remove `nested`, or the steps on `edge`."
+        )
     for n, (share, chart) in enumerate(result.narrower().items()):
         try:
             _check_widths(chart)
         except InputError as e:
             raise InputError(f"{recipe.where('nested', n)}: the member of {share:g} cannot be: {e}") from None
     return result
+
+
+def _lets_go(step: Step) -> bool:
+    """Whether a step lets branches go and does nothing else."""
+    return step.select is not None and step.select.depth
+
+
+def _demands(units: Sequence[Unit], constraints: Callable[[Unit], Constraints]) -> list[Demand]:
+    found: dict[object, list[Unit]] = {}
+    for n, unit in enumerate(units):
+        same = unit.select is not None and constraints(unit).same
+        found.setdefault(("step", unit.step) if same else n, []).append(unit)
+    return [Demand(tuple(units), constraints(units[0])) for units in found.values()]
+
+
+def _by_selector(demands: Sequence[Demand]) -> list[tuple[Selector | None, list[Demand]]]:
+    """The demands by their selectors, in the order in which those are asked: the one that spends the budget last."""
+    found: dict[Selector | None, list[Demand]] = {}
+    for demand in demands:
+        found.setdefault(demand.select, []).append(demand)
+    return sorted(found.items(), key=lambda item: -1 if item[0] is None else int(item[0].needs_budget))
 
 
 def _check_widths(chart: Plan) -> None:

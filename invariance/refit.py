@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,13 +40,16 @@ class Normal:
         H, G, s = (torch.zeros(n, dtype=torch.float64, device=device) for n in ((k, k), (k, d), (k,)))
         return cls(H, G, s)
 
-    def add(self, h: Float[Tensor, "n k"], t: Float[Tensor, "n d"], w: Float[Tensor, "n 1"]) -> None:
-        root = w.float().sqrt()
-        scaled = (h.float() * root).to(h.dtype)
-        self.H += outer(scaled[None])[0]
-        self.G += (scaled.float().mT @ (t.float() * root)).double()
-        self.s += (scaled.float().mT @ root)[:, 0].double()
-        self.n, self.total = self.n + h.shape[0], self.total + w.double().sum().item()
+    def add(self, h: Float[Tensor, "n k"], t: Float[Tensor, "n d"], w: Float[Tensor, "n 1"] | None) -> None:
+        """Take in n tokens; without weights they count by 1."""
+        count = float(len(h))
+        if w is not None:
+            count, root = w.double().sum().item(), w.float().sqrt()
+            h, t = (h.float() * root).to(h.dtype), t.float() * root
+        self.H += outer(h[None])[0]
+        self.G += (h.float().mT @ t.float()).double()
+        self.s += (h.sum(0, dtype=torch.float32) if w is None else h.float().mT @ root[:, 0]).double()
+        self.n, self.total = self.n + len(h), self.total + count
 
     def __add__(self, other: Normal) -> Normal:
         H, G, s = self.H + other.H, self.G + other.G, self.s + other.s
@@ -159,7 +163,7 @@ def refit_readers(model: PreTrainedModel, layout: Layout, edge: Edge, batches: S
     for batch, x in zip(batches, dense, strict=True):
         h, goal = norm(batch.x).float(), uncut.norm(x).float()
         target = goal - (h if D is None else h @ D.to(h))
-        parts = gather(parts, sequences, batch.mask, h, target, torch.ones_like(h[..., :1]))
+        parts = gather(parts, sequences, batch.mask, h, target)
         sequences += len(x)
     assert parts is not None
     train, held = parts
@@ -174,21 +178,21 @@ def refit_readers(model: PreTrainedModel, layout: Layout, edge: Edge, batches: S
 
 
 def gather(parts: tuple[Normal, Normal] | None, first: int, mask: Tensor | None, h: Float[Tensor, "B T k"],
-           t: Float[Tensor, "B T d"], w: Float[Tensor, "B T 1"]) -> tuple[Normal, Normal]:  # fmt: skip
+           t: Float[Tensor, "B T d"], w: Float[Tensor, "B T 1"] | None = None) -> tuple[Normal, Normal]:  # fmt: skip
     """The equations to fit on and those held out, with a batch of sequences, from number ``first``, taken in."""
     shape = h.shape[-1], t.shape[-1]
     parts = parts or (Normal.empty(*shape, h.device), Normal.empty(*shape, h.device))
-    for part, chosen in zip(parts, halves(first, len(h)), strict=True):
-        if chosen.any():
-            real = None if mask is None else mask[chosen]
-            part.add(*(real_tokens(x[chosen], real) for x in (h, t, w)))
+    for held, rows in spans(first, len(h)):  # slices, since picking single sequences would copy them
+        real = None if mask is None else mask[rows]
+        parts[held].add(*(None if x is None else real_tokens(x[rows], real) for x in (h, t, w)))  # type: ignore[arg-type]
     return parts
 
 
-def halves(first: int, count: int) -> tuple[Tensor, Tensor]:
-    """Which of ``count`` sequences from number ``first`` fit, and which are held out to choose the shrinkage."""
-    held = torch.arange(first, first + count) % HELD_OUT == HELD_OUT - 1
-    return ~held, held
+def spans(first: int, count: int) -> list[tuple[bool, slice]]:
+    """Runs of ``count`` sequences from number ``first``: those that fit, and those held out to choose the shrinkage."""
+    runs = groupby(range(count), key=lambda i: (first + i) % HELD_OUT == HELD_OUT - 1)
+    each = [(held, list(rows)) for held, rows in runs]
+    return [(held, slice(rows[0], rows[-1] + 1)) for held, rows in each]
 
 
 def _writers(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:

@@ -153,13 +153,17 @@ def perplexities(report: Report) -> list[Row]:
 
 
 def predicted(report: Report) -> list[str]:
-    """One sentence on the loss that was predicted, where one was."""
+    """What was predicted when the widths were chosen: the loss, where one was, and what share of the spectra is cut."""
     found = report.get("predicted") or {}
-    if found.get("loss") is None:
-        return []
-    measured = found.get("measured")
-    beside = "" if measured is None else f"; measured, on the first of these data: {measured:+.3f}"
-    return [f"Predicted when the widths were chosen: {found['loss']:+.3f} nats per token{beside}."]
+    said = []
+    if found.get("loss") is not None:
+        measured = found.get("measured")
+        beside = "" if measured is None else f"; measured, on the first of these data: {measured:+.3f}"
+        said.append(f"Predicted when the widths were chosen: {found['loss']:+.3f} nats per token{beside}.")
+    if found.get("energy"):
+        shares = ", ".join(f"{share:.2%} of {kind}" for kind, share in found["energy"].items())
+        said.append(f"Energy in the directions that are cut, before anything makes up for it: {shares}.")
+    return said
 
 
 def exactness(report: Report) -> str:

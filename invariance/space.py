@@ -69,7 +69,8 @@ class Space:
     ``dim`` is the width of one copy, ``copies`` the number of independent ones (KV heads), ``rotary`` how many
     leading dims carry rotary positions, as pairs (j, j + rotary/2). ``grain`` is how many numbers stand for one
     direction in what readers see: of a KV group, the values of all its query heads. ``normed``: a norm over all its dims
-    stands between what writes it and what reads it.
+    stands between what writes it and what reads it. ``even`` is, inside a matrix, the rank in·out/(in + out) at which two
+    factors store as much as the matrix.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Space:
     rotary: int = 0
     grain: int = 1
     normed: bool = False
+    even: float | None = None
 
     @property
     def seen(self) -> int:
@@ -117,11 +119,21 @@ class Space:
         """How many dims rotary positions spare; they come last."""
         return self.dim - self.rotary
 
+    def share(self, fraction: float) -> float:
+        """How many directions a fraction of the space is; inside a matrix, those that a fraction of its entries pays for."""
+        return self.dim if fraction >= 1 else fraction * (self.even or self.dim)
+
+    def fraction(self, k: int) -> float:
+        """Which fraction of the space k directions are: the inverse of ``share``."""
+        return 1.0 if k >= self.dim else k / (self.even or self.dim)
+
     def fits(self, k: int) -> bool:
         """Whether the space can be cut to k dims: with rotary positions, to whole pairs and all dims they spare; under a
-        norm of its own, not at all."""
+        norm of its own, not at all; inside a matrix, to ranks at which two factors store less than it."""
         if self.normed:
             return k == self.dim
+        if self.even is not None and self.even <= k < self.dim:
+            return False
         pairs = k - self.spared
         return 0 <= k <= self.dim and (not self.rotary or (pairs >= 2 and pairs % 2 == 0))
 

@@ -126,8 +126,8 @@ def scaled(sparsities: Mapping[Space, float], cost: Bill, budget: float) -> dict
     phi = {s: max(x, 1e-6) for s, x in sparsities.items()}
 
     def at(t: float) -> dict[Space, int]:
-        return {s: cost.rounded(s, (1 - t * x) * s.dim) for s, x in phi.items()}
+        return {s: cost.rounded(s, s.share(1 - t * x)) for s, x in phi.items()}
 
-    steps = sorted({0.0} | {(1 - k / s.dim) / x for s, x in phi.items() for k in cost.widths[s]})
+    steps = sorted({0.0} | {(1 - s.fraction(k)) / x for s, x in phi.items() for k in cost.widths[s]})
     n = bisect_left(steps, True, key=lambda t: cost(at(t)) <= budget)
     return at(steps[min(n, len(steps) - 1)])

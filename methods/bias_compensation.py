@@ -17,19 +17,20 @@ class BiasCompensation(Slicer, name="bias_compensation"):
 
     As `truncate`, with the offset (I − D Eᵀ) E[x]: on an MLP, where E picks channels, the readers' biases get
     W·E[x] over the channels that go. Readers without a bias get one, so checkpoints of families without are not
-    stock. The mean of a value head is that of all query heads which share it.
+    stock. The mean of a value head is that of all query heads which share it. On `heads`, the mean of all that the KV
+    groups gave which go.
 
     Source: An et al. 2023 (FLAP), arXiv:2312.11983, its baseline bias compensation.
     """
 
     needs = frozenset({Statistic.MEAN})
-    kinds = frozenset({"mlp", "vo"})
+    kinds = frozenset({"mlp", "vo", "heads"})
     offsets = True
 
     def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:
         plain = Truncate().cut(space, basis, k, moments)
         if k == space.dim:
             return plain
-        mean = moments.mean(space).unsqueeze(-1)
+        mean = moments.mean(space).unflatten(-1, (space.dim, space.grain))
         left = mean - plain.decode @ (plain.encode.mT @ mean)
-        return Change(plain.encode, plain.decode, left.squeeze(-1))
+        return Change(plain.encode, plain.decode, left.flatten(-2))

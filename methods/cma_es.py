@@ -65,7 +65,7 @@ class CMAES(Selector, name="cma_es"):
 
         loss(start)
         if len(spaces) > 1 and start != cost.whole:  # else the budget leaves nothing to search
-            search = _strategy([1 - start[s] / s.dim for s in spaces], self.sigma, self.seed or 0)
+            search = _strategy([1 - s.fraction(start[s]) for s in spaces], self.sigma, self.seed or 0)
             for _ in range((self.evaluations - 1) // search.popsize):
                 if search.stop():
                     break

@@ -16,16 +16,18 @@ from ._order import by_energy
 class Fluctuation(Rotator, name="fluctuation"):
     """Channels by falling Var[x_j]·‖W_j‖²: the energy behind the readers that a constant in its place would lose.
 
-    Made for `slice: bias_compensation`, which puts that constant into the readers' biases.
+    Made for `slice: bias_compensation`, which puts that constant into the readers' biases. On `heads`, the sum over all
+    that a KV group gives to the output projection.
 
     Source: An et al. 2023 (FLAP), arXiv:2312.11983, its weighted input feature variance.
     """
 
     produces = Group.PERMUTATION
-    kinds = frozenset({"mlp"})
+    kinds = frozenset({"mlp", "heads"})
     needs = frozenset({Statistic.RAW, Statistic.MEAN, Statistic.READERS})
 
     def fit(self, space: Space, moments: Moments) -> Basis:
         variance = moments.second(space).diagonal(dim1=-2, dim2=-1) - moments.mean(space).square()
         readers = moments.second(space, Statistic.READERS).diagonal(dim1=-2, dim2=-1)
-        return by_energy(identity(space), variance.clamp_min(0) * readers)
+        energy = (variance.clamp_min(0) * readers).unflatten(-1, (space.dim, space.grain)).sum(-1)
+        return by_energy(identity(space), energy)

@@ -62,7 +62,7 @@ class Greedy(Selector, name="greedy"):
             space = spaces[n]
             if (smaller := cost.narrower(space, widths[space])) is None:
                 return
-            target = min(smaller, cost.rounded(space, widths[space] - self.step * space.dim))
+            target = min(smaller, cost.rounded(space, space.share(space.fraction(widths[space]) - self.step)))
             k = least_cut(space, target, widths, cost, budget)
             after = {**widths, space: k}
             saved, lost = cost(widths) - cost(after), loss(after) - loss(widths)

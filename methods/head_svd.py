@@ -18,8 +18,8 @@ from ._channels import Weighing
 class HeadSVD(Weighing, name="head_svd"):
     """Directions of each KV head by the energy they send through the output projection.
 
-    With C = E[z zᵀ] of the mixed values z that the output projection reads (the query heads of a group stacked) and
-    G = Σ WᵀW over those heads, keeping k columns of A = C^-½ V, where G^½ C^½ = U Σ Vᵀ, minimises
+    With C = Σ E[z zᵀ] of the mixed values z that the output projection reads, over the query heads of a group, and
+    G = WᵀW of one of those heads, on average, keeping k columns of A = C^-½ V, where G^½ C^½ = U Σ Vᵀ, minimises
     tr (I − P) C (I − P)ᵀ G over all projections P of rank k. Energies are Σ². Exact while k = d. ``metric: fisher``
     puts ½F in the place of G, F the output-KL Fisher of one of the heads, on average; energies are nats a token then.
 

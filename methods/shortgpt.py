@@ -20,13 +20,15 @@ class ShortGPT(Selector, name="shortgpt"):
     """Let the blocks of least influence go, with both their branches; all others stay whole.
 
     BI_i = 1 - E[cos(x_i, y_i)], x_i the stream into block i and y_i out of it, in the dense model. Blocks go by rising
-    BI: ``blocks`` of them, or with null as many as the budget asks for. Takes `spaces: [heads, mlp]` (one of them
-    alone lets that branch go) and `widths: {min: 0}`.
+    BI: ``blocks`` of them, or with null as many as the budget asks for. Takes `spaces: [heads, mlp]`
+    (one of them alone lets that branch go) and `widths: {min: 0}`. Where `blocks` is given, a later step may cut what
+    stays.
 
     Source: Men et al. 2024 (ShortGPT), arXiv:2403.03853, equation 1 and section 3.2.
     """
 
     blocks: int | None = None  # how many go; null for as many as the budget asks for
+    depth = True
     needs = frozenset({Statistic.COSINE})
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from torch import Tensor
 
-from invariance.budget import Bill
+from invariance.budget import Bill, Predicted
 from invariance.interfaces import Selector
 from invariance.space import Space
 
@@ -20,14 +20,16 @@ class SLEB(Selector, name="sleb"):
     """Let blocks go one by one, each time the one without which the held-out loss is least; all others stay whole.
 
     The loss is that of the model without the blocks that went before, so that blocks which stand in for each other do
-    not both go. ``blocks`` of them go, or with null as many as the budget asks for: n of N blocks cost n (2N - n + 1) / 2
-    evaluations. Takes `spaces: [heads, mlp]` and `widths: {min: 0}`.
+    not both go. ``blocks`` of them go, or with null as many as the budget asks for: n of N blocks cost
+    n (2N - n + 1) / 2 + 1 evaluations. Takes `spaces: [heads, mlp]` and `widths: {min: 0}`. Where `blocks` is given, a later
+    step may cut what stays.
 
     Source: Song et al. 2024 (SLEB), arXiv:2402.09025, algorithm 1 with its third metric (the loss of the model as it
     is cut so far).
     """
 
     blocks: int | None = None  # how many go; null for as many as the budget asks for
+    depth = True
     measures = True
 
     def __post_init__(self) -> None:
@@ -46,4 +48,5 @@ class SLEB(Selector, name="sleb"):
         def least(widths: dict[Space, int], left: list[int]) -> int:
             return min(left, key=lambda block: loss({**widths, **dict.fromkeys(spaces[block], 0)}))
 
-        return drop(cost, self.blocks, budget, least)
+        widths = drop(cost, self.blocks, budget, least)
+        return Predicted(widths, loss(widths) - loss({}))

@@ -79,6 +79,6 @@ class Uniform(Selector, name="uniform"):
 def _share(cost: Bill, fraction: float) -> dict[Space, int]:
     """A fraction of every space, rounded down to an allowed width; the narrowest where none is as narrow."""
     return {
-        space: allowed[max(bisect_right(allowed, fraction * space.dim + 1e-9) - 1, 0)]
+        space: allowed[max(bisect_right(allowed, space.share(fraction) + 1e-9) - 1, 0)]
         for space, allowed in cost.widths.items()
     }

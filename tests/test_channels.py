@@ -18,7 +18,7 @@ from invariance.interfaces import Rotator, Statistic, find, registry
 from invariance.moments import Moment, Moments
 from invariance.plan import plan
 from invariance.recipe import Recipe
-from invariance.space import Basis, Group, Space, in_group
+from invariance.space import Basis, Change, Group, Space, in_group
 
 seeds = st.integers(0, 9999)
 
@@ -136,6 +136,47 @@ def test_fluctuation_is_the_variance_behind_the_readers(seed: int) -> None:
     assert (np.diff(score[order(basis)]) <= 1e-9).all()
     raw = (case.x**2).mean(0) * (case.W**2).sum(0)  # the control: with the mean it is another score
     assert not np.allclose(basis.energy[0].numpy(), raw[order(basis)])
+
+
+@given(seed=seeds, groups=st.sampled_from([2, 3, 4]))
+def test_a_groups_fluctuation_is_that_of_all_it_gives(seed: int, groups: int) -> None:
+    case = Case(seed)
+    space = Space("mlp.0", "heads", groups, Group.PERMUTATION, grain=12 // groups)
+    score = (case.x.var(0) * (case.W**2).sum(0)).reshape(groups, -1).sum(1)
+    basis = find("rotate", "fluctuation")().fit(space, case.moments)
+    assert np.allclose(basis.energy[0].numpy(), np.sort(score)[::-1])
+    assert np.array_equal(order(basis), np.argsort(-score))
+
+
+@given(seed=seeds, strength=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_smooth_shares_the_channels_differences_between_signal_and_readers(
+    seed: int, strength: float
+) -> None:
+    """x'_j has the RMS (RMS(x_j) ‖W_j‖)^(1 − α), its readers' column the rest, and W' x' is W x."""
+    case = Case(seed)
+    basis = case.fit("smooth", strength=strength)
+    assert in_group(Group.POSITIVE_MONOMIAL, basis.A) and not in_group(Group.PERMUTATION, basis.A)
+    change = Change.rotation(basis.A)
+    x, W = case.x @ change.encode[0].numpy(), case.W @ change.decode[0].numpy()
+    assert np.allclose(x @ W.T, case.x @ case.W.T)
+    signal, readers = np.sqrt((x**2).mean(0)), np.linalg.norm(W, axis=0)
+    both = signal * readers
+    assert np.allclose(signal, both ** (1 - strength)) and np.allclose(readers, both**strength)
+    assert np.allclose(basis.energy[0].numpy(), both**2) and (np.diff(both) <= 1e-9).all()
+    plain = case.fit("permute")  # the control: unscaled, the signal is none of these
+    before = np.sqrt(((case.x @ plain.A[0].numpy()) ** 2).mean(0))
+    assert not np.allclose(before, both ** (1 - strength))
+
+
+def test_smooth_leaves_the_scale_of_channels_that_never_fire_or_that_nobody_reads() -> None:
+    case = Case(0)
+    for known, channel in ((Statistic.RAW, 3), (Statistic.READERS, 5)):
+        total = case.moments.known["mlp.0", known].total
+        total[:, channel] = total[:, :, channel] = 0
+    basis = case.fit("smooth")
+    assert bool(torch.isfinite(basis.A).all())
+    assert basis.A[0, 3].amax() == basis.A[0, 5].amax() == 1
+    assert basis.A[0, 4].amax() != 1
 
 
 def direct(case: Case, ridge: float, rounds: int) -> list[int]:

@@ -130,7 +130,11 @@ def test_blocks_go_until_the_budget_is_met_and_protected_ones_stay() -> None:
 
 def test_sleb_is_greedy_with_what_went_before_in_place() -> None:
     losses = {frozenset(s): 9.0 for s in [(0, 1), (1, 2), (0, 2), (0, 3), (2, 3)]}
-    losses |= {frozenset({i}): x for i, x in enumerate([3.0, 1.0, 2.0, 4.0])} | {frozenset({1, 3}): 5.0}
+    losses |= (
+        {frozenset(): 0.5}
+        | {frozenset({i}): x for i, x in enumerate([3.0, 1.0, 2.0, 4.0])}
+        | {frozenset({1, 3}): 5.0}
+    )
     cost, spaces = bill(losses)
     assert blocks_gone(find("select", "sleb")(blocks=2).allocate(dict.fromkeys(spaces), cost, None)) == {1, 3}
     assert blocks_gone(find("select", "sleb")().allocate(dict.fromkeys(spaces), cost, 95)) == {1}
@@ -139,7 +143,7 @@ def test_sleb_is_greedy_with_what_went_before_in_place() -> None:
 def test_sleb_measures_what_the_model_loses() -> None:
     report = made(DEPTH | {"select": {"sleb": {"blocks": 2}}}).report
     assert len(gone(report)) == 4
-    assert report["search"]["evaluations"] == 4 + 3
+    assert report["search"]["evaluations"] == 4 + 3 + 1  # the last of the model as it is
 
 
 @pytest.mark.parametrize(
@@ -348,3 +352,58 @@ def test_a_plan_refuses_to_let_the_attention_go_in_whose_slot_a_cache_counts(
     ):
         plan(asked, config)
     plan(asked, tiny("qwen2", **WINDOWS | {"max_window_layers": 0}).config)  # all windows alike
+
+
+# Depth and width in one recipe
+
+NARROW = {"spaces": "mlp", "rotate": "permute", "slice": "least_squares"}
+
+
+@pytest.mark.parametrize("order", ["oneshot", "sequential", "dense_target"])
+@pytest.mark.parametrize("share", ["keep", "budget"])
+def test_a_later_step_cuts_what_a_selector_of_depth_leaves(order: str, share: str, tmp_path: Path) -> None:
+    """The same blocks go as alone; their MLPs with them, though only the later step has those."""
+    keys = {"order": order} | ({"budget": {"parameters": 0.4}} if share == "budget" else {})
+    select = "uniform" if share == "budget" else {"uniform": {"keep": 0.5}}
+    alone = made(SHORT, order=order)
+    both = made(SHORT, NARROW | {"select": select}, **keys)
+    assert gone(both.report) == gone(alone.report) != set()
+    left = {n: k for n, k in both.report["widths"].items() if n.startswith("mlp") and k}
+    (width,) = set(left.values())
+    dim = both.report["dims"]["mlp.0"]
+    assert width == dim // 2 if share == "keep" else 0 < width < dim
+    sizes = both.report["parameters"]
+    total = sum(p.numel() for p in both.model.parameters())
+    assert sizes["sliced"]["total"] == total < alone.report["parameters"]["sliced"]["total"]
+    assert share == "keep" or 0.38 * sizes["dense"]["total"] < total <= 0.4 * sizes["dense"]["total"]
+    assert both.report["model"]["stock"] and both.report["exactness"]["passed"]
+    both.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(both.model, IDS), logits(loaded, IDS))
+
+
+def test_widths_are_measured_with_the_blocks_gone_that_went_before() -> None:
+    """Curves of MLPs that stay, on the model without what SLEB let go; both losses add up to the prediction."""
+    sleb = DEPTH | {"select": {"sleb": {"blocks": 1}}}
+    found = made(sleb, NARROW | {"select": {"sensitivity": {"points": 1}}}, budget={"parameters": 0.7}).report
+    blocks = {n.split(".")[1] for n in gone(found)}
+    assert len(blocks) == 1 and len(gone(found)) == 2
+    assert any(0 < k < found["dims"][n] for n, k in found["widths"].items() if n.startswith("mlp"))
+    alone = made(sleb).report
+    assert alone["predicted"]["loss"] is not None and gone(alone) == gone(found)
+    assert found["predicted"]["loss"] >= alone["predicted"]["loss"]
+    assert found["search"]["evaluations"] > alone["search"]["evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ((NARROW | {"select": {"uniform": {"keep": 0.5}}}, SHORT), "already changed by step 0"),
+        ((SHORT, *2 * (NARROW | {"select": {"uniform": {"keep": 0.5}}},)), "already changed by step 1"),
+        ((DEPTH | {"select": "shortgpt"}, NARROW | {"select": "uniform"}), "two different selectors"),
+    ],
+)
+def test_which_steps_cannot_share_spaces(steps: tuple[Mapping[str, Any], ...], message: str) -> None:
+    budget = {"budget": {"parameters": 0.7}} if message.startswith("two") else {}
+    with pytest.raises(InputError, match=message):
+        plan(recipe(*steps, **budget), dense().config)

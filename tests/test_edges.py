@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from invariance import verify, walk
-from invariance.canonical import assign, canonicalize
+from invariance.canonical import assign, canonicalize, join
 from invariance.checkpoint import layout_of_config, wrap
 from invariance.data import Tokens, load_tokens
 from invariance.errors import InputError
@@ -93,7 +93,8 @@ def test_splitting_any_matrices_before_or_after_folding_leaves_the_logits(model,
     twin, _ = canonical_copy(model, fold=False, tie="untie")
     layout = canonicalize(twin, fold=fold, split=split)
     assert set(layout.select(["edge"])) == set(split) == {n for n in layout.spaces if n.startswith("edge")}
-    assert layout.parameters({}).total == stored(twin)
+    plain = canonicalize(exact := verify.exact_copy(model), fold=fold)
+    assert layout.parameters({}) == plain.parameters({}) and plain.parameters({}).total == stored(exact)
     for edge in split:  # one of the factors is the identity, but for a gain
         space = layout.spaces[edge]
         assert space.group is Group.INVERTIBLE and space.dim == min(
@@ -170,7 +171,8 @@ def test_a_cut_edge_is_its_matrix_with_a_projector_inside(family):
     model = tiny(family)
     split, layout = folded(model, edges(model))
     dense, _ = folded(model, [])
-    changes = {n: cut(c, c.width - 2) for n, c in rotations(elements(layout, edges(model), 3)).items()}
+    kept = {n: 1 + int(layout.spaces[n].share(0.6)) for n in edges(model)}
+    changes = {n: cut(c, kept[n]) for n, c in rotations(elements(layout, edges(model), 3)).items()}
     paths = layout_of(model.config).matrices
     whole = {n: [f.weight.clone() for f in factors(split.get_submodule(p))] for n, p in paths.items()}
     reparametrize(split, layout, changes)
@@ -193,11 +195,10 @@ def test_a_cut_edge_stores_its_width_times_both_sides(family):
     for name, k in (("edge.0.up", 5), ("edge.1.k", 3)):
         rows, columns = plain.shapes[f"{plain.matrices[name]}.weight"]
         more = layout.parameters({name: k}).total - layout.parameters({}).total
-        assert more == (k - layout.spaces[name].dim) * (rows + columns)
-    dims = {n: layout.spaces[n].dim for n in ("edge.0.up", "edge.1.k")}
-    grown = sum(d * d for d in dims.values())  # whole, they store an identity more
-    assert layout.parameters({}).total == plain.parameters({}).total + grown
-    kept = {"edge.0.up": 5, "edge.1.k": 3, "x.0.0": 9, "vo.1": 2, "mlp.0": 7}
+        assert more == k * (rows + columns) - rows * columns < 0
+    assert layout.parameters({}).total == plain.parameters({}).total
+    assert layout.flops({}) == plain.flops({})
+    kept = {"edge.0.up": 3, "edge.1.k": 2, "x.0.0": 9, "vo.1": 2, "mlp.0": 7}
     reparametrize(twin, layout, {n: cut(c, kept[n]) for n, c in rotations(elements(layout, kept, 0)).items()})
     segments = {"x.0.0": 1}
     assert layout.parameters(kept, segments).total == stored(twin) == label(twin).parameters({}).total
@@ -265,6 +266,45 @@ def test_an_edge_that_is_not_there_is_refused():
         canonicalize(tiny("llama"), fold=False, split=["edge.0.dwn"])
 
 
+@given(model=tiny_models(), data=st.data())
+def test_factors_that_store_no_less_than_their_matrix_become_one_again(model, data):
+    split, layout = folded(model, edges(model))
+    bases = elements(layout, edges(model), data.draw(seeds, label="seed"))
+    ranks = {n: data.draw(st.integers(1, layout.spaces[n].dim), label=n) for n in bases}
+    reparametrize(split, layout, {n: cut(c, ranks[n]) for n, c in rotations(bases).items()})
+    before = logits(split, tokens())
+    now = join(split)
+    smaller = {
+        n for n, k in ranks.items() if k * layout.spaces[n].dim < layout.spaces[n].dim * layout.spaces[n].even
+    }
+    assert set(layout.factored(ranks)) == set(now.select(["edge"])) == smaller
+    assert all(
+        layout.spaces[n].fits(ranks[n]) == (n in smaller or ranks[n] == layout.spaces[n].dim) for n in ranks
+    )
+    assert now.parameters({}).total == layout.parameters(ranks).total == stored(split)
+    assert relative_error(before, logits(split, tokens())) <= tolerance(torch.float64, layout.depth)
+
+
+def test_fractions_of_a_matrix_are_of_what_it_stores():
+    space = folded(tiny("llama"), ["edge.0.up"])[1].spaces["edge.0.up"]
+    rows, columns = layout_of(tiny("llama").config).shapes["model.layers.0.stages.1.mlp.up.weight"]
+    for fraction in (0.1, 0.5, 0.99):
+        k = space.share(fraction)
+        assert k * (rows + columns) == pytest.approx(fraction * rows * columns)
+        assert space.fraction(k) == pytest.approx(fraction)
+    assert space.share(1) == space.dim and space.fraction(space.dim) == 1
+
+
+def test_a_matrix_kept_whole_leaves_an_ordinary_checkpoint(calibration):
+    """Protected, or wide enough: nothing of the split is left."""
+    made = outcome(model_of("llama"), recipe(SVD | {"widths": {"protect": {"first": 2}}}), evaluate=False)
+    assert made.report["model"]["stock"] and stored(made.model) == stored(model_of("llama"))
+    half = outcome(model_of("llama"), recipe(SVD | {"widths": {"protect": {"first": 1}}}), evaluate=False)
+    pairs = [n for n, m in half.model.named_modules() if isinstance(m, Factored)]
+    assert len(pairs) == 7 and all(".1." in n for n in pairs)
+    assert stored(half.model) == half.report["parameters"]["sliced"]["total"] < stored(model_of("llama"))
+
+
 # Runs and checkpoints
 
 
@@ -296,6 +336,7 @@ def test_edges_of_a_branch_that_goes_go_with_it(tmp_path):
     twin.float()
     reparametrize(twin, layout, {"mlp.0": Change.empty(layout.spaces["mlp.0"], 0)})
     assert label(twin).select(["edge"]) == ["edge.1.q", "edge.1.down"]
+    join(twin)
     assert layout.parameters({"mlp.0": 0}).total == stored(twin)
     wrapped = wrap(twin, layout, model.config, "untie")
     wrapped.save_pretrained(tmp_path)

@@ -27,7 +27,7 @@ from invariance.plan import plan
 from invariance.recipe import Recipe
 from invariance.reparametrize import reparametrize
 from invariance.run import Outcome, outcome
-from invariance.space import Change, Space
+from invariance.space import Basis, Change, Space
 from invariance.verify import logits, relative_error, tolerance
 
 FAR = 1e5  # times the tolerance; what a fault must reach
@@ -44,6 +44,7 @@ HEADS = {
     "select": {"uniform": {"width": 6}},
     "slice": "bias_compensation",
 }
+GROUPS = FLAP | {"spaces": "heads", "select": {"uniform": {"width": 1}}}
 STAGES = {"spaces": "residual", "segments": "stage", "rotate": "pca", "select": {"uniform": {"width": 24}}}
 
 
@@ -191,6 +192,19 @@ def test_the_mean_of_what_is_gone_is_kept() -> None:
     assert left("truncate").mean(0).abs().max() > 0.1  # the control
 
 
+def test_the_mean_of_all_that_a_group_gave_is_kept() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 12, generator=g, dtype=torch.float64) + 2 * torch.rand(12, generator=g).double()
+    space = Space("heads.0", "heads", 4, find("rotate", "permute").produces, grain=3)
+    moments = Moments({("heads.0", Statistic.MEAN): Moment(x.sum(0)[None], 200)})
+    A = torch.eye(4, dtype=torch.float64)[:, [2, 0, 3, 1]]
+    change = find("slice", "bias_compensation")().cut(space, Basis(A[None], torch.ones(1, 4)), 3, moments)
+    assert change.offset is not None and change.offset.shape == (1, 12)
+    gone = torch.zeros(12, dtype=torch.bool)
+    gone[3:6] = True  # group 1
+    assert torch.equal(change.offset[0], torch.where(gone, x.mean(0), 0))
+
+
 # Runs and checkpoints
 
 
@@ -213,8 +227,8 @@ def compressed(model: PreTrainedModel, *steps: dict[str, Any], **keys: Any) -> O
     return outcome(model, recipe(*steps, **keys), evaluate=False)
 
 
-STEPS = {"mlp": [FLAP], "heads": [HEADS], "all": [STAGES, FLAP, HEADS]}
-STOCK = {("opt", "mlp"), ("phi", "mlp")}  # whose readers have biases
+STEPS = {"mlp": [FLAP], "heads": [HEADS], "groups": [GROUPS], "all": [STAGES, FLAP, HEADS]}
+STOCK = {("opt", "mlp"), ("phi", "mlp"), ("phi", "groups")}  # whose readers have biases
 
 
 @pytest.mark.parametrize("order", ["oneshot", "sequential", "dense_target"])
@@ -261,5 +275,5 @@ def test_bias_compensation_of_the_stream_is_refused_when_planned(spaces: str) ->
         "select": {"uniform": {"keep": 0.5}},
         "slice": "bias_compensation",
     }
-    with pytest.raises(InputError, match="'bias_compensation' is made for mlp and vo spaces"):
+    with pytest.raises(InputError, match="'bias_compensation' is made for heads and mlp and vo spaces"):
         plan(recipe(step), model_of("llama").config)

@@ -24,7 +24,16 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 NAMES = sorted(p.stem for p in RECIPES.glob("*.yaml"))
 STOCK = {"demo", "dense-target", "global-basis", "hadamard", "mlp", "random"}  # one basis, uniform widths
 STOCK |= {"recover-lora", "recover-distill", "int4", "slice-int4"}
-STOCK |= {"best-stock", "kv-cache", "shortgpt", "replace-me", "obs", "output-aware", "reader-weighted"}
+STOCK |= {
+    "best-stock",
+    "depth-and-width",
+    "kv-cache",
+    "shortgpt",
+    "replace-me",
+    "obs",
+    "output-aware",
+    "reader-weighted",
+}
 OWN = {
     "kv-cache-per-head",
     "slicegpt",

@@ -508,7 +508,7 @@ def test_an_infeasible_budget_is_refused_before_anything_is_measured(select: str
 def test_too_few_sequences_to_hold_one_out_are_refused() -> None:
     asked, model = recipe("sensitivity"), model_of("llama")
     few = Tokens(tokens().ids[:7], tokens().mask[:7])
-    with pytest.raises(InputError, match=r"7 sequences of 16 tokens.*holds out one sequence in 8"):
+    with pytest.raises(InputError, match=r"7 sequences of 2 tokens or more.*holds out one in 8"):
         slice_model(model, plan(asked, model.config), few)
 
 
@@ -559,3 +559,53 @@ def test_shares_of_a_width_are_limits_to_the_letter() -> None:
     (unit, *_) = plan(recipe, model_of("llama").config).units
     for share, least in ((0.73, 47), (0.99, 64), (0.5, 32)):  # of 64
         assert Demand((unit,), Constraints(min=share)).allowed(2, ())[0] == least
+
+
+# One threshold for scores, each space on its own scale
+
+
+@given(seed=st.integers(0, 999), share=st.floats(0.3, 0.95), multiple=st.sampled_from([1, 2, 4]))
+def test_standardized_keeps_what_stands_out_in_its_own_space(seed: int, share: float, multiple: int) -> None:
+    """FLAP by hand: scores pooled, the lowest removed one by one until the budget is met, then widths rounded down."""
+    g = np.random.default_rng(seed)
+    spaces = [Space(f"mlp.{i}", "mlp", d, Group.PERMUTATION) for i, d in enumerate((16, 12, 20))]
+    energy = {s: np.sort(g.gamma(0.5, size=s.dim) * 10.0**i)[::-1].copy() for i, s in enumerate(spaces)}
+    price = {s: 3.0 + i for i, s in enumerate(spaces)}
+
+    def spent(widths: Mapping[Space, int]) -> float:
+        return sum(price[s] * widths.get(s, s.dim) for s in spaces)
+
+    allowed = {s: tuple(range(multiple, s.dim + 1, multiple)) for s in spaces}
+    cost = Bill({"parameters": spent}, {"parameters": int(share * spent({}))}, allowed)
+    spectra = {s: torch.from_numpy(e)[None] for s, e in energy.items()}
+    found = find("select", "standardized")().allocate(spectra, cost, cost.limit)
+    scores = {s: (e - e.mean()) / e.std() for s, e in energy.items()}
+    left = {s: s.dim for s in spaces}
+
+    def rounded() -> dict[Space, int]:
+        return {s: max(k // multiple * multiple, multiple) for s, k in left.items()}
+
+    for _, s in sorted((z, s) for s in spaces for z in scores[s]):
+        if spent(rounded()) <= cost.limit:
+            break
+        left[s] -= 1
+    assert found == rounded()
+
+
+def test_standardized_does_not_hear_how_large_a_spaces_energies_are() -> None:
+    g = np.random.default_rng(1)
+    spaces = [Space(f"mlp.{i}", "mlp", 16, Group.PERMUTATION) for i in range(2)]
+    energy = [np.sort(g.gamma(0.5, size=16))[::-1].copy() for _ in spaces]
+    allowed = {s: tuple(range(1, 17)) for s in spaces}
+    cost = Bill(
+        {"parameters": lambda w: float(sum(w.get(s, 16) for s in spaces))}, {"parameters": 20}, allowed
+    )
+
+    def chosen(name: str, scale: float, **options: Any) -> Mapping[Space, int]:
+        scaled = zip(spaces, energy, (1.0, scale), strict=True)
+        spectra = {s: torch.from_numpy(e * k)[None] for s, e, k in scaled}
+        return find("select", name)(**options).allocate(spectra, cost, cost.limit)
+
+    assert chosen("standardized", 1.0) == chosen("standardized", 1e6)
+    absolute = {"of": "absolute"}  # the control
+    assert chosen("global_energy", 1.0, **absolute) != chosen("global_energy", 1e6, **absolute)
