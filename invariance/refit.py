@@ -115,7 +115,7 @@ class Follower:
         if not self.writers:
             return
         self.stage.write(batch.x, **batch.contexts[self.edge.block])
-        self.kept.append(torch.cat(self.read, dim=-1))
+        self.kept.append(torch.cat(self.read, dim=-1) if len(self.read) > 1 else self.read[0])
         self.read.clear()
         target = dense.float() if self.edge.post else dense.float() - self.stage.carry(batch.x).float()
         self.parts = gather(self.parts, self.sequences, batch.mask, self.kept[-1], target, weights(dense))

@@ -64,8 +64,7 @@ def ordered(order: Int[Tensor, "c d"], C: Float64[Tensor, "c d d"], G: Float64[T
     With C = L Lᵀ in that order, x = L z and E[zzᵀ] = I; the first k channels span z_1 … z_k, so the best prediction
     of x from them leaves L_{k+1} z_{k+1} + … + L_d z_d, which costs Σ_{j>k} L_jᵀ G L_j: energy j is L_jᵀ G L_j.
     """
-    copies = torch.arange(len(order))[:, None, None]
-    C, G = (M[copies, order[:, :, None], order[:, None, :]] for M in (C, G))
+    C, G = (torch.stack([m[o][:, o] for m, o in zip(M, order, strict=True)]) for M in (C, G))
     own = C.diagonal(dim1=-2, dim2=-1)
     floor = own.amax(-1, keepdim=True).clamp_min(torch.finfo(C.dtype).tiny) * noise
     L = torch.linalg.cholesky(C + torch.diag_embed(noise * torch.maximum(own, floor)))

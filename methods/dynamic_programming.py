@@ -108,7 +108,8 @@ def _grid(widths: tuple[int, ...]) -> tuple[int, ...]:
 
 def _savings(allowed: Mapping[Space, tuple[int, ...]], cost: Bill) -> dict[Space, list[int]]:
     """What cutting each space alone to each of its widths saves, in the coarsest whole unit that is fine enough."""
-    exact = {s: [_spent(cost, {}) - _spent(cost, {s: k}) for k in ks] for s, ks in allowed.items()}
+    whole_cost = _spent(cost, {})
+    exact = {s: [whole_cost - _spent(cost, {s: k}) for k in ks] for s, ks in allowed.items()}
     everything = sum(max(column) for column in exact.values())
     whole = [int(x) for column in exact.values() for x in column]
     unit: float = math.gcd(*whole) if all(x == int(x) for c in exact.values() for x in c) else 0

@@ -585,10 +585,10 @@ def test_standardized_keeps_what_stands_out_in_its_own_space(seed: int, share: f
     def rounded() -> dict[Space, int]:
         return {s: max(k // multiple * multiple, multiple) for s, k in left.items()}
 
-    for _, s in sorted((z, s) for s in spaces for z in scores[s]):
+    for _, lowest in sorted((z, s) for s in spaces for z in scores[s]):
         if spent(rounded()) <= cost.limit:
             break
-        left[s] -= 1
+        left[lowest] -= 1
     assert found == rounded()
 
 
