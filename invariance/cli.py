@@ -113,7 +113,7 @@ def plan(recipe: RecipeArgument, set_: Set = [], plugin: Plugin = [], trust_remo
                 },
                 "measures": sorted(s.value for s in u.needs),
             }
-            for u in (*chart.depth, *chart.units)
+            for u in (*chart.depth, *(u for u in chart.units if u.step not in {d.step for d in chart.depth}))
         ],
         "parameters": {
             "dense": chart.dense.parameters({}).to_dict(),

@@ -147,6 +147,11 @@ class Demand:
                 f"one has {most}. A selector must keep to `cost.widths`; use another one, or remove `nested`."
             )
         if not space.fits(k):
+            if space.even is not None:
+                raise InputError(
+                    f"selector '{select.name}' gave space '{space.name}' the width {k}, at which two factors store no less "
+                    f"than the matrix; it must be below {space.even:.1f}, or {space.dim}, the whole."
+                )
             raise InputError(
                 f"selector '{select.name}' gave space '{space.name}' the width {k}, which would split one of the pairs "
                 f"that rotary positions turn, or cut what they spare; {space.spared} plus an even number would not."

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -34,10 +33,13 @@ TOKENS = 256  # of the one sequence that is timed, in float32
 ROUNDS = 8  # the first warms up; of the others the fastest counts, which other programs disturbed least
 POINTS = 4  # widths at which each space is timed, its whole one included
 SMALL = 64  # tokens in the vocabulary where the head is not timed
-DISTURBED = 1.2  # a narrower space that takes so many times as long as a wider one was disturbed
-FORMAT = "1"  # counts up when the same table comes out different
+STEADY = 1.2  # by which factor the fastest of every other round, and of the rest, may differ
+FORMAT = "2"  # counts up when the same table comes out different
+TOGETHER = (
+    "qk+vo"  # kernels are made for queries, keys and values of one width, and may be slower where they differ
+)
 READ_BY = {
-    "attention": ("residual", "heads", "qk", "vo"),
+    "attention": ("residual", "heads", "qk", "vo", TOGETHER),
     "mlp": ("residual", "mlp"),
     "head": ("residual",),
 }  # part of a model → the kinds of spaces on whose widths its time depends
@@ -50,12 +52,13 @@ class Latency:
     """What one sequence of TOKENS tokens takes, part by part, as one space's width changes and all others are whole.
 
     Between measured widths seconds are interpolated, below the narrowest they stay, and they never fall as a space
-    widens. Cuts of several spaces: the shares of time that queries and keys, and values, save of attention add up;
-    the stream's and the KV groups' factors multiply that. Shortcuts count as the head does, by products; matrices
-    in two factors lower the time of their branch as they lower its products.
+    widens. Cuts of several spaces: queries, keys and values cut to one width are timed together, what is cut beyond it
+    counts as if it were alone; the stream's and the KV groups' factors multiply that. Shortcuts count as the head does,
+    by products; matrices in two factors lower the time of their branch as they lower its products.
     """
 
     curves: Mapping[str, Mapping[str, Curve]]  # part → kind of space → its curve
+    steady: bool = True  # whether the rounds of the measurement agreed
 
     @cached_property
     def _lines(self) -> dict[tuple[str, str], tuple[list[int], list[float]]]:
@@ -68,27 +71,18 @@ class Latency:
                 found[part, kind] = widths, (seconds / seconds[-1]).tolist()
         return found
 
-    @property
-    def disturbed(self) -> bool:
-        """Whether a narrower space took clearly longer than a wider one, as when other programs ran beside."""
-        pairs = [
-            (curve[narrow], curve[wide])
-            for kinds in self.curves.values()
-            for curve in kinds.values()
-            for narrow, wide in pairwise(sorted(curve))
-        ]
-        return any(a > DISTURBED * b for a, b in pairs)
-
-    def fastest(self, other: Latency) -> Latency:
-        """Of two measurements of the same, the shorter time at every width."""
-        return Latency({
-            part: {kind: {k: min(s, other.curves[part][kind][k]) for k, s in curve.items()} for kind, curve in kinds.items()}
-            for part, kinds in self.curves.items()
-        })  # fmt: skip
-
     def share(self, part: str, kind: str, width: int) -> float:
         """The time of a part with a space at some width, relative to its whole."""
         return float(np.interp(width, *self._lines[part, kind]))
+
+    def _head(self, part: str, widths: Mapping[str, int]) -> float:
+        """The time of attention with heads of some widths: both cut to the wider one, then the narrower one alone."""
+        if TOGETHER not in self.curves[part]:  # they differ in the whole model
+            return max(1 - sum(1 - self.share(part, kind, k) for kind, k in widths.items()), 0.0)
+        narrow = min(widths, key=widths.__getitem__)
+        wide = max(widths.values())
+        alone = self.share(part, narrow, widths[narrow]) / self.share(part, narrow, wide)
+        return self.share(part, TOGETHER, wide) * alone
 
     def whole(self, part: str) -> float:
         return max(self.curves[part]["residual"].values())
@@ -115,8 +109,8 @@ class Latency:
                 total += time * share("mlp", "mlp", space)
                 continue
             block = space.split(".")[1]
-            saved = sum(1 - share(part, kind, f"{kind}.{block}") for kind in ("qk", "vo"))
-            total += time * share(part, "heads", space) * max(1 - saved, 0.0)
+            widths_of_head = {kind: layout.width(f"{kind}.{block}", widths) for kind in ("qk", "vo")}
+            total += time * share(part, "heads", space) * self._head(part, widths_of_head)
         return total + shortcuts * self.whole("head") / prod(
             layout.shapes[f"{layout.architecture.embed[0]}.weight"]
         )
@@ -152,9 +146,7 @@ def table(config: PretrainedConfig, folder: Path, device: str | torch.device = "
     except (OSError, ValueError, LookupError, AttributeError, TypeError):
         pass  # a file that cannot be read counts as missing
     made = _measure(values, length, torch.device(device), progress)
-    if made.disturbed:
-        made = made.fastest(_measure(values, length, torch.device(device), progress))
-    if not made.disturbed:  # else the next run measures again
+    if made.steady:  # else the next run measures again
         of = {k: v for k, v in identity.items() if k != "config"}
         write_json(path, {"measured_on": of, "curves": made.curves})
     return made
@@ -171,26 +163,38 @@ def _measure(values: dict[str, Any], length: int, device: torch.device, progress
     """Time a block of made-up weights, whole and with the spaces of each kind narrowed alone, in turn, round by round."""
     layout = layout_of(AutoConfig.for_model(**values), fold=True)
     spaces = {s.kind: s for s in layout.spaces.values()}
+    if spaces["qk"].dim == spaces["vo"].dim:
+        spaces[TOGETHER] = spaces["qk"]
     choices = [(kind, k) for kind, space in spaces.items() for k in widths_of(space)]
     blocks = {choice: _block(values, layout, *choice, device) for choice in choices}
     ids = torch.arange(length, device=device).remainder(min(SMALL, values["vocab_size"]))[None]
-    times: dict[tuple[str, int], dict[str, float]] = {choice: {} for choice in choices}
+    times: dict[tuple[str, int], dict[str, list[float]]] = {choice: {} for choice in choices}
     turns = [(n, choice) for n in range(ROUNDS) for choice in choices]
     for n, choice in progress(turns, "time a block by width", len(turns)):
         for part, seconds in _timed(blocks[choice], layout, ids).items():
             if n:
-                times[choice][part] = min(seconds, times[choice].get(part, seconds))
-    return Latency({
-        part: {kind: {k: times[kind, k][part] for k in widths_of(spaces[kind])} for kind in kinds}
+                times[choice].setdefault(part, []).append(seconds)
+    curves = {
+        part: {
+            kind: {k: min(times[kind, k][part]) for k in widths_of(spaces[kind])}
+            for kind in kinds
+            if kind in spaces
+        }
         for part, kinds in READ_BY.items()
-    })  # fmt: skip
+    }
+    whole = (times[kind, spaces[kind].dim][part] for part, kinds in curves.items() for kind in kinds)
+    return Latency(curves, all(_agree(min(t[::2]), min(t[1::2], default=min(t))) for t in whole))
+
+
+def _agree(a: float, b: float) -> bool:
+    return max(a, b) <= STEADY * min(a, b)
 
 
 def _block(
     values: dict[str, Any], layout: Layout, kind: str, k: int, device: torch.device
 ) -> PreTrainedModel:
     """A model of one block whose spaces of a kind have width k; its tables are small where the head is not timed."""
-    names = [n for n, s in layout.spaces.items() if s.kind == kind and s.dim > k]
+    names = [n for n, s in layout.spaces.items() if s.kind in kind.split("+") and s.dim > k]
     original = values if kind in READ_BY["head"] else values | {"vocab_size": SMALL}
     pairs = {n: (k - layout.spaces[n].spared) // 2 for n in names if layout.spaces[n].rotary}
     with torch.device("meta"):

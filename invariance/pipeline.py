@@ -403,10 +403,13 @@ class _Run:
         return sum(self.bases[u.space.name].energy[:, widths[u.space.name] :].sum().item() for u in cut)
 
     def _energy(self, widths: Widths) -> dict[str, float]:
-        """The share of energy that widths cut, by kind of space and on average over its bases; 0 is left out."""
+        """The share of energy that widths cut, by kind of space and on average over its bases; 0 is left out, and so are
+        bases that tell no direction from another."""
         found: dict[str, list[float]] = {}
         for unit in self.plan.units:
             energy = self.bases[unit.space.name].energy
+            if not bool((energy != energy[:, :1]).any()):
+                continue
             lost = energy[:, widths[unit.space.name] :].sum() / energy.sum().clamp_min(1e-300)
             found.setdefault(unit.space.kind, []).append(lost.item())
         means = {kind: sum(each) / len(each) for kind, each in found.items()}

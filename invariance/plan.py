@@ -150,9 +150,9 @@ class Plan:
         cut = [m for u in self.units if u.slice is not None and u.slice.offsets for m in u.members
                if widths.get(m, u.space.dim) < u.space.dim]  # fmt: skip
         gone = self.layout.gone(widths)
-        new = [axes for m in cut for bias, axes in self.layout.missing_biases(m, widths).items()
-               if not bias.startswith(gone)]  # fmt: skip
-        return sum(self.layout.length(axis, widths) for (axis,) in new if axis is not None)
+        new = {bias: axes for m in cut for bias, axes in self.layout.missing_biases(m, widths).items()
+               if not bias.startswith(gone)}  # fmt: skip
+        return sum(self.layout.length(axis, widths) for (axis,) in new.values() if axis is not None)
 
     def parameters(self, widths: Widths, stock: bool | None = None) -> Parameters:
         """What is stored at these widths. A stock checkpoint stores gains of √(d/k) that the canonical form lacks."""
@@ -272,6 +272,14 @@ class Plan:
             kept |= {m: widths[d.space] for d in found for m in d.members}
             cuts = any(widths[d.space] < d.space.dim for d in found)
             losses.append(widths.loss if isinstance(widths, Predicted) else None if cuts else 0.0)
+        ranks = [
+            n
+            for n, k in kept.items()
+            if self.layout.spaces[n].kind == "edge" and k < self.layout.spaces[n].dim
+        ]
+        if ranks:  # beside other cuts some of them may save nothing; those matrices stay as they are
+            smaller = set(self.layout.factored(kept))
+            kept |= {n: self.layout.spaces[n].dim for n in ranks if n not in smaller}
         known = [n for n in losses if n is not None]
         return Predicted(kept, sum(known)) if len(known) == len(losses) else kept
 
@@ -300,10 +308,11 @@ class Plan:
         first = self.layout.counting({})
         if len(first) < len(self.layout.windows):
             vanishing = self.layout.branches.values()
+            demands = (*self.demands, *_demands(self.depth, self._constraints))  # the least is that of depth
             self.check_attention(
                 {
                     m: d.allowed(self.blocks, vanishing)[0]
-                    for d in self.demands
+                    for d in demands
                     if d.select is not None
                     for m in d.members
                     if m in first
@@ -396,6 +405,8 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
         for u in units
         if taken[u.space.name] == u.step
     ]
+    for n in sorted(deep):
+        _check_depth(recipe, n)
     for unit in units:
         check_unit(recipe, unit, layout)
     asked = recipe.budget is not None and recipe.budget.latency is not None
@@ -444,6 +455,22 @@ def _lets_go(step: Step) -> bool:
     return step.select is not None and step.select.depth
 
 
+def _check_depth(recipe: Recipe, n: int) -> None:
+    """Raises InputError where a step that lets branches go, whose spaces a later one cuts, says more than which go."""
+    step = recipe.steps[n]
+    assert step.select is not None
+    if step.select.needs_budget:
+        raise InputError(
+            f"{recipe.where('steps', n, 'select')}: a later step cuts what '{step.select.name}' leaves, so how much goes here "
+            f"must be said: `{step.select.name}: {{blocks: 2}}`."
+        )
+    if step.rotate.name != "identity":
+        raise InputError(
+            f"{recipe.where('steps', n, 'rotate')}: a later step cuts what '{step.select.name}' leaves, and gives it a basis. "
+            "Remove `rotate` here."
+        )
+
+
 def _demands(units: Sequence[Unit], constraints: Callable[[Unit], Constraints]) -> list[Demand]:
     found: dict[object, list[Unit]] = {}
     for n, unit in enumerate(units):
@@ -465,7 +492,9 @@ def _check_widths(chart: Plan) -> None:
         chart.check_widths(fixed)
     else:  # whether a budget can be met, and blocks can go, hangs on no measurement: ask before calibrating
         flat = {u.space.name: torch.ones(u.space.copies, u.space.dim) for u in chart.units}
-        chart.allocate(flat, influence=[1.0] * chart.blocks)
+        measured = any(s.depth and s.measures for s in chart.selectors)
+        loss = (lambda _: 0.0) if measured else None
+        chart.allocate(flat, loss, influence=[1.0] * chart.blocks)
         chart.check_choices()
 
 

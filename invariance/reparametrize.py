@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 
 import torch
@@ -44,10 +44,11 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
     with torch.no_grad():
         for name, change in changes.items():
             if change.offset is not None:
-                _shift_readers(model, layout, layout.spaces[name], change.offset)
-        for name, axes in {**layout.axes, **_new_biases(model, layout)}.items():
+                _shift_readers(model, layout, layout.spaces[name], change.offset, changes)
+        present = {name for name, _ in model.named_parameters()}  # an earlier call may have let branches go
+        for name, axes in {**layout.axes, **_new_biases(present, layout)}.items():
             changed = any(a.space in changes for axis in axes if axis is not None for a in axis.spaces)
-            if not changed or name.endswith(".shortcut") or name.startswith(gone):
+            if not changed or name not in present or name.endswith(".shortcut") or name.startswith(gone):
                 continue
             W = model.get_parameter(name).double()
             for i, axis in enumerate(axes):
@@ -150,21 +151,27 @@ def along(axis: Axis, changes: Mapping[str, Change]) -> list[tuple[Axis, Change]
     return found if inner is None else [*found, (axis, inner)]
 
 
-def _shift_readers(
-    model: PreTrainedModel, layout: Layout, space: Space, offset: Float64[Tensor, "c d"]
-) -> None:
-    """W(x + o) + b = Wx + (b + W·o): readers without a bias get one."""
+def _shift_readers(model: PreTrainedModel, layout: Layout, space: Space, offset: Float64[Tensor, "c d"],
+                   changes: Mapping[str, Change]) -> None:  # fmt: skip
+    """W(x + o) + b = Wx + (b + W·o): readers without a bias get one.
+
+    What KV groups give that go in the same call is no longer there to be shifted: the groups' change made up for all of it.
+    """
     for name, i in layout.readers(space.name):
         axis = layout.axes[name][i]
         reader = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(reader, nn.Linear) and axis is not None and i == 1
         W = reader.weight.double()
+        if axis.outer is not None and axis.space == space.name and (groups := changes.get(axis.outer.space)):
+            W, offset = contract(W, i, axis.outer, groups), offset[support(groups.encode[0]).int().argmax(0)]
+            if not offset.numel():
+                return
         shift = W @ repeat(offset.to(W.device), "c d -> (c r d)", r=W.shape[1] // offset.numel())
         bias = shift if reader.bias is None else shift + reader.bias.double()
         reader.bias = nn.Parameter(bias.to(reader.weight.dtype), requires_grad=reader.weight.requires_grad)
 
 
-def _new_biases(model: PreTrainedModel, layout: Layout) -> dict[str, tuple[Axis | None, ...]]:
+def _new_biases(present: Container[str], layout: Layout) -> dict[str, tuple[Axis | None, ...]]:
     """The labels of biases that readers got by an offset after the layout was made."""
     could = {
         bias: axes
@@ -172,7 +179,6 @@ def _new_biases(model: PreTrainedModel, layout: Layout) -> dict[str, tuple[Axis 
         if space.kind not in _NO_OFFSET
         for bias, axes in layout.missing_biases(name).items()
     }
-    present = {name for name, _ in model.named_parameters()}
     return {b: axes for b, axes in could.items() if b in present}
 
 

@@ -70,28 +70,45 @@ def predicted(widths: Mapping[Space, int], curves: Curves) -> Predicted[Space]:
 def water_fill(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
     """Cut one allowed width at a time, where the curves rise least per unit of budget, until the budget is met.
 
-    A space's next cut is priced when the one before is made.
+    A space's next cut is priced when the one before is made; all anew where another resource is met.
     """
     widths = cost.whole
-    spent = cost(widths)
+    over = overdrawn(cost, widths, budget)
     queue: list[tuple[float, int, Space, int]] = []
 
     def offer(order: int, space: Space) -> None:
         """Queue the next cut of a space, at its price as the widths stand now."""
         smaller = cost.narrower(space, widths[space])
         if smaller is not None:
-            saved = spent - cost({**widths, space: smaller})
+            saved = saving(cost, {**widths, space: smaller}, over)
             lost = curves[space][smaller] - curves[space][widths[space]]
             heapq.heappush(queue, (lost / saved if saved > 0 else float("inf"), order, space, smaller))
 
     for order, space in enumerate(widths):
         offer(order, space)
-    while spent > budget and queue:
+    while over and queue:
         _, order, space, smaller = heapq.heappop(queue)
         widths[space] = smaller
-        spent = cost(widths)
-        offer(order, space)
+        before, over = over.keys(), overdrawn(cost, widths, budget)
+        if over.keys() == before:
+            offer(order, space)
+        elif over:
+            queue.clear()
+            for n, other in enumerate(widths):
+                offer(n, other)
     return widths
+
+
+def overdrawn(cost: Bill, widths: Mapping[Space, int], budget: float) -> dict[str, tuple[float, float]]:
+    """The resources of which widths spend more than there is → how much they spend, and how much there is."""
+    limits = cost.limits or dict.fromkeys(cost.amounts, budget)
+    spent = {r: cost.amounts[r](widths) for r in limits}
+    return {r: (spent[r], limit) for r, limit in limits.items() if spent[r] > limit}
+
+
+def saving(cost: Bill, after: Mapping[Space, int], over: Mapping[str, tuple[float, float]]) -> float:
+    """What narrower widths save of the resources that are overdrawn, as shares of what there is of each."""
+    return sum((spent - cost.amounts[r](after)) / limit for r, (spent, limit) in over.items())
 
 
 def fill(widths: Mapping[Space, int], curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:

@@ -6,6 +6,8 @@ import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
+from operator import mul
 from typing import Literal
 
 import numpy as np
@@ -33,8 +35,9 @@ class DynamicProgramming(Selector, name="dynamic_programming"):
     Guarantee: where one resource is limited, its cost is a sum over the spaces (so: MLPs and heads, no residual stream),
     its savings share a unit that is 1/30000 of all that can be saved or more, and no space has more than 128 allowed
     widths, the widths are optimal for the curves. Else savings are rounded down to such units, and 128 widths of each
-    space are compared. Where the stream is cut too, or several resources are limited, the widths meet the budget, and are
-    optimal at the prices that the whole model has, resources counted by shares.
+    space are compared. Where the stream is cut too, the widths meet the budget, and are optimal at the prices that the
+    whole model has. Where several resources are limited, savings are sums of shares of them, which are weighed by quarters
+    in all ways, and the widths of least loss are taken.
 
     Source: the allocation problem of Shoham and Gersho 1988 (rate-distortion with arbitrary curves), solved by Bellman's
     recursion, as ZipLM, Kurtic et al. 2023, arXiv:2302.04089, section 3.2, does for structures of a network.
@@ -65,14 +68,36 @@ class DynamicProgramming(Selector, name="dynamic_programming"):
     def allocate(self, spectra: Spectra, cost: Bill, budget: float | None) -> Mapping[Space, int]:
         assert budget is not None
         curves = measured(cost, self.points) if self.measures else spectral(spectra, cost, self.of)
-        widths = fill(_cheapest(curves, cost, budget), curves, cost, budget)
+        widths = _cheapest(curves, cost, budget)
         return predicted(widths, curves) if self.measures else widths
 
 
 def _cheapest(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
-    """The widths of the smallest saving that meets the budget, by the recursion."""
+    """The widths of least loss; where several resources are limited, of all weights that the recursion is tried with."""
     allowed = {s: _grid(cost.widths[s][::-1]) for s in curves}  # the widest first: it wins ties
-    saved = _savings(allowed, cost)
+    each = [_saved(allowed, cost, r) for r in cost.amounts]
+    found: list[tuple[float, int, dict[Space, int]]] = []
+    for weights in _weights(len(each)):
+        exact = {
+            s: [sum(map(mul, weights, ks)) for ks in zip(*(e[s] for e in each), strict=True)] for s in allowed
+        }
+        widths = _recursion(curves, allowed, _units(exact), cost, budget)
+        if cost(widths) <= budget:
+            widths = fill(widths, curves, cost, budget)
+            found.append((sum(curves[s][k] for s, k in widths.items()), len(found), widths))
+    return min(found)[-1] if found else {s: ks[-1] for s, ks in allowed.items()}
+
+
+def _weights(resources: int) -> list[tuple[float, ...]]:
+    """What a share of each resource counts: quarters that add up to 1; one alone counts as it is."""
+    if resources == 1:
+        return [(1.0,)]
+    return [tuple(n / 4 for n in ns) for ns in product(range(5), repeat=resources) if sum(ns) == 4]
+
+
+def _recursion(curves: Curves, allowed: Mapping[Space, tuple[int, ...]], saved: Mapping[Space, list[int]],
+               cost: Bill, budget: float) -> dict[Space, int]:  # fmt: skip
+    """The widths of the smallest saving that meets the budget, by the recursion."""
     most = sum(max(column) for column in saved.values())
     least_loss = np.full(most + 1, np.inf)
     least_loss[0] = 0.0
@@ -89,14 +114,13 @@ def _cheapest(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
 
     def at(S: int) -> dict[Space, int]:
         widths = {}
-        for space in reversed(saved):
+        for space in reversed(list(saved)):
             n = int(taken[space][S])
             widths[space] = allowed[space][n]
             S = max(S - saved[space][n], 0)
         return {space: widths[space] for space in saved}
 
-    widths = at(bisect_left(range(most), True, key=lambda S: cost(at(S)) <= budget))
-    return widths if cost(widths) <= budget else {s: ks[-1] for s, ks in allowed.items()}
+    return at(bisect_left(range(most), True, key=lambda S: cost(at(S)) <= budget))
 
 
 def _grid(widths: tuple[int, ...]) -> tuple[int, ...]:
@@ -106,21 +130,18 @@ def _grid(widths: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(widths[n * (len(widths) - 1) // (GRID - 1)] for n in range(GRID))
 
 
-def _savings(allowed: Mapping[Space, tuple[int, ...]], cost: Bill) -> dict[Space, list[int]]:
-    """What cutting each space alone to each of its widths saves, in the coarsest whole unit that is fine enough."""
-    whole_cost = _spent(cost, {})
-    exact = {s: [whole_cost - _spent(cost, {s: k}) for k in ks] for s, ks in allowed.items()}
+def _saved(allowed: Mapping[Space, tuple[int, ...]], cost: Bill, resource: str) -> dict[Space, list[float]]:
+    """What cutting each space alone to each of its widths saves of a resource; of one among several, as a share."""
+    amount, unit = cost.amounts[resource], cost.limits[resource] if len(cost.amounts) > 1 else 1
+    whole = amount(cost.whole)
+    return {s: [(whole - amount({**cost.whole, s: k})) / unit for k in ks] for s, ks in allowed.items()}
+
+
+def _units(exact: Mapping[Space, list[float]]) -> dict[Space, list[int]]:
+    """Savings in the coarsest whole unit that is fine enough."""
     everything = sum(max(column) for column in exact.values())
     whole = [int(x) for column in exact.values() for x in column]
     unit: float = math.gcd(*whole) if all(x == int(x) for c in exact.values() for x in c) else 0
     if not unit or everything / unit > BINS:
         unit = everything / BINS or 1.0
     return {s: [max(int(x / unit + 1e-9), 0) for x in column] for s, column in exact.items()}
-
-
-def _spent(cost: Bill, widths: Mapping[Space, int]) -> float:
-    """What widths cost where the others are at their widest; of several resources, the sum of their shares."""
-    at = {**cost.whole, **widths}
-    if len(cost.amounts) == 1:
-        return cost(at)
-    return sum(amount(at) / cost.limits[r] for r, amount in cost.amounts.items())

@@ -12,7 +12,7 @@ from invariance.budget import Bill, Predicted
 from invariance.interfaces import Selector
 from invariance.space import Space
 
-from ._spend import Of, Spectra, least_cut, spectral
+from ._spend import Of, Spectra, least_cut, overdrawn, saving, spectral
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Greedy(Selector, name="greedy"):
         assert budget is not None
         loss = self._loss(spectra, cost)
         widths, queue = cost.whole, list[tuple[float, float, int, int]]()
-        spaces = list(widths)
+        spaces, over = list(widths), overdrawn(cost, widths, budget)
 
         def offer(n: int) -> None:
             """Queue the next step of a space at its price as things stand."""
@@ -65,18 +65,25 @@ class Greedy(Selector, name="greedy"):
             target = min(smaller, cost.rounded(space, space.share(space.fraction(widths[space]) - self.step)))
             k = least_cut(space, target, widths, cost, budget)
             after = {**widths, space: k}
-            saved, lost = cost(widths) - cost(after), loss(after) - loss(widths)
+            saved, lost = saving(cost, after, over), loss(after) - loss(widths)
             heapq.heappush(queue, (lost / saved if saved > 0 else math.inf, lost, n, k))
 
         for n in range(len(spaces)):
             offer(n)
-        while cost(widths) > budget and queue:
+        while over and queue:
             *_, n, _ = heapq.heappop(queue)
             offer(n)
-            if queue[0][2] == n:  # still the cheapest
-                *_, k = heapq.heappop(queue)
-                widths[spaces[n]] = k
+            if queue[0][2] != n:  # no longer the cheapest
+                continue
+            *_, k = heapq.heappop(queue)
+            widths[spaces[n]] = k
+            before, over = over.keys(), overdrawn(cost, widths, budget)
+            if over.keys() == before:
                 offer(n)
+            elif over:  # other prices
+                queue.clear()
+                for m in range(len(spaces)):
+                    offer(m)
         return Predicted(widths, loss(widths) - loss(cost.whole)) if self.measures else widths
 
     def _loss(self, spectra: Spectra, cost: Bill) -> Callable[[Mapping[Space, int]], float]:

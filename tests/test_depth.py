@@ -382,6 +382,19 @@ def test_a_later_step_cuts_what_a_selector_of_depth_leaves(order: str, share: st
     assert torch.equal(logits(both.model, IDS), logits(loaded, IDS))
 
 
+@pytest.mark.parametrize("segments", ["global", "stage"])
+@pytest.mark.parametrize("order", ["oneshot", "sequential", "dense_target"])
+def test_the_stream_is_cut_behind_blocks_that_go(order: str, segments: str, tmp_path: Path) -> None:
+    """In walking orders its points change one by one, when branches that read them are gone already."""
+    made_ = made(SHORT, STREAM | {"segments": segments}, order=order)
+    report = made_.report
+    assert len(gone(report)) == 4 and report["widths"]["x.4.0"] == 24
+    assert sum(p.numel() for p in made_.model.parameters()) == report["parameters"]["sliced"]["total"]
+    made_.model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert relative_error(logits(made_.model, IDS), logits(loaded, IDS)) <= tolerance(torch.float32, 8)
+
+
 def test_widths_are_measured_with_the_blocks_gone_that_went_before() -> None:
     """Curves of MLPs that stay, on the model without what SLEB let go; both losses add up to the prediction."""
     sleb = DEPTH | {"select": {"sleb": {"blocks": 1}}}
@@ -400,10 +413,20 @@ def test_widths_are_measured_with_the_blocks_gone_that_went_before() -> None:
     [
         ((NARROW | {"select": {"uniform": {"keep": 0.5}}}, SHORT), "already changed by step 0"),
         ((SHORT, *2 * (NARROW | {"select": {"uniform": {"keep": 0.5}}},)), "already changed by step 1"),
-        ((DEPTH | {"select": "shortgpt"}, NARROW | {"select": "uniform"}), "two different selectors"),
+        (
+            (DEPTH | {"select": "shortgpt"}, NARROW | {"select": {"uniform": {"keep": 0.5}}}),
+            "so how much goes",
+        ),
+        (
+            (SHORT | {"rotate": "permute"}, NARROW | {"select": {"uniform": {"keep": 0.5}}}),
+            "Remove `rotate` here",
+        ),
+        ((SHORT, NARROW | {"select": "uniform"}), "cannot be met"),
+        ((DEPTH | {"select": {"sleb": {"blocks": 9}}}, NARROW | {"select": "uniform"}), "9 blocks cannot go"),
     ],
 )
 def test_which_steps_cannot_share_spaces(steps: tuple[Mapping[str, Any], ...], message: str) -> None:
-    budget = {"budget": {"parameters": 0.7}} if message.startswith("two") else {}
+    spends = any(s["select"] in ("uniform", "shortgpt") for s in steps)
+    budget = {"budget": {"parameters": 0.2}} if spends else {}
     with pytest.raises(InputError, match=message):
         plan(recipe(*steps, **budget), dense().config)

@@ -305,6 +305,19 @@ def test_a_matrix_kept_whole_leaves_an_ordinary_checkpoint(calibration):
     assert stored(half.model) == half.report["parameters"]["sliced"]["total"] < stored(model_of("llama"))
 
 
+def test_a_rank_that_saves_nothing_beside_other_cuts_is_not_taken(calibration):
+    """Two factors of 19 store less than a matrix of 64 × 32, and no less than one of 40 × 32."""
+    mlp = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"width": 40}}}
+    edge = SVD | {"spaces": "edge.*.up", "select": {"uniform": {"width": 19}}}
+    alone, both, rank = (
+        outcome(model_of("llama"), recipe(*s), evaluate=False) for s in ([mlp], [edge, mlp], [edge])
+    )
+    assert rank.report["widths"]["edge.0.up"] == 19 and both.report["widths"]["edge.0.up"] == 32
+    assert both.report["model"]["stock"] and stored(both.model) == stored(alone.model)
+    ids = calibration.ids[:2]
+    assert relative_error(logits(alone.model, ids), logits(both.model, ids)) <= tolerance(torch.float32, 4)
+
+
 # Runs and checkpoints
 
 

@@ -205,6 +205,35 @@ def test_the_mean_of_all_that_a_group_gave_is_kept() -> None:
     assert torch.equal(change.offset[0], torch.where(gone, x.mean(0), 0))
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "phi"])
+def test_values_and_groups_that_share_readers_are_made_up_for_once(family: str) -> None:
+    """Where both are cut in one call: a signal at its mean passes as it was."""
+    model, layout = canonical_copy(model_of(family), fold=True, tie="untie")
+    space, groups = layout.spaces["vo.0"], layout.spaces["heads.0"]
+    g = torch.Generator().manual_seed(0)
+    shared = torch.randn(space.copies, space.dim, generator=g, dtype=torch.float64)
+    r = (
+        groups.grain // space.dim
+    )  # every query head of a group gives the same here, so that both means speak of it
+    mean = shared.repeat_interleave(r, 0).flatten()[None]
+    means = {("vo.0", Statistic.MEAN): Moment(shared, 1), ("heads.0", Statistic.MEAN): Moment(mean, 1)}
+    slicer, moments = find("slice", "bias_compensation")(), Moments(means)
+    values = slicer.cut(
+        space, Basis(space.element(1), torch.ones(space.copies, space.dim)), space.dim - 1, moments
+    )
+    kept = slicer.cut(groups, Basis(groups.element(2), torch.ones(1, groups.dim)), 1, moments)
+    path = layout.edges[0].stage + ".attention.out"
+    before = model.get_submodule(path)(mean)
+    reparametrize(model, layout, {"vo.0": values, "heads.0": kept})
+    first = int(kept.encode[0, :, 0].argmax())
+    left = (shared[first] @ values.encode[first]).repeat(r)[None]
+    after = model.get_submodule(path)(left)
+    assert relative_error(before, after) <= tolerance(torch.float64, layout.depth)
+    assert (
+        relative_error(before, after + values.offset.abs().mean()) > 1e-3
+    )  # the control: an offset too many
+
+
 # Runs and checkpoints
 
 
@@ -250,6 +279,11 @@ def test_what_is_saved_loads_with_the_same_logits(family: str, name: str, order:
         with torch.no_grad():
             next(iter(biases.values())).zero_()
         assert relative_error(logits(made.model, IDS), logits(loaded, IDS)) > 1e-4  # the control
+
+
+def test_a_bias_that_values_and_groups_both_need_is_counted_once() -> None:
+    made = compressed(model_of("llama"), HEADS, GROUPS)
+    assert sum(p.numel() for p in made.model.parameters()) == made.report["parameters"]["sliced"]["total"]
 
 
 def test_a_budget_counts_new_biases() -> None:

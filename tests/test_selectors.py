@@ -160,6 +160,23 @@ def test_several_resources_are_all_kept_within(name: str, seed: int, first: floa
     assert all(amounts[r](widths) <= limits[r] for r in limits)
 
 
+@pytest.mark.parametrize(
+    ("name", "most"), [("global_energy", 1.5), ("greedy", 1.5), ("dynamic_programming", 1.1)]
+)
+@pytest.mark.parametrize("shares", [(0.8, 0.75), (0.6, 0.9), (0.9, 0.5), (0.7, 0.7)])
+def test_several_resources_are_spent_nearly_as_well_as_can_be(
+    name: str, most: float, shares: tuple[float, float]
+) -> None:
+    """Against the best of all choices. Pricing what the largest share saves, as a bill counts, fails this."""
+    amounts = {"parameters": additive, "kv_cache": pooled}
+    limits = {r: share * amounts[r]({}) for r, share in zip(amounts, shares, strict=True)}
+    cost = Bill(amounts, limits, bill(1).widths)
+    for seed in range(3):
+        curves = _spend.spectral(spectra(seed), cost, "absolute")
+        widths = spend(find("select", name)(of="absolute"), seed, cost)
+        assert total(curves, widths) <= most * min(total(curves, w) for w in choices(cost))
+
+
 # --- On a loss that is known.
 
 
