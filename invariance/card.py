@@ -69,6 +69,26 @@ def recovered(document: Report, licence: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def member(document: Report, licence: str | None) -> str:
+    """The README.md of a member of a nested family that no report tells of. ``document`` is its extract.json."""
+    made_from = {"name": document["family"], "licence": licence}
+    why = document["why_not_stock"]
+    how = (
+        f"It needs `import invariance` before it is loaded: {why}."
+        if why
+        else "It loads in plain transformers."
+    )
+    parts = [
+        f"---\n{_yaml(_metadata({'model': made_from}))}---",
+        f"# {Path(document['family']).name}, member {document['share']:g}",
+        f"The member of share {document['share']:g} of the nested family {document['family']}, cut out by `invariance extract` "
+        f"with invariance {document['version']}: {document['parameters']:,} parameters. {how}",
+        "## Licence",
+        _licence({"model": made_from}),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
 FILES = {
     "model": "the checkpoint (safetensors), its config, tokenizer and model card",
     "report.html": "everything measured, to read in a browser",

@@ -155,6 +155,10 @@ def measure(evaluations: Iterable[Evaluation], models: Models, progress: Progres
             report[evaluation.kind] += found
         else:
             report[evaluation.kind] |= found
+    if report["tasks"]:  # of several entries, which each say what is significant of their own
+        from . import tasks
+
+        tasks.mark([d for row in report["tasks"] for d in row["difference"].values()])
     return report
 
 

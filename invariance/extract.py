@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .basis_file import NAME, Basis, read_basis
-from .card import card, readme
+from .card import card, member, readme
 from .checkpoint import InvarianceForCausalLM
 from .errors import InputError
 from .export import cast
 from .files import replacing, write_json, write_text
 from .layout import label
-from .models import load_config, load_model, load_tokenizer
+from .models import licence, load_config, load_model, load_tokenizer
 from .nested import chosen, extract, family
 from .nested_report import of_member
 from .recipe import Recipe
@@ -66,6 +66,7 @@ def run(
             tokenizer.save_pretrained(place / "model")
         _write_basis(place, str(model), loaded, share, stock=not why)
         write_json(place / DOCUMENT, document)
+        write_text(place / "model" / "README.md", member(document, licence(str(model))))
         if told is not None:
             _write_report(place, of_member(told, share, made, why) | {"output": str(output)}, model.parent)
     return document

@@ -104,6 +104,11 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
     text = Text(Windows(train, kept), Windows(held), options, steps, seed, begun)
     fit(trainer, module, text, work / LAST)
     seconds = time.perf_counter() - start
+    if not (work / LAST).is_file():
+        raise InvarianceError(
+            f"{where}: training ended before its first check, so there is nothing to keep. Allow more `trainer.max_time`, or "
+            "more `checks`. Nothing is written."
+        )
     end = torch.load(work / LAST, weights_only=True, map_location="cpu")
     curve = [{"step": 0, **first}, *end["callbacks"]["Curve"]["points"]]
     chosen = _best(curve, where)
@@ -186,7 +191,15 @@ def check(options: Recover, tokens: Tokens, device: torch.device, where: str) ->
     """Refuse what cannot be, before anything is computed. Raises InputError."""
     check_logger(options.logger, where)
     train, _ = split(tokens, options, where)
-    _steps(options, train, make(options, device, where), where)
+    trainer = make(options, device, where)
+    _steps(options, train, trainer, where)
+    strategy = str(options.trainer.get("strategy", "ddp"))
+    alone = not (options.loss.next_token or options.loss.kl)
+    if alone and trainer.world_size > 1 and strategy.startswith("ddp") and "find_unused" not in strategy:
+        raise InputError(
+            f"{where}: the head learns nothing from `hidden` alone, and strategy '{strategy}' waits for the gradient of every "
+            "weight. Add `next_token` or `kl`, or take `strategy: ddp_find_unused_parameters_true`."
+        )
 
 
 def _steps(options: Recover, train: Tokens, trainer: Trainer, where: str) -> tuple[int, int]:

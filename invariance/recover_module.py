@@ -112,14 +112,14 @@ class Recovery(LightningModule):
     def training_step(self, batch: Mapping[str, Tensor], index: int) -> Tensor:
         ids, mask = batch["ids"], batch["mask"]
         weights = self.options.loss
-        if self.options.adapters.dropout:
-            torch.manual_seed(self.seed + index)  # so that a resumed run drops the same
+        torch.manual_seed(self.seed + index)  # so that a resumed run drops the same
         goal = self.teachers[0].streams(ids, _padding(mask)) if weights.hidden else {}
         drawn = sandwich(1 + len(self.members), self.seed + index // self.options.accumulate)
         each = [self._losses(batch, goal, n) for n in drawn]
         parts = {name: torch.stack([found[name] for found in each]).mean() for name in each[0]}
         loss = torch.stack([getattr(weights, name) * value for name, value in parts.items()]).sum()
-        self.log_dict({"loss": loss.detach(), **{n: v.detach() for n, v in parts.items()}}, prog_bar=False)
+        self.log("loss", loss.detach(), prog_bar=True)
+        self.log_dict({n: v.detach() for n, v in parts.items()})
         return loss
 
     def _losses(self, batch: Mapping[str, Tensor], goal: Streams, member: int) -> dict[str, Tensor]:

@@ -15,9 +15,13 @@ from .yaml_text import show
 
 OWNED = {
     "callbacks": "they are objects, which no recipe can hold",
+    "fast_dev_run": "`recover.tokens` says how long",
+    "limit_train_batches": "`recover.epochs` or `recover.tokens` says how long",
+    "limit_val_batches": "`recover.held_out` says how many windows are measured",
     "logger": "`recover.logger` names it",
     "max_epochs": "`recover.epochs` or `recover.tokens` says how long",
     "max_steps": "`recover.epochs` or `recover.tokens` says how long",
+    "overfit_batches": "`train.sequences` says on how many windows",
     "plugins": "they are objects, which no recipe can hold",
     "use_distributed_sampler": "windows are shared out so that n processes see what one sees in n batches",
     "val_check_interval": "`recover.checks` says how often",

@@ -71,7 +71,7 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
     document = {
         "version": version("invariance"),
         "model": model,
-        "teacher": teacher,
+        "teacher": teacher if options.needs_teacher else None,
         "output": str(output),
         "options": options.model_dump(mode="json", exclude_none=True),
         "recover": found.report,

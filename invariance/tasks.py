@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,12 @@ GROUPS = {
     "article": ("winogrande", "hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa", "boolq"),
     "long-context": ("longbench_qasper", "longbench_multifieldqa_en", "longbench_hotpotqa", "longbench_gov_report",
                      "longbench_passage_retrieval_en"),
+    "reasoning": ("gsm8k",),
+    "code": ("humaneval",),
 }  # fmt: skip
 SIGNIFICANCE = 0.05  # of all differences of a run together
 PLAIN = (bool, int, float, np.number, np.bool_)
+ALLOWED = "HF_ALLOW_CODE_EVAL"
 SEED = 1234  # of the examples in front of a question, as lm-eval has it
 BOOTSTRAPS = 1000  # for standard errors that have no formula
 FORMS = (
@@ -48,7 +52,7 @@ def load(part: Tasks, where: str) -> list[Any]:
     tasks: list[Any] = []
     for name in part.names:
         for each in GROUPS.get(name, (name,)):
-            tasks += _load(manager, each, where)
+            tasks += _load(manager, each, where, part.run_code)
     tasks = list({t.task_name: t for t in tasks}.values())  # a group may name one again
     for task in tasks:
         shots = task.get_config("num_fewshot") if part.shots is None else part.shots
@@ -95,10 +99,15 @@ def _is_file(name: str) -> bool:
     return Path(name).suffix in (".yaml", ".yml")
 
 
-def _load(manager: Any, name: str, where: str) -> list[Any]:
+def _load(manager: Any, name: str, where: str, allowed: bool) -> list[Any]:
     path = Path(name).expanduser().absolute()
     folder = contextlib.chdir(path.parent) if _is_file(name) else contextlib.nullcontext()
-    with hub() as online, folder, _hushed():  # paths inside a task file are relative to it
+    with (
+        hub() as online,
+        folder,
+        _hushed(),
+        _programs(allowed),
+    ):  # paths inside a task file are relative to it
         try:
             return list(manager.load([str(path) if _is_file(name) else name])["tasks"].values())
         except Exception as e:  # datasets, yaml and the code of a task each raise their own
@@ -112,7 +121,7 @@ def scores(model: PreTrainedModel, tokenizer: Any, tasks: Sequence[Any], part: T
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with hub(), _hushed():
+    with hub(), _hushed(), _programs(part.run_code):
         lm = HFLM(
             pretrained=model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=part.batch
         )
@@ -194,6 +203,21 @@ def mark(differences: Sequence[dict[str, Any]]) -> None:
         difference["significant"] = going
     for difference in differences:
         difference.setdefault("significant", None)
+
+
+@contextlib.contextmanager
+def _programs(allowed: bool) -> Iterator[None]:
+    """Let metrics that run programs do so where the user said it, which they ask a variable of the environment."""
+    before = os.environ.get(ALLOWED)
+    if allowed:
+        os.environ[ALLOWED] = "1"
+    try:
+        yield
+    finally:
+        if allowed and before is None:
+            del os.environ[ALLOWED]
+        elif allowed:
+            os.environ[ALLOWED] = str(before)
 
 
 @contextlib.contextmanager

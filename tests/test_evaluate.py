@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from scipy import stats
 from invariance import losses, tasks
 from invariance.data import Tokens, load_tokens
 from invariance.errors import InputError
-from invariance.evaluate import measure, prepare
+from invariance.evaluate import Evaluation, measure, prepare
 from invariance.losses import Mean, buckets, divergence, scored, token_losses
 from invariance.recipe import parse_recipe
 from invariance.recipe_evaluate import Tasks
@@ -186,6 +188,42 @@ def test_significance_is_decided_over_all_rows() -> None:
     found = [{"p": p} for p in (0.03, 0.001, 0.04, 0.9)]  # alone, the first would be
     tasks.mark(found)
     assert [d["significant"] for d in found] == [False, True, False, False]
+
+
+@dataclass(frozen=True, eq=False)
+class Scored(Evaluation):
+    """Tasks whose scores are known."""
+
+    p: float
+    kind = "tasks"
+
+    def measure(self, models: Any, progress: Any, memo: Any = None) -> list[Any]:
+        difference = {"p": self.p}
+        tasks.mark([difference])
+        return [{"task": "t", "difference": {"sliced": difference}}]
+
+
+def test_significance_is_decided_over_all_entries_of_a_run() -> None:
+    def significant(*ps: float) -> list[bool]:
+        rows = measure([Scored(p) for p in ps], {})["tasks"]
+        return [row["difference"]["sliced"]["significant"] for row in rows]
+
+    assert significant(0.03) == [True]  # the control
+    assert significant(0.03, 0.03) == [False, False]
+    assert significant(0.03, 0.01) == [True, True]
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("before", [None, "0"])
+def test_programs_run_where_the_user_said_so_alone(
+    allowed: bool, before: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(tasks.ALLOWED, raising=False)
+    if before is not None:
+        monkeypatch.setenv(tasks.ALLOWED, before)
+    with tasks._programs(allowed):
+        assert os.environ.get(tasks.ALLOWED) == ("1" if allowed else before)
+    assert os.environ.get(tasks.ALLOWED) == before
 
 
 # --- Tasks.

@@ -421,6 +421,8 @@ def test_without_a_report_a_checkpoint_is_extracted_all_the_same(root: Path) -> 
     model.save_pretrained(root / "bare")
     told = document("extract", root / "bare", "--width", 0.8, "-o", root / "bare-0.8")
     assert told["why_not_stock"] is None and not (root / "bare-0.8" / "report.json").exists()
+    page = (root / "bare-0.8" / "model" / "README.md").read_text()
+    assert page.startswith("---\n") and "## Licence" in page and f"{told['parameters']:,}" in page
 
 
 @pytest.mark.parametrize(

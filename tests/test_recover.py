@@ -29,6 +29,7 @@ from invariance.evaluate import perplexity
 from invariance.layout import Layout, label
 from invariance.recipe import Recipe
 from invariance.recover import Recovered, recover
+from invariance.recover import check as recover_check
 from invariance.recover_local import reconstruct
 from invariance.recover_module import HELD_OUT, Order, hidden_loss, kl_loss, next_token_loss, tapped
 from invariance.recover_options import Recover
@@ -419,6 +420,8 @@ REFUSED = {
     "no teacher": (["train.data=tokens.npy", "loss.kl=1"], "--teacher"),
     "option": (["train.data=tokens.npy", "trainer.precison=64-true"], "did you mean 'precision'?"),
     "owned": (["train.data=tokens.npy", "trainer.max_steps=3"], "recover.epochs"),
+    "batches": (["train.data=tokens.npy", "trainer.limit_val_batches=0"], "recover.held_out"),
+    "rehearsal": (["train.data=tokens.npy", "trainer.fast_dev_run=true"], "recover.tokens"),
     "value": (["train.data=tokens.npy", "trainer.precision=7-bit"], "recover.trainer"),
     "logger": (["train.data=tokens.npy", "logger=mlflow"], "pip install mlflow-absent"),
     "held out": (["train.data=tokens.npy", "held_out=24"], "24 windows"),
@@ -440,6 +443,27 @@ def test_what_cannot_be_is_refused_before_anything_is_written(
         "recover", "dense", "--output", "out", *[a for s in assignments for a in ("--set", s)]
     )
     assert status == 2 and said in " ".join(err.split()) and "Traceback" not in err
+    assert not (folder / "out").exists()
+
+
+def test_hidden_states_alone_in_several_processes_are_refused_before_they_wait_for_the_heads_gradient() -> (
+    None
+):
+    def checked(**loss: float) -> None:
+        two = {"devices": 2, "strategy": "ddp_fork"}
+        asked = Recover.model_validate({"loss": loss, "held_out": 4, "weights": "full", "trainer": two})
+        recover_check(asked, tokens(), torch.device("cpu"), "here")
+
+    with pytest.raises(InputError, match="ddp_find_unused_parameters_true"):
+        checked(next_token=0.0, hidden=1.0)
+    checked(next_token=0.1, hidden=1.0)  # the control
+
+
+def test_training_that_ends_before_its_first_check_says_so(folder: Path) -> None:
+    save_model(folder / "dense")
+    sets = ["train.data=tokens.npy", "held_out=4", "batch=2", "trainer.max_time={seconds: 0}"]
+    status, _, err = invoke("recover", "dense", "--output", "out", *[a for s in sets for a in ("--set", s)])
+    assert status and "before its first check" in " ".join(err.split()) and "Traceback" not in err
     assert not (folder / "out").exists()
 
 
