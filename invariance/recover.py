@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +33,7 @@ from .teacher import Teacher, predictions
 from .verify import copy_in
 from .walk import Progress, quiet
 
-FORMAT = "1"  # counts up when a checkpoint to resume from would be read otherwise
+FORMAT = "2"  # counts up when a checkpoint to resume from would be read otherwise
 
 
 @dataclass(frozen=True)
@@ -100,10 +99,10 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
     trainer.val_check_interval = max(steps // options.checks, 1) * options.accumulate
     tutor = teacher if options.loss.hidden else None
     module = Recovery(student, layout, options, tutor, seed, names, narrower)
-    start, begun = time.perf_counter(), _step(work / LAST)
+    begun = _step(work / LAST)
     text = Text(Windows(train, kept), Windows(held), options, steps, seed, begun)
-    fit(trainer, module, text, work / LAST)
-    seconds = time.perf_counter() - start
+    if not _finished(work / LAST, steps):
+        fit(trainer, module, text, work / LAST)
     if not (work / LAST).is_file():
         raise InvarianceError(
             f"{where}: training ended before its first check, so there is nothing to keep. Allow more `trainer.max_time`, or "
@@ -132,7 +131,7 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
             n: {"before": math.exp(first[of_member(n)]), "after": math.exp(chosen[of_member(n)])}
             for n in names
         },
-        "tokens_per_second": round((ran - begun) * per_step / seconds, 1),
+        "tokens_per_second": round(ran * per_step / end["callbacks"]["Curve"]["seconds"], 1),
         "curve": curve,
         "local": stages,
     }
@@ -166,6 +165,15 @@ def _step(last: Path) -> int:
     return (
         int(torch.load(last, weights_only=True, map_location="cpu")["global_step"]) if last.is_file() else 0
     )
+
+
+def _finished(last: Path, steps: int) -> bool:
+    """Whether an interrupted run had trained to its end, or until it was stopped early, and only its result is missing."""
+    if not last.is_file():
+        return False
+    found = torch.load(last, weights_only=True, map_location="cpu")
+    waits = [s for name, s in found["callbacks"].items() if name.startswith("EarlyStopping")]
+    return found["global_step"] >= steps or any(s["wait_count"] >= s["patience"] for s in waits)
 
 
 @torch.no_grad()

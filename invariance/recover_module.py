@@ -172,20 +172,26 @@ class Recovery(LightningModule):
 
 
 class Curve(Callback):
-    """The held-out loss at every check, kept in checkpoints, so that a resumed run's curve is whole."""
+    """The held-out loss at every check and the seconds up to the last one, kept in checkpoints, so that those of a resumed
+    run are whole."""
 
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
+        self.seconds = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock = time.perf_counter() - self.seconds
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds = time.perf_counter() - self.clock
         found = {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith(HELD_OUT)}
         self.points.append({"step": trainer.global_step, **found})
 
     def state_dict(self) -> dict[str, Any]:
-        return {"points": list(self.points)}
+        return {"points": list(self.points), "seconds": self.seconds}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.points = list(state_dict["points"])
+        self.points, self.seconds = list(state_dict["points"]), state_dict["seconds"]
 
 
 def _padding(mask: Tensor) -> Tensor | None:

@@ -315,6 +315,19 @@ def test_a_run_that_was_killed_goes_on_along_the_same_curve(monkeypatch: pytest.
     assert all(torch.equal(learned[n], p) for n, p in again.items())
 
 
+@pytest.mark.parametrize("early", [True, False])
+def test_a_run_whose_training_had_ended_is_not_trained_further(
+    early: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its result was written: also where it was stopped early, with steps left."""
+    much = {"weights": "full", "learning_rate": 1.0, "patience": 1} if early else {}
+    asked = options(epochs=2, checks=5, **much)
+    first, (model, _) = train(restructured()[0], asked, name="ended").report, restructured()
+    assert first["stopped_early"] == early
+    monkeypatch.setattr(recover_module.Recovery, "training_step", lambda *_: pytest.fail("it was trained on"))
+    assert train(model, asked, name="ended").report == first and first["tokens_per_second"] > 0
+
+
 def test_two_processes_are_one_with_accumulation() -> None:
     keys = {"epochs": 2, "checks": 4}
     precise = {"precision": "64-true"}
