@@ -44,8 +44,9 @@ def card(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def recovered(document: Report, licence: str | None) -> str:
-    """The README.md of a checkpoint that was trained on: metadata, then Markdown. ``document`` is its recover.json."""
+def recovered(document: Report, licence: str | None, sliced: Report | None = None) -> str:
+    """The README.md of a checkpoint that was trained on: metadata, then Markdown. ``document`` is its recover.json,
+    ``sliced`` the report of the run that made the model which was trained, where it lies beside that."""
     trained, held = document["recover"], document["recover"]["held_out"]
     made_from = {"name": document["model"], "licence": licence}
     said = (
@@ -63,10 +64,26 @@ def recovered(document: Report, licence: str | None) -> str:
         + (f", towards {document['teacher']}" if document["teacher"] else "")
         + ", and these options:",
         f"```yaml\n{_yaml(document['options'])}```",
+        *([] if sliced is None else _before(sliced)),
         "## Licence",
         _licence({"model": made_from}),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _before(sliced: Report) -> list[str]:
+    """What training has left as the run made it that sliced the model."""
+    return [
+        "## Load",
+        words.checkpoint(sliced),
+        f"```python\n{loading(sliced)}\n```",
+        "## What it costs",
+        _costs(sliced).markdown(),
+        "## Exactness, before it was cut",
+        words.exactness(sliced),
+        "## Recipe of the slice",
+        f"```yaml\n{_yaml(sliced['recipe'])}```",
+    ]
 
 
 def member(document: Report, licence: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shutil
@@ -82,7 +83,7 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
     with replacing(output) as folder:
         folder.mkdir()
         made.save_pretrained(folder / "model")
-        write_text(folder / "model" / "README.md", recovered(document, licence(model)))
+        write_text(folder / "model" / "README.md", recovered(document, licence(model), _report(model)))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "model")
         for path in (Path(model) / NAME, Path(model).parent / NAME):
@@ -92,6 +93,22 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
         shutil.copytree(found.logs, folder / "recover")
     shutil.rmtree(found.logs.parent, ignore_errors=True)  # what was kept to resume from
     return document
+
+
+def _report(model: str) -> dict[str, Any] | None:
+    """The report of the run that made a checkpoint, where one lies beside it; a file that cannot be read counts as missing."""
+    path = Path(model)
+    for at in (path, path.parent):
+        try:
+            found = json.loads((at / "report.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return (
+            found
+            if isinstance(found, dict) and {"recipe", "parameters", "exactness"} <= found.keys()
+            else None
+        )
+    return None
 
 
 def _teacher(teacher: str | None, config: PretrainedConfig, options: Recover, where: str, device: str,

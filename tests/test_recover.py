@@ -425,6 +425,8 @@ def test_a_checkpoint_is_recovered_alone_towards_the_dense_model(kind: str, fold
     assert math.isclose(perplexity(after, held), document["recover"]["held_out"]["after"], rel_tol=1e-3)
     card = (folder / "better/model/README.md").read_text()
     assert card.startswith("---\n") and f"{document['recover']['held_out']['after']:,.2f}" in card
+    for part in ("## What it costs", "## Exactness", "## Recipe of the slice", "steps:", "from_pretrained"):
+        assert part in card  # of the run beside it
     assert "learning_rate: 0.01" in card and "towards dense" in card  # as asked
 
 
