@@ -101,7 +101,8 @@ def water_fill(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
 
 def overdrawn(cost: Bill, widths: Mapping[Space, int], budget: float) -> dict[str, tuple[float, float]]:
     """The resources of which widths spend more than there is → how much they spend, and how much there is."""
-    limits = cost.limits or dict.fromkeys(cost.amounts, budget)
+    several = len(cost.amounts) > 1  # the budget is a share of each then
+    limits = {r: budget * cost.limits[r] if several else budget for r in cost.amounts}
     spent = {r: cost.amounts[r](widths) for r in limits}
     return {r: (spent[r], limit) for r, limit in limits.items() if spent[r] > limit}
 
