@@ -62,10 +62,11 @@ def measure(
             with torch.enable_grad():
                 logits = twin(input_ids=ids.to(twin.device), attention_mask=padded, use_cache=False).logits
                 logits = real_tokens(logits, real)
-                labels = sample(logits.detach(), g)
-                likelihood = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).sum()
+                p = logits.detach().softmax(-1)
+                labels = sample(p, g)
+                by_logits = p.neg_().scatter_add_(-1, labels[:, None], torch.ones_like(p[:, :1]))  # 1_y − p
                 found = [*(signals[p] for p in points), *(asked[n] for n in queries)]
-                gradients = torch.autograd.grad(likelihood, found)
+                gradients = torch.autograd.grad(logits, found, by_logits)
             for point, gradient in zip(points, gradients, strict=False):
                 moments.add((point, Statistic.FISHER), real_tokens(gradient, real))
             for name, gradient in zip(queries, gradients[len(points) :], strict=True):
@@ -82,12 +83,12 @@ def measure(
     return moments.cpu()
 
 
-def sample(logits: Float[Tensor, "n V"], g: torch.Generator) -> Int[Tensor, " n"]:
-    """A label from each prediction, by its inverse distribution function."""
-    distribution = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
-    u = torch.rand(len(logits), 1, generator=g, dtype=torch.float64).to(logits.device)
+def sample(p: Float[Tensor, "n V"], g: torch.Generator) -> Int[Tensor, " n"]:
+    """A label from each distribution, by its inverse distribution function."""
+    distribution = p.cumsum(-1, dtype=torch.float64)
+    u = torch.rand(len(p), 1, generator=g, dtype=torch.float64).to(p.device)
     found = torch.searchsorted(distribution, u * distribution[..., -1:], right=True)
-    return found.squeeze(-1).clamp_max(logits.shape[-1] - 1)
+    return found.squeeze(-1).clamp_max(p.shape[-1] - 1)
 
 
 @contextmanager

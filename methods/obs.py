@@ -52,6 +52,8 @@ def survival(P: Float64[Tensor, "d d"], G: Float64[Tensor, "d d"], rounds: int) 
         out, stay = ascending[: len(group)], ascending[len(group) :].sort()[0]
         gone.append(alive[out])
         alive = alive[stay]
+        if not len(stay):
+            break
         P, G = without(P, G, out, stay)
     return torch.cat(gone).flip(0)
 
