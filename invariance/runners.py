@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -73,7 +74,10 @@ def cluster(setting: Setting, address: str, cpus: float, gpus: float) -> Runner:
         raise InputError(
             f"--ray {address}: the package ray is not installed. Run `pip install 'invariance[ray]'`."
         ) from None
+    host, _, port = address.rpartition("/")[2].rpartition(":")
     try:
+        if host:  # Ray itself waits for minutes, and then ends the process
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
     except Exception as e:  # Ray raises many kinds where no cluster answers
         raise InputError(

@@ -23,7 +23,7 @@ from invariance.models import load_model
 from invariance.moments import Moment, Moments, Store
 from invariance.plan import plan
 from invariance.recipe import Recipe, load_recipe
-from invariance.runners import several
+from invariance.runners import Runner, cluster, several
 from invariance.space import Group, Space
 from invariance.verify import relative_error, tolerance
 
@@ -195,14 +195,39 @@ def test_two_recipes_that_are_one_run_once(root: Path) -> None:
     assert len(rows) == 2 and rows[0]["run"] == rows[1]["run"] and said.count("perplexity ") == 1
 
 
-def test_a_process_of_its_own_gives_the_numbers_of_this_one(root: Path, done: Any) -> None:
-    row = done[0][0]
-    recipe = load_recipe(root / "first" / "runs" / row["run"] / "recipe.yaml")
-    request = study_job.Request(row["run"], (recipe.to_dict(),))
-    (answer,) = several(study_job.Setting(threads=1), workers=1)([request])
-    assert answer.report is not None, answer.reason
-    found = study_table.row(row["run"], {}, answer.report, study_table.DONE)
-    assert [found[k] for k in NUMBERS] == [row[k] for k in NUMBERS]
+@pytest.fixture(params=["several", "ray"])
+def elsewhere(request: pytest.FixtureRequest) -> Iterator[Runner]:
+    """Carries requests out in processes of their own."""
+    setting = study_job.Setting(threads=1)
+    if request.param == "several":
+        yield several(setting, workers=2)
+        return
+    ray = pytest.importorskip("ray")
+    yield cluster(setting, "local", cpus=1, gpus=0)
+    ray.shutdown()
+
+
+def test_processes_of_their_own_give_the_numbers_of_this_one(root: Path, done: Any, elsewhere: Runner) -> None:
+    rows = {row["run"]: row for row in done[0][:2]}
+    recipes = {run: load_recipe(root / "first" / "runs" / run / "recipe.yaml").to_dict() for run in rows}
+    broken = study_job.Request("broken", ({**recipes[done[0][0]["run"]], "model": str(root / "nowhere")},))
+    requests = [study_job.Request(run, (recipe,)) for run, recipe in recipes.items()]
+    answers = {answer.request.name: answer for answer in elsewhere([*requests, broken])}
+    assert "nowhere" in (answers.pop("broken").reason or "")
+    assert answers.keys() == rows.keys()
+    for run, answer in answers.items():
+        assert answer.report is not None, answer.reason
+        found = study_table.row(run, {}, answer.report, study_table.DONE)
+        assert [found[k] for k in NUMBERS] == [rows[run][k] for k in NUMBERS]
+
+
+def test_a_cluster_that_does_not_answer_is_refused(root: Path) -> None:
+    pytest.importorskip("ray")
+    status, _, err = invoke(
+        "ablate", write(root, STUDY), "--output", root / "nobody", "--ray", "127.0.0.1:1"
+    )
+    assert status == 2 and "--ray 127.0.0.1:1" in err and "Give HOST:PORT" in err and "Traceback" not in err
+    assert not (root / "nobody" / "runs").exists()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
