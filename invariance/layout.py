@@ -206,26 +206,27 @@ class Layout:
         return runs * self.width(axis.space, widths)
 
     @cached_property
-    def _factors(self) -> dict[str, tuple[int, tuple[Axis, ...]]]:
-        """Weight → how long its axes without a label are together, and those with one."""
-        return {
-            name: (
-                prod(n for n, a in zip(self.shapes[name], axes, strict=True) if a is None),
-                tuple(a for a in axes if a is not None),
-            )
-            for name, axes in self.axes.items()
-        }
+    def _factors(self) -> dict[str, tuple[float, tuple[str, ...]]]:
+        """Weight → its size where each space that it lies on had one direction, a KV group for one, and those spaces."""
+        found = {}
+        for name, axes in self.axes.items():
+            labelled = [a for a in axes if a is not None]
+            size: float = prod(n for n, a in zip(self.shapes[name], axes, strict=True) if a is None)
+            size *= prod(a.heads / (self.spaces[a.outer.space].dim if a.outer else 1) for a in labelled)
+            found[name] = size, tuple(part.space for a in labelled for part in a.spaces)
+        return found
 
     def _sizes(self, widths: Mapping[str, int]) -> dict[str, int]:
         """Weight → how many numbers it stores; those that go are left out."""
         gone = self.gone(widths)
+        dims = {n: space.dim for n, space in self.spaces.items()} | {**widths}
         sizes = {}
-        for name, (size, axes) in self._factors.items():
+        for name, (size, spaces) in self._factors.items():
             if gone and name.startswith(gone):
                 continue
-            for axis in axes:
-                size *= self.length(axis, widths)
-            sizes[name] = size
+            for space in spaces:
+                size *= dims[space]
+            sizes[name] = round(size)
         for first, second, rank in self._pairs:
             if first in sizes and (k := self.width(rank, widths)):
                 whole = sizes[first] * sizes[second] // k**2

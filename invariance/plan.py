@@ -149,6 +149,8 @@ class Plan:
         """What the biases store that slicers give to readers without one."""
         cut = [m for u in self.units if u.slice is not None and u.slice.offsets for m in u.members
                if widths.get(m, u.space.dim) < u.space.dim]  # fmt: skip
+        if not cut:
+            return 0
         gone = self.layout.gone(widths)
         new = {bias: axes for m in cut for bias, axes in self.layout.missing_biases(m, widths).items()
                if not bias.startswith(gone)}  # fmt: skip
@@ -159,9 +161,11 @@ class Plan:
         count = self.layout.parameters(widths, self.segments, self._ranks(widths))
         biases = self._new_biases(widths)
         count = replace(count, blocks=count.blocks + biases)
+        if not self.layout.folded:
+            return count
         if stock is None:
             stock = self.why_not_stock(widths) is None
-        if not (stock and self.layout.folded):
+        if not stock:
             return count
         k = widths.get(self.layout.points[-1], self.layout.spaces[self.layout.points[-1]].dim)
         return replace(count, blocks=count.blocks + len(self.layout.stages(widths)) * k, head=count.head + k)

@@ -114,19 +114,25 @@ def saving(cost: Bill, after: Mapping[Space, int], over: Mapping[str, tuple[floa
 
 def fill(widths: Mapping[Space, int], curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
     """Spend what is left: widen by one allowed width at a time, while one fits that lowers the loss; the one that
-    lowers it most first."""
+    lowers it most first. What does not fit once does not later, when more is spent."""
     chosen = dict(widths)
-    while True:
-        gains = []
-        for order, (space, k) in enumerate(chosen.items()):
-            wider = next((w for w in cost.widths[space] if w > k), k)
-            gain = curves[space][k] - curves[space][wider]
-            if gain > 0 and cost({**chosen, space: wider}) <= budget:
-                gains.append((gain, -order, space, wider))
-        if not gains:
-            return chosen
-        _, _, space, wider = max(gains)
-        chosen[space] = wider
+    queue: list[tuple[float, int, Space, int]] = []
+
+    def offer(order: int, space: Space) -> None:
+        k = chosen[space]
+        wider = next((w for w in cost.widths[space] if w > k), k)
+        gain = curves[space][k] - curves[space][wider]
+        if gain > 0:
+            heapq.heappush(queue, (-gain, order, space, wider))
+
+    for order, space in enumerate(chosen):
+        offer(order, space)
+    while queue:
+        _, order, space, wider = heapq.heappop(queue)
+        if cost({**chosen, space: wider}) <= budget:
+            chosen[space] = wider
+            offer(order, space)
+    return chosen
 
 
 def least_cut(space: Space, target: int, widths: Mapping[Space, int], cost: Bill, budget: float) -> int:
