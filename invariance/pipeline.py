@@ -38,7 +38,7 @@ from .space import Basis, Change
 from .verify import Certificate, certify, double_copy
 
 PROBE_TOKENS = 64
-MOMENTS_FORMAT = "3"  # counts up when moments of the same model and tokens come out different
+MOMENTS_FORMAT = "4"  # counts up when moments of the same model and tokens come out different
 
 
 @dataclass

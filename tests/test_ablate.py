@@ -207,7 +207,9 @@ def elsewhere(request: pytest.FixtureRequest) -> Iterator[Runner]:
     ray.shutdown()
 
 
-def test_processes_of_their_own_give_the_numbers_of_this_one(root: Path, done: Any, elsewhere: Runner) -> None:
+def test_processes_of_their_own_give_the_numbers_of_this_one(
+    root: Path, done: Any, elsewhere: Runner
+) -> None:
     rows = {row["run"]: row for row in done[0][:2]}
     recipes = {run: load_recipe(root / "first" / "runs" / run / "recipe.yaml").to_dict() for run in rows}
     broken = study_job.Request("broken", ({**recipes[done[0][0]["run"]], "model": str(root / "nowhere")},))
@@ -223,9 +225,7 @@ def test_processes_of_their_own_give_the_numbers_of_this_one(root: Path, done: A
 
 def test_a_cluster_that_does_not_answer_is_refused(root: Path) -> None:
     pytest.importorskip("ray")
-    status, _, err = invoke(
-        "ablate", write(root, STUDY), "--output", root / "nobody", "--ray", "127.0.0.1:1"
-    )
+    status, _, err = invoke("ablate", write(root, STUDY), "--output", root / "nobody", "--ray", "127.0.0.1:1")
     assert status == 2 and "--ray 127.0.0.1:1" in err and "Give HOST:PORT" in err and "Traceback" not in err
     assert not (root / "nobody" / "runs").exists()
 
