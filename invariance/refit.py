@@ -206,8 +206,9 @@ def _writers(stage: Stage) -> Iterator[tuple[str, nn.Linear]]:
 
 def best_shrinkage(train: Normal, held: Normal, choices: Sequence[float] = SHRINKAGE) -> float | None:
     """The shrinkage whose solution on ``train`` loses least on ``held``; None where changing nothing is better."""
-    d = train.G.shape[1]
-    mix = torch.randn(d, min(d, MIXES), generator=torch.Generator().manual_seed(0)).to(train.G.device)
-    train, held = (replace(n, G=n.G @ mix) for n in (train.single(), held.single()))  # enough to rank them
+    train, held = train.single(), held.single()  # enough to rank them
+    if (d := train.G.shape[1]) > MIXES:
+        mix = torch.randn(d, MIXES, generator=torch.Generator().manual_seed(0)).to(train.G.device)
+        train, held = replace(train, G=train.G @ mix), replace(held, G=held.G @ mix)
     loss, best = min((held.loss(train.solve(s)), s) for s in choices)
     return best if loss < 0 else None
