@@ -62,9 +62,12 @@ def evaluate(model: ModelArgument,
     if recipe is not None:
         asked = load_recipe(recipe, set_)
         for n, e in enumerate(asked.evaluate):
-            if e.kind != "divergence" or against is not None:
-                place = asked.where("evaluate", n, e.kind, "data")
-                found.append(prepare(e.part, e.kind, config, tokenizer, place))
+            place = asked.where("evaluate", n, e.kind, "data")
+            if e.kind == "divergence" and against is None:
+                raise InputError(
+                    f"{place}: a divergence is that of two models. Give the other one by `--against DENSE`."
+                )
+            found.append(prepare(e.part, e.kind, config, tokenizer, place))
     where = device_named(device)
     sides = {"model": model} if against is None else {"dense": against, "sliced": model}
     models = {s: load_model(m, device=where, trust_remote_code=trust_remote_code) for s, m in sides.items()}

@@ -346,10 +346,16 @@ def test_the_command_sets_a_model_against_another(root: Path) -> None:
 
 def test_the_command_measures_what_a_recipe_says(root: Path) -> None:
     (root / "recipe.yaml").write_text(RECIPE)
-    status, out, err = invoke("evaluate", "sliced", "--recipe", "recipe.yaml", "--json")
+    flags = ("evaluate", "sliced", "--recipe", "recipe.yaml", "--json")
+    status, out, err = invoke(*flags, "--against", "dense")
     assert status == 0, err
     found = json.loads(out)
-    assert set(found["perplexity"]) == {"first", "text.txt"} and found["divergence"] == {}
+    assert set(found["perplexity"]) == {"first", "text.txt"} and set(found["divergence"]) == {"tokens.npy"}
+    status, out, err = invoke(*flags)  # a divergence of one model is none, and is not left out in silence
+    assert status == 2 and out == "" and "recipe.yaml:7" in err and "--against DENSE" in err
+    (root / "recipe.yaml").write_text(RECIPE.replace("  - divergence: {data: tokens.npy}\n", ""))
+    status, out, err = invoke(*flags)
+    assert status == 0 and json.loads(out)["divergence"] == {}
 
 
 @pytest.mark.parametrize(
