@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TypeVar
 
 import torch
 from transformers import PretrainedConfig
 
-from .budget import Bill, Predicted
-from .demand import Demand, Loss, Spectra, Unit, Widths
+from .allocation import allocate, check_choices
+from .demand import Loss, Spectra, Unit, Widths
 from .errors import InputError
 from .export import config_obstacle, obstacle
 from .fitting import check_unit
@@ -22,9 +22,9 @@ from .layout import Layout, Parameters, layout_of
 from .models import cache_dir
 from .moments import Key
 from .quantize import check_groups
-from .recipe import Budget, Constraints, Recipe, Step
+from .recipe import Budget, Recipe, Step
 from .shortcuts import enough
-from .space import Group, Space
+from .space import Group
 from .walk import Progress, quiet
 
 NOT_MEASURED = {Statistic.SEEN, Statistic.READERS, Statistic.FISHER, Statistic.TAYLOR, Statistic.COSINE}
@@ -206,6 +206,15 @@ class Plan:
             return self.flops(widths)
         return self.layout.kv_entries(widths) if resource == "kv_cache" else self.parameters(widths).total
 
+    def dense_amount(self, resource: str) -> int:
+        """What the model as it comes spends of a resource."""
+        if resource == "latency":
+            assert self.latency is not None
+            return int(1e9 * self.latency.seconds(self.dense, {}, 0))
+        if resource == "flops":
+            return self.dense.flops({})
+        return self.dense.kv_entries({}) if resource == "kv_cache" else self.dense.parameters({}).total
+
     def narrower(self) -> dict[float, Plan]:
         """The plans of the nested members by their shares, widest first: this one's but for what may be spent."""
         made = {}
@@ -232,60 +241,8 @@ class Plan:
         influence: Sequence[float] | None = None,
         within: Widths | None = None,
     ) -> Widths | None:
-        """The width of every unit's members, or None where a selector asks for what is not there yet.
-
-        ``loss`` measures widths on held-out tokens, for selectors that declare ``measures``; ``influence`` is that of
-        every block; no width is above that in ``within``. The widths are ``Predicted`` where all selectors that cut
-        predict their loss.
-        """
-        within = within or {}
-        kept: dict[str, int] = {}
-        losses: list[float | None] = []
-        depth = _by_selector(_demands(self.depth, self._constraints))
-        for selector, demands in (*depth, *_by_selector(self.demands)):
-            gone = {m for m, k in kept.items() if not k}
-            found = [left for d in demands if (left := d.without(gone)) is not None]
-            if not found:
-                continue
-            if selector is None:
-                kept |= {m: d.space.dim for d in found for m in d.members}
-                continue
-            try:
-                bill = self._bill(found, kept, loss, influence, within)
-                if selector.needs_budget:
-                    bill.check()
-                if (
-                    (selector.needs_spectra and spectra is None)
-                    or (selector.measures and loss is None)
-                    or (Statistic.COSINE in selector.needs and influence is None)
-                ):
-                    return None
-                energies = {d.space: None if spectra is None else d.pooled(spectra) for d in found}
-                widths = selector.allocate(energies, bill, bill.limit)
-                for demand in found:
-                    demand.check(widths.get(demand.space), within.get(demand.space.name))
-                if selector.needs_budget and bill.limit is not None and (spent := bill(widths)) > bill.limit:
-                    raise InputError(
-                        f"selector '{selector.name}' gave widths that spend {spent:,.6g} of a budget of {bill.limit:,.6g}. "
-                        "This is a fault of the method, not of the recipe."
-                    )
-            except InputError as e:
-                raise InputError(
-                    f"{self.recipe.where('steps', found[0].units[0].step, 'select')}: {e}"
-                ) from None
-            kept |= {m: widths[d.space] for d in found for m in d.members}
-            cuts = any(widths[d.space] < d.space.dim for d in found)
-            losses.append(widths.loss if isinstance(widths, Predicted) else None if cuts else 0.0)
-        ranks = [
-            n
-            for n, k in kept.items()
-            if self.layout.spaces[n].kind == "edge" and k < self.layout.spaces[n].dim
-        ]
-        if ranks:  # beside other cuts some of them may save nothing; those matrices stay as they are
-            smaller = set(self.layout.factored(kept))
-            kept |= {n: self.layout.spaces[n].dim for n in ranks if n not in smaller}
-        known = [n for n in losses if n is not None]
-        return Predicted(kept, sum(known)) if len(known) == len(losses) else kept
+        """The width of every unit's members (``allocation.allocate``)."""
+        return allocate(self, spectra, loss, influence, within)
 
     def check_widths(self, widths: Widths) -> None:
         """Raises InputError where these widths would leave a model that cannot run or cannot be quantised as asked."""
@@ -306,66 +263,9 @@ class Plan:
             f"{self.recipe.where('steps', step, 'select')}: {why}. Keep one: `widths: {{protect: {{first: 1}}}}`."
         )
 
-    def check_choices(self) -> None:
-        """Raises InputError where windows differ, and a selector, whatever it finds, may let every attention of the
-        first one go."""
-        first = self.layout.counting({})
-        if len(first) < len(self.layout.windows):
-            vanishing = self.layout.branches.values()
-            demands = (*self.demands, *_demands(self.depth, self._constraints))  # the least is that of depth
-            self.check_attention(
-                {
-                    m: d.allowed(self.blocks, vanishing)[0]
-                    for d in demands
-                    if d.select is not None
-                    for m in d.members
-                    if m in first
-                }
-            )
-
-    def _bill(self, demands: list[Demand], kept: Widths, loss: Loss | None,
-              influence: Sequence[float] | None, within: Widths) -> Bill:  # fmt: skip
-        """What widths of some demands cost, all others as they are kept."""
-
-        def allowed(demand: Demand) -> tuple[int, ...]:
-            found = demand.allowed(self.blocks, self.layout.branches.values())
-            most = within.get(demand.space.name, demand.space.dim)
-            return tuple(k for k in found if k <= most) or (most,)
-
-        def named(widths: Mapping[Space, int]) -> dict[str, int]:
-            return {**kept, **{m: widths[d.space] for d in demands if d.space in widths for m in d.members}}
-
-        def spent(resource: str, widths: Mapping[Space, int]) -> float:
-            return self.amount(resource, named(widths))
-
-        limits = self.recipe.budget.limits if self.recipe.budget else {}
-        dense = {
-            "parameters": self.dense.parameters({}).total,
-            "flops": self.dense.flops({}),
-            "kv_cache": self.dense.kv_entries({}),
-        }
-        if self.latency is not None:
-            dense["latency"] = int(1e9 * self.latency.seconds(self.dense, {}, 0))
-        return Bill(
-            amounts={r: partial(spent, r) for r in limits or ("parameters",)},
-            limits={r: int(share * dense[r]) for r, share in limits.items()},
-            widths={d.space: allowed(d) for d in demands},
-            loss=None if loss is None else lambda w: loss(named(w)),
-            influence=None if influence is None else {d.space: d.mean(influence) for d in demands},
-        )
-
     @property
     def blocks(self) -> int:
         return self.layout.edges[-1].block + 1
-
-    @cached_property
-    def demands(self) -> list[Demand]:
-        """The units, those of a step whose spaces get one width as one demand."""
-        return _demands(self.units, self._constraints)
-
-    def _constraints(self, unit: Unit) -> Constraints:
-        found = self.recipe.steps[unit.step].widths or Constraints()
-        return found if unit.rank is None else found.model_copy(update={"same": True})
 
 
 def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device = "cpu",
@@ -475,22 +375,6 @@ def _check_depth(recipe: Recipe, n: int) -> None:
         )
 
 
-def _demands(units: Sequence[Unit], constraints: Callable[[Unit], Constraints]) -> list[Demand]:
-    found: dict[object, list[Unit]] = {}
-    for n, unit in enumerate(units):
-        same = unit.select is not None and constraints(unit).same
-        found.setdefault(("step", unit.step) if same else n, []).append(unit)
-    return [Demand(tuple(units), constraints(units[0])) for units in found.values()]
-
-
-def _by_selector(demands: Sequence[Demand]) -> list[tuple[Selector | None, list[Demand]]]:
-    """The demands by their selectors, in the order in which those are asked: the one that spends the budget last."""
-    found: dict[Selector | None, list[Demand]] = {}
-    for demand in demands:
-        found.setdefault(demand.select, []).append(demand)
-    return sorted(found.items(), key=lambda item: -1 if item[0] is None else int(item[0].needs_budget))
-
-
 def _check_widths(chart: Plan) -> None:
     if (fixed := chart.allocate(None)) is not None:
         chart.check_widths(fixed)
@@ -499,7 +383,7 @@ def _check_widths(chart: Plan) -> None:
         measured = any(s.depth and s.measures for s in chart.selectors)
         loss = (lambda _: 0.0) if measured else None
         chart.allocate(flat, loss, influence=[1.0] * chart.blocks)
-        chart.check_choices()
+        check_choices(chart)
 
 
 def _seeded(method: M, seed: int) -> M:
