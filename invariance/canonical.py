@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from .errors import InputError, did_you_mean
 from .families import architecture
-from .layout import Layout, Role, label
+from .labels import label
+from .layout import Layout, Role
 from .modules import Block, Factored, Linear, Norm, Stage, factors
 
 

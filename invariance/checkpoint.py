@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 from .canonical import canonicalize
 from .errors import InputError
 from .families import architecture
-from .layout import Layout, label, layout_of
+from .labels import label, layout_of
+from .layout import Layout
 from .modules import Stage
 from .reparametrize import attention_of, reparametrize
 from .space import Change, Space, columns

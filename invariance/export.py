@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from .errors import InvarianceError
-from .layout import KINDS, Layout, label
+from .labels import label
+from .layout import KINDS, Layout
 from .modules import Norm
 from .reparametrize import attention_of
 from .verify import logits, relative_error, tolerance

@@ -14,7 +14,7 @@ from .checkpoint import InvarianceForCausalLM
 from .errors import InputError
 from .export import cast
 from .files import replacing, write_json, write_text
-from .layout import label
+from .labels import label
 from .models import licence, load_config, load_model, load_tokenizer
 from .nested import chosen, extract, family
 from .nested_report import of_member

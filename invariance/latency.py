@@ -24,7 +24,8 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from .checkpoint import InvarianceConfig, InvarianceForCausalLM
 from .families import positions
 from .files import write_json
-from .layout import Layout, layout_of
+from .labels import layout_of
+from .layout import Layout
 from .reparametrize import attention_of
 from .space import Space
 from .walk import Progress, quiet

@@ -12,7 +12,8 @@ from .checkpoint import InvarianceForCausalLM, wrap
 from .demand import Widths
 from .errors import InputError
 from .export import stock
-from .layout import Layout, label, layout_of
+from .labels import label, layout_of
+from .layout import Layout
 from .reparametrize import reparametrize
 from .space import Change, Space
 from .verify import double_copy

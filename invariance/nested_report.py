@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from .checkpoint import InvarianceForCausalLM
 from .evaluate import Evaluation, measure
 from .export import cast
-from .layout import label
+from .labels import label
 from .memo import Memo
 from .nested import Members, extract, members
 from .pipeline import Sliced

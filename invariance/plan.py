@@ -17,8 +17,9 @@ from .export import config_obstacle, obstacle
 from .fitting import check_unit
 from .heldout import enough_held_out
 from .interfaces import Method, Selector, Statistic
+from .labels import layout_of
 from .latency import Latency, table
-from .layout import Layout, Parameters, layout_of
+from .layout import Layout, Parameters
 from .models import cache_dir
 from .moments import Key
 from .quantize import check_groups

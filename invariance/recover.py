@@ -21,7 +21,8 @@ from .data import Tokens
 from .errors import InputError, InvarianceError
 from .evaluate import perplexity
 from .files import replacing
-from .layout import Layout, label
+from .labels import label
+from .layout import Layout
 from .models import cache_dir
 from .nested import Members
 from .recover_local import reconstruct

@@ -13,7 +13,8 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from .adapt import adapt
-from .layout import Layout, label
+from .labels import label
+from .layout import Layout
 from .nested import first
 from .recover_options import Recover
 from .reparametrize import along, contract, reparametrize

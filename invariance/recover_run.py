@@ -23,7 +23,8 @@ from .errors import InputError, InvarianceError
 from .export import cast, stock
 from .families import architecture, check_positions
 from .files import replacing, write_json, write_text
-from .layout import Layout, label
+from .labels import label
+from .layout import Layout
 from .models import licence, load_config, load_model, load_tokenizer, weights_digest
 from .recover import check, recover
 from .recover_options import Recover

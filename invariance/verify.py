@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .canonical import canonicalize
-from .layout import Layout, label
+from .labels import label
+from .layout import Layout
 from .reparametrize import reparametrize
 from .space import Change
 

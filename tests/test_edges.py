@@ -34,7 +34,8 @@ from invariance.checkpoint import layout_of_config, wrap
 from invariance.data import Tokens, load_tokens
 from invariance.errors import InputError
 from invariance.interfaces import Statistic, find
-from invariance.layout import Layout, label, layout_of
+from invariance.labels import label, layout_of
+from invariance.layout import Layout
 from invariance.modules import Factored, factors
 from invariance.moments import Moment, Moments, reader_moment
 from invariance.pipeline import slice_model

@@ -36,7 +36,8 @@ from invariance import verify
 from invariance.canonical import canonicalize
 from invariance.errors import InvarianceError
 from invariance.families import architecture
-from invariance.layout import KINDS, Layout, label
+from invariance.labels import label
+from invariance.layout import KINDS, Layout
 from invariance.reparametrize import reparametrize
 from invariance.space import Change
 from invariance.verify import logits, relative_error, tolerance

@@ -13,8 +13,8 @@ from folders import model_of
 from invariance import latency
 from invariance import plan as plans
 from invariance.errors import InputError
+from invariance.labels import layout_of
 from invariance.latency import Latency, table
-from invariance.layout import layout_of
 from invariance.recipe import Recipe
 
 FAKE = Latency(

@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from invariance.canonical import canonicalize
 from invariance.errors import InputError
 from invariance.families import FAMILIES, architecture
-from invariance.layout import Axis, Edge, Parameters, Role, label, layout_of
+from invariance.labels import label, layout_of
+from invariance.layout import Axis, Edge, Parameters, Role
 from invariance.modules import Block
 from invariance.reparametrize import reparametrize
 from invariance.space import Group

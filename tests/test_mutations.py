@@ -16,7 +16,8 @@ from invariance import canonical, verify
 from invariance import reparametrize as operator
 from invariance.canonical import assign, canonicalize
 from invariance.errors import InvarianceError
-from invariance.layout import Axis, Layout, Role, label
+from invariance.labels import label
+from invariance.layout import Axis, Layout, Role
 from invariance.modules import Norm, Stage
 from invariance.reparametrize import reparametrize
 from invariance.space import Change, Group, haar

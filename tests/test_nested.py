@@ -25,7 +25,8 @@ from invariance.checkpoint import InvarianceForCausalLM
 from invariance.errors import InputError
 from invariance.export import cast
 from invariance.interfaces import Selector, Statistic, find, registry
-from invariance.layout import Layout, label
+from invariance.labels import label
+from invariance.layout import Layout
 from invariance.moments import Moment, Moments
 from invariance.nested import extract, first
 from invariance.plan import plan

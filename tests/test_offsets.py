@@ -21,7 +21,8 @@ from invariance import reparametrize as operator
 from invariance.checkpoint import InvarianceForCausalLM
 from invariance.errors import InputError, InvarianceError
 from invariance.interfaces import Statistic, find
-from invariance.layout import Layout, label
+from invariance.labels import label
+from invariance.layout import Layout
 from invariance.moments import Moment, Moments
 from invariance.plan import plan
 from invariance.recipe import Recipe

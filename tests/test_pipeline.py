@@ -25,7 +25,8 @@ from invariance.data import Tokens, load_tokens
 from invariance.errors import CertificateError, InputError
 from invariance.families import architecture
 from invariance.interfaces import Statistic
-from invariance.layout import Layout, label
+from invariance.labels import label
+from invariance.layout import Layout
 from invariance.models import weights_digest
 from invariance.moments import Moment, Moments, Store
 from invariance.pipeline import Sliced, slice_model

@@ -28,7 +28,7 @@ from invariance.data import Tokens
 from invariance.errors import InputError, InvarianceError
 from invariance.families import architecture
 from invariance.interfaces import Slicer, Statistic, find
-from invariance.layout import label
+from invariance.labels import label
 from invariance.moments import Moment, Moments
 from invariance.pipeline import Sliced, slice_model
 from invariance.plan import plan

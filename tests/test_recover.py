@@ -26,7 +26,8 @@ from invariance.basis_file import Basis
 from invariance.data import Tokens, load_tokens
 from invariance.errors import InputError, InvarianceError
 from invariance.evaluate import perplexity
-from invariance.layout import Layout, label
+from invariance.labels import label
+from invariance.layout import Layout
 from invariance.recipe import Recipe
 from invariance.recover import Recovered, recover
 from invariance.recover import check as recover_check

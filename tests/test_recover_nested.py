@@ -21,7 +21,8 @@ from invariance.adapt import adapt, settle
 from invariance.data import Tokens, load_tokens
 from invariance.errors import InputError
 from invariance.evaluate import perplexity
-from invariance.layout import Layout, label
+from invariance.labels import label
+from invariance.layout import Layout
 from invariance.nested import first
 from invariance.recipe import parse_recipe
 from invariance.recover import Recovered, put_back, recover

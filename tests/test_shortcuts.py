@@ -26,7 +26,7 @@ from invariance.data import Tokens, load_tokens
 from invariance.errors import InputError
 from invariance.families import architecture
 from invariance.interfaces import Statistic
-from invariance.layout import label
+from invariance.labels import label
 from invariance.losses import perplexity
 from invariance.memo import Memo
 from invariance.modules import Stage
