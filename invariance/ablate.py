@@ -116,8 +116,8 @@ class Ablation:
         return tables.row(job.key, variant.varied, None, status, reason)
 
     def write(self) -> list[Row]:
-        """results.parquet, results.csv and study.html of what there is so far."""
-        from .study_page import page
+        """results.parquet, results.csv, study.html and its charts as files of their own, of what there is so far."""
+        from .study_page import figures, page
 
         rows = self.rows()
         tables.write(self.output, rows)
@@ -126,6 +126,8 @@ class Ablation:
         spectra = {key: _json(folder / "spectra.json") for key, folder in done.items()}
         recipes = {key: (folder / "recipe.yaml").read_text(encoding="utf-8") for key, folder in done.items()}
         write_text(self.output / "study.html", page(self.study, rows, reports, spectra, recipes))
+        for name, drawn in figures(self.study, rows).items():
+            write_text(self.output / f"{name}.svg", drawn)
         return rows
 
 

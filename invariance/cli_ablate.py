@@ -33,7 +33,7 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
     `base` names a recipe; `grid` (all combinations), `zip` (together) or `search` (Optuna) say what varies. Every recipe is
     planned before anything runs. What runs share is computed once: moments, bases, the dense model's perplexity. Interrupt
     it when you like: finished runs are kept, and the same command goes on. Writes results.parquet, results.csv and
-    study.html. Studies that ship: recipes/ablations/*.yaml.
+    study.html, and its charts as front.svg and curves.svg. Studies that ship: recipes/ablations/*.yaml.
     """
     from . import ablate as studies
     from .files import write_text

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
 from .report_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, axes, el, rect, svg, text
+from .report_style import STYLE as PAGE
 
 LOG_FROM = 8  # values whose largest is so many times the least stand on a logarithmic axis
 CELL, NAMES = 13, 150  # of a heat map: the height of a row, and how much of its width the names take
+ACROSS, ROW, LONGEST = (
+    2,
+    15,
+    34,
+)  # of a legend below a chart: names in a row, its height, the letters of a name
+FILE_STYLE = "svg { background: var(--card); font-family: system-ui, sans-serif; }"
 
 STYLE = """
 .point.best { stroke: var(--ink); stroke-width: 1.5; }
@@ -174,3 +182,21 @@ def legend(series: Sequence[tuple[str, float]]) -> Element:
     """The names of series beside their colours."""
     items = (el("span", el("i", style=f"--t:{shade:.3f}", class_="key"), name) for name, shade in series)
     return el("p", *items, class_="legend keys")
+
+
+def alone(drawn: Element, shades: Mapping[str, float]) -> str:
+    """A chart as an SVG file of its own: with its style, and the names of its series below it."""
+    height = float(drawn.attrib["viewBox"].split()[-1])
+    keys = []
+    for n, (name, shade) in enumerate(shades.items()):
+        x, y = LEFT + n % ACROSS * (WIDTH - LEFT) / ACROSS, height + ROW * (n // ACROSS) + ROW / 2
+        dot = el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r="4", class_="point", style=f"--t:{shade:.3f}")
+        said = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+        keys += [dot, text(x + 9, y + 3.5, said, "start")]
+    height += ROW * math.ceil(len(shades) / ACROSS)
+    style = el("style", PAGE + STYLE + FILE_STYLE)
+    whole = el("svg", style, *drawn, *keys, viewBox=f"0 0 {WIDTH} {height:g}", width=2 * WIDTH, role="img")
+    whole.set("xmlns", "http://www.w3.org/2000/svg")
+    for link in whole.iter("a"):
+        link.attrib.pop("href")  # leads nowhere outside the page
+    return ElementTree.tostring(whole, encoding="unicode") + "\n"

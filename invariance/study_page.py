@@ -104,9 +104,21 @@ def _shades(study: Study, done: Sequence[Row]) -> dict[str, float]:
     return {name: n / max(len(names) - 1, 1) for n, name in enumerate(names)}
 
 
-def _front(
+def figures(study: Study, rows: Sequence[Row]) -> dict[str, str]:
+    """The charts of costs and of curves as SVG files of their own, by name."""
+    done = [r for r in rows if r["status"] == DONE]
+    axis = tables.cost_axis(done)
+    shades = _shades(study, done)
+    drawn = {
+        "front": _scatter(study, done, tables.front(done, (axis, "perplexity")), axis, shades),
+        "curves": _lines(study, done, shades),
+    }
+    return {name: study_charts.alone(chart, shades) for name, chart in drawn.items() if chart is not None}
+
+
+def _scatter(
     study: Study, done: Sequence[Row], best: set[str], axis: str, shades: Mapping[str, float]
-) -> list[Element]:
+) -> Element | None:
     x = _x(study, done)
     points = [
         Point(r["run"], f"{_series_name(study, r)}: {tables.cell(axis, r[axis])} {axis}, perplexity {r['perplexity']:.2f}",
@@ -114,8 +126,16 @@ def _front(
         for r in done if r.get("perplexity") is not None
     ]  # fmt: skip
     if not points:
+        return None
+    return study_charts.scatter(f"Perplexity over {axis}", points, axis.replace("_", " "))
+
+
+def _front(
+    study: Study, done: Sequence[Row], best: set[str], axis: str, shades: Mapping[str, float]
+) -> list[Element]:
+    drawn = _scatter(study, done, best, axis, shades)
+    if drawn is None:
         return [el("h2", "Cost and loss"), el("p", "No run was measured.", class_="soft")]
-    drawn = study_charts.scatter(f"Perplexity over {axis}", points, axis.replace("_", " "))
     caption = el(
         "figcaption", el("b", "Perplexity"), f" over {axis.replace('_', ' ')}; a point leads to its recipe"
     )
@@ -126,10 +146,10 @@ def _front(
     ]
 
 
-def _curves(study: Study, done: Sequence[Row], shades: Mapping[str, float]) -> list[Element]:
+def _lines(study: Study, done: Sequence[Row], shades: Mapping[str, float]) -> Element | None:
     x = _x(study, done)
     if x is None:
-        return []
+        return None
     groups: dict[str, dict[float, list[float]]] = {}
     for r in done:
         if r.get("perplexity") is not None and isinstance(r.get(x), int | float):
@@ -140,10 +160,14 @@ def _curves(study: Study, done: Sequence[Row], shades: Mapping[str, float]) -> l
         )
         for name, found in groups.items()
     ]
-    if not series:
+    return study_charts.curves(f"Perplexity over {x}", series, x) if series else None
+
+
+def _curves(study: Study, done: Sequence[Row], shades: Mapping[str, float]) -> list[Element]:
+    drawn = _lines(study, done, shades)
+    if drawn is None:
         return []
-    caption = el("figcaption", el("b", "Perplexity"), f" over {x}; bands span the seeds")
-    drawn = study_charts.curves(f"Perplexity over {x}", series, x)
+    caption = el("figcaption", el("b", "Perplexity"), f" over {_x(study, done)}; bands span the seeds")
     return [el("h2", "Curves"), el("figure", caption, drawn), study_charts.legend(list(shades.items()))]
 
 

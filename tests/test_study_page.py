@@ -8,13 +8,14 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from test_report import _Page
 
 from invariance.study import Study, load_study
 from invariance.study_charts import ticks
-from invariance.study_page import energy_lost, page
+from invariance.study_page import energy_lost, figures, page
 from invariance.study_table import row
 
 BROWSER = next(
@@ -73,7 +74,8 @@ grid:
 
 
 @pytest.fixture
-def html(study: Study) -> str:
+def found(study: Study) -> tuple[list[Any], dict[str, Any], dict[str, Any], dict[str, str]]:
+    """Rows, reports, spectra and recipes of a study's runs, of which one failed."""
     rows, reports, spectra, recipes = [], {}, {}, {}
     for n, variant in enumerate(study.variants()):
         width = int(str(variant.varied["steps.0.select.uniform.width"]))
@@ -85,7 +87,32 @@ def html(study: Study) -> str:
         spectra[name] = {f"mlp.{i}": [2.0 ** -(j / 8) for j in range(64)] for i in range(6)}
         recipes[name] = f"model: {NASTY}\n" + "steps: " + "x" * 300
         rows.append(row(name, variant.varied, reports[name], "done"))
-    return page(study, rows, reports, spectra, recipes)
+    return rows, reports, spectra, recipes
+
+
+@pytest.fixture
+def html(study: Study, found: Any) -> str:
+    return page(study, *found)
+
+
+def test_charts_stand_alone_as_files_that_load_nothing_and_name_their_series(
+    study: Study, found: Any
+) -> None:
+    rows = found[0]
+    drawn = figures(study, rows)
+    assert set(drawn) == {"front", "curves"}
+    for text in drawn.values():
+        root = ElementTree.fromstring(text)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert not re.search(r"href|@import|url\(", text) and "<script" not in text
+        said = [t.text for t in root.iter("{http://www.w3.org/2000/svg}text")]
+        assert NASTY in said and sum(t is not None and t.endswith("…") for t in said) == 1
+        height = float(root.attrib["viewBox"].split()[-1])
+        keys = [t for t in root.iter("{http://www.w3.org/2000/svg}circle") if t.get("r") == "4"]
+        assert len(keys) == 2 and all(float(k.attrib["cy"]) < height for k in keys)
+    points = ElementTree.fromstring(drawn["front"]).iter("{http://www.w3.org/2000/svg}a")
+    assert len(list(points)) == 11
+    assert figures(study, [r for r in rows if r["status"] != "done"]) == {}
 
 
 def test_the_page_loads_nothing_runs_its_own_script_only_and_escapes_all(html: str) -> None:
