@@ -185,7 +185,7 @@ def legend(series: Sequence[tuple[str, float]]) -> Element:
 
 
 def alone(drawn: Element, shades: Mapping[str, float]) -> str:
-    """A chart as an SVG file of its own: with its style, and the names of its series below it."""
+    """A chart as an SVG file of its own: with its style, its title above, and the names of its series below it."""
     height = float(drawn.attrib["viewBox"].split()[-1])
     keys = []
     for n, (name, shade) in enumerate(shades.items()):
@@ -195,7 +195,9 @@ def alone(drawn: Element, shades: Mapping[str, float]) -> str:
         keys += [dot, text(x + 9, y + 3.5, said, "start")]
     height += ROW * math.ceil(len(shades) / ACROSS)
     style = el("style", PAGE + STYLE + FILE_STYLE)
-    whole = el("svg", style, *drawn, *keys, viewBox=f"0 0 {WIDTH} {height:g}", width=2 * WIDTH, role="img")
+    head = text(LEFT, -6, drawn[0].text or "", "start", "strong")
+    view = f"0 {-ROW - 3} {WIDTH} {height + ROW + 3:g}"
+    whole = el("svg", style, *drawn, head, *keys, viewBox=view, width=2 * WIDTH, role="img")
     whole.set("xmlns", "http://www.w3.org/2000/svg")
     for link in whole.iter("a"):
         link.attrib.pop("href")  # leads nowhere outside the page
