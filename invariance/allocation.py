@@ -126,12 +126,14 @@ def _bill(chart: Plan, demands: list[Demand], kept: Widths, loss: Loss | None,
         return chart.amount(resource, named(widths))
 
     limits = chart.recipe.budget.limits if chart.recipe.budget else {}
+    dense = {r: chart.dense_amount(r) for r in limits}
     return Bill(
         amounts={r: partial(spent, r) for r in limits or ("parameters",)},
-        limits={r: int(share * chart.dense_amount(r)) for r, share in limits.items()},
+        limits={r: int(share * dense[r]) for r, share in limits.items()},
         widths={d.space: allowed(d) for d in demands},
         loss=None if loss is None else lambda w: loss(named(w)),
         influence=None if influence is None else {d.space: d.mean(influence) for d in demands},
+        dense=dense,
     )
 
 

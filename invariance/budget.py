@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import TypeVar
 
@@ -32,11 +32,12 @@ class Predicted(dict[S, int]):
 class Bill:
     """What a choice of widths costs; ``bill(widths)`` is the amount to hold against ``limit``.
 
-    ``amounts`` counts each resource that the recipe limits, ``limits`` says how much of it there is. With one
-    resource the bill is its amount, with several the largest share spent of any, and the limit is 1. Spaces left out
-    of ``widths`` keep what they have. ``widths[space]`` are the widths that the recipe's constraints allow, ascending.
-    ``loss`` measures a choice on held-out tokens (nats per token), for selectors that declare ``measures``;
-    ``influence`` is 1 - E[cos(stream into, out of)] of each space's block, for those that need Statistic.COSINE.
+    ``amounts`` counts each resource that the recipe limits, ``limits`` says how much of it there is, ``dense`` how much
+    the model spends as it comes. With one resource the bill is its amount, with several the largest share spent of any,
+    and the limit is 1. Spaces left out of ``widths`` keep what they have. ``widths[space]`` are the widths that the
+    recipe's constraints allow, ascending. ``loss`` measures a choice on held-out tokens (nats per token), for selectors
+    that declare ``measures``; ``influence`` is 1 - E[cos(stream into, out of)] of each space's block, for those that
+    need Statistic.COSINE.
     """
 
     amounts: Mapping[str, Callable[[Chosen], float]]
@@ -44,6 +45,7 @@ class Bill:
     widths: Mapping[Space, tuple[int, ...]]
     loss: Callable[[Chosen], float] | None = None
     influence: Mapping[Space, float] | None = None
+    dense: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, widths: Chosen) -> float:
         if len(self.amounts) == 1:
@@ -78,8 +80,9 @@ class Bill:
         for resource, limit in self.limits.items():
             least = self.amounts[resource](narrowest)
             if least > limit:
-                factor = f" by a factor of {ceil(1000 * least / limit) / 1000} or more" if limit >= 1 else ""
+                nearest = ceil(1000 * least / self.dense[resource]) / 1000
+                raised = f"Raise it to `{resource}: {nearest:g}`, allow" if nearest <= 1 else "Allow"
                 raise InputError(
                     f"the budget of {limit:,.0f} {UNITS[resource]} cannot be met: these spaces at their narrowest leave "
-                    f"{least:,.0f}. Raise it{factor}, allow narrower widths, or cut more spaces."
+                    f"{least:,.0f}. {raised} narrower widths, or cut more spaces."
                 )

@@ -116,7 +116,7 @@ CASES = [
     Case("a budget of nothing", "nothing is limited", edits=(("steps:", "budget: {}\nsteps:"),)),
     Case("widths without a selector", "no `select` chooses among them",
          **step("{spaces: mlp, rotate: permute, widths: {multiple_of: 8}}")),
-    Case("a budget that nothing meets", r"budget of \d+ parameters cannot be met.*Raise it by a factor",
+    Case("a budget that nothing meets", r"budget of \d+ parameters cannot be met.*Raise it to `parameters: 0\.\d+`",
          edits=((RECIPE.splitlines()[3], "  - {spaces: mlp, rotate: permute, select: uniform}"),
                 ("steps:", "budget: {parameters: 0.01}\nsteps:")), at="5"),
     Case("a budget below the floor", r"cannot be met.*allow narrower widths",

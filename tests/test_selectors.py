@@ -560,14 +560,15 @@ def test_widths_above_the_budget_are_the_methods_fault_and_refused() -> None:
 
 @given(seeds)
 def test_the_budget_that_a_refusal_names_can_be_met(seed: int) -> None:
-    limit = int(np.random.default_rng(seed).integers(1, additive({s: 1 for s in SPACES})))
-    refused = replace(bill(1.0), limits={"parameters": float(limit)})
+    least, dense = additive({s: 1 for s in SPACES}), additive({})
+    limit = int(np.random.default_rng(seed).integers(1, least))
+    refused = replace(bill(1.0), limits={"parameters": limit}, dense={"parameters": dense})
     with pytest.raises(InputError) as e:
         refused.check()
-    factor = float(str(e.value).split("factor of ")[1].split()[0])
-    replace(refused, limits={"parameters": factor * limit}).check()
+    share = float(str(e.value).split("`parameters: ")[1].split("`")[0])
+    replace(refused, limits={"parameters": int(share * dense)}).check()
     with pytest.raises(InputError):
-        replace(refused, limits={"parameters": (factor - 0.002) * limit}).check()
+        replace(refused, limits={"parameters": int((share - 0.01) * dense)}).check()
 
 
 def test_shares_of_a_width_are_limits_to_the_letter() -> None:
