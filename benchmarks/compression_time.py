@@ -19,10 +19,11 @@ from statistics import median
 
 import torch
 
+from invariance.calibration import calibration_dtype
 from invariance.data import load_tokens
 from invariance.evaluate import peak_memory
 from invariance.models import load_model, load_tokenizer
-from invariance.pipeline import calibration_dtype, slice_model
+from invariance.pipeline import slice_model
 from invariance.plan import plan
 from invariance.recipe import Recipe, load_recipe
 

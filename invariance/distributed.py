@@ -9,7 +9,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from . import pipeline
+from . import calibration
 from .data import Tokens
 from .errors import InputError
 from .interfaces import begin
@@ -25,7 +25,7 @@ START = "ddp_spawn"  # a fork would hang where torch has threads already
 
 
 def calibrate(plans: Sequence[Plan], tokens: Tokens, setting: Setting) -> None:
-    """Measure in several processes what ``pipeline.calibrate`` would in one, into the same store.
+    """Measure in several processes what ``calibration.calibrate`` would in one, into the same store.
 
     Batches go to the processes in turn, so the sums are those of one process in another order: they agree to float64
     rounding. A statistic that no walk measures (the output's Fisher) is left to the caller.
@@ -58,8 +58,8 @@ def _measure(
     def add(moments: Moments) -> Moments:
         return merged(fabric, moments)
 
-    share = pipeline.Share(fabric.global_rank, fabric.world_size, add)
-    pipeline.calibrate(model, plans, Tokens(ids, mask), store=cache_dir("moments"), share=share)
+    share = calibration.Share(fabric.global_rank, fabric.world_size, add)
+    calibration.calibrate(model, plans, Tokens(ids, mask), store=cache_dir("moments"), share=share)
     fabric.barrier()
 
 

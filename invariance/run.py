@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from .basis_file import Basis
 from .bench import tokens_per_second
+from .calibration import timed
 from .checkpoint import InvarianceForCausalLM, wrap
 from .data import Tokens, load_tokens
 from .errors import InputError
@@ -29,7 +30,7 @@ from .memo import Memo
 from .models import cache_dir, licence, load_config, load_model, load_tokenizer, stored_bytes
 from .nested import Members
 from .nested_report import costs, measure_members, members_of
-from .pipeline import Sliced, slice_model, timed
+from .pipeline import Sliced, slice_model
 from .plan import Plan, plan
 from .quantize import check_installed
 from .quantize_run import quantize_both

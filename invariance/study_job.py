@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from . import pipeline
+from . import calibration
 from .data import Tokens
 from .errors import InvarianceError
 from .evaluate import Perplexity, perplexity
@@ -135,7 +135,7 @@ class Bench:
                 from .distributed import calibrate
 
                 calibrate(reading, tokens, self.setting)
-            pipeline.calibrate(self.model, reading, tokens, store=cache_dir("moments"), memo=self.memo,
+            calibration.calibrate(self.model, reading, tokens, store=cache_dir("moments"), memo=self.memo,
                                progress=self.progress)  # fmt: skip
         for evaluation in _perplexities(*map(self.data, recipes)):
             evaluation.losses(self.model, "dense", self.progress, self.memo)

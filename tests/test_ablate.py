@@ -15,7 +15,7 @@ import pytest
 import torch
 from folders import invoke, save_model, save_tokens
 
-from invariance import evaluate, fisher, pipeline, study_job, study_table, walk
+from invariance import calibration, evaluate, fisher, pipeline, study_job, study_table, walk
 from invariance.data import load_tokens
 from invariance.interfaces import Statistic, find
 from invariance.memo import Memo
@@ -291,7 +291,7 @@ def test_no_moment_sees_the_tokens_that_are_skipped(root: Path) -> None:
             "steps": [{"spaces": "residual", "rotate": "pca", "select": {"uniform": {"width": 24}}}],
         })  # fmt: skip
         store = root / f"moments {skip}"
-        pipeline.calibrate(model, [plan(recipe, model.config)], ids, store=store)
+        calibration.calibrate(model, [plan(recipe, model.config)], ids, store=store)
         (folder,) = store.iterdir()
         found = Store(folder).load([("x.0.0", Statistic.RAW)]).known["x.0.0", Statistic.RAW]
         x = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from folders import save_model, save_tokens
 
-from invariance import distributed, pipeline
+from invariance import calibration, distributed
 from invariance.data import load_tokens
 from invariance.errors import InputError
 from invariance.models import cache_dir, load_model
@@ -63,14 +63,16 @@ def test_two_processes_equal_one_to_rounding_and_half_of_the_batches_do_not(
     tokens = load_tokens(str(root / "tokens.npy"), None, vocab_size=41)
     model = load_model(str(root / "model"))
     monkeypatch.setenv("INVARIANCE_CACHE", str(root / "one"))
-    pipeline.calibrate(model, [chart], tokens, store=cache_dir("moments"))
+    calibration.calibrate(model, [chart], tokens, store=cache_dir("moments"))
     monkeypatch.setenv("INVARIANCE_CACHE", str(root / "two"))
     # forked, which saves the imports; only because torch has one thread here
     monkeypatch.setattr(distributed, "START", "ddp_fork")
     distributed.calibrate([chart], tokens, Setting(processes=2, threads=1))
     monkeypatch.setenv("INVARIANCE_CACHE", str(root / "half"))
-    half = pipeline.Share(0, 2, lambda moments: moments)  # what one of the two would know without the other
-    pipeline.calibrate(model, [chart], tokens, store=cache_dir("moments"), share=half)
+    half = calibration.Share(
+        0, 2, lambda moments: moments
+    )  # what one of the two would know without the other
+    calibration.calibrate(model, [chart], tokens, store=cache_dir("moments"), share=half)
     one, two, unmerged = (stored(root / name, chart) for name in ("one", "two", "half"))
     # the same float64 terms in another order: n - 1 additions err by at most that many roundings, in either order
     bound = 2 * (BATCHES - 1) * torch.finfo(torch.float64).eps

@@ -19,7 +19,7 @@ from tiny import tiny, tiny_models
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from invariance import files, pipeline, verify, walk
+from invariance import calibration, files, pipeline, verify, walk
 from invariance.canonical import canonicalize
 from invariance.data import Tokens, load_tokens
 from invariance.errors import CertificateError, InputError
@@ -659,7 +659,7 @@ def test_a_dense_stream_that_was_kept_and_one_walked_again_give_one_model(
         patch.setattr(walk, "oneshot", disturbed)  # the control: the streams are what is followed
         disturbed_one = sliced(asked, dense(family)).model.get_parameter(weight)
         assert relative_error(kept, disturbed_one) > 1e-3
-    monkeypatch.setattr(pipeline._Run, "_streams_fit", lambda self, batches: False)
+    monkeypatch.setattr(calibration.Calibration, "_streams_fit", lambda self, batches: False)
     assert torch.equal(kept, sliced(asked, dense(family)).model.get_parameter(weight))
 
 

@@ -288,8 +288,7 @@ def test_a_held_out_loss_is_that_of_the_model_that_comes_out() -> None:
     asked = recipe(of_rank(4), MLP)
     chart = plan(asked, dense().config)
     run = pipeline._Run(dense(), chart, tokens(), None, walk.quiet, Memo())
-    run.curved = pipeline.Moments()
-    moments = run._calibrate(chart.of_dense())
+    moments = run.calibration.measure(chart.of_dense())
     run._fit(chart.units, moments)
     widths = chart.allocate(None)
     assert widths is not None
