@@ -256,7 +256,11 @@ def bill(multiple: int = 1, limit: int | None = None) -> Bill:
     allowed = {s: tuple(sorted({*range(multiple, s.dim, multiple), s.dim})) for s in SPACES}
     limits = {} if limit is None else {"parameters": limit}
     return Bill(
-        {"parameters": stored}, limits, allowed, influence=dict(zip(SPACES, (0.1, 0.4, 0.2), strict=True))
+        {"parameters": stored},
+        limits,
+        allowed,
+        influence=dict(zip(SPACES, (0.1, 0.4, 0.2), strict=True)),
+        dense={"parameters": stored({})},
     )
 
 
