@@ -1,4 +1,4 @@
-"""Layout: which axis of which weight lies in which space, read off a restructured model; and what widths cost."""
+"""Layout: which axis of which weight lies in which space, and what widths cost."""
 
 from __future__ import annotations
 
@@ -201,13 +201,13 @@ class Layout:
         return runs * self.width(axis.space, widths)
 
     @cached_property
-    def _factors(self) -> dict[str, tuple[float, tuple[str, ...]]]:
+    def _factors(self) -> dict[str, tuple[int, tuple[str, ...]]]:
         """Weight → its size where each space that it lies on had one direction, a KV group for one, and those spaces."""
         found = {}
         for name, axes in self.axes.items():
             labelled = [a for a in axes if a is not None]
-            size: float = prod(n for n, a in zip(self.shapes[name], axes, strict=True) if a is None)
-            size *= prod(a.heads / (self.spaces[a.outer.space].dim if a.outer else 1) for a in labelled)
+            size = prod(n for n, a in zip(self.shapes[name], axes, strict=True) if a is None)
+            size *= prod(a.heads // (self.spaces[a.outer.space].dim if a.outer else 1) for a in labelled)
             found[name] = size, tuple(part.space for a in labelled for part in a.spaces)
         return found
 
@@ -221,7 +221,7 @@ class Layout:
                 continue
             for space in spaces:
                 size *= dims[space]
-            sizes[name] = round(size)
+            sizes[name] = size
         for first, second, rank in self._pairs:
             if first in sizes and (k := self.width(rank, widths)):
                 whole = sizes[first] * sizes[second] // k**2

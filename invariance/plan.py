@@ -291,8 +291,8 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
             if name in taken and not _lets_go(recipe.steps[taken[name]]):
                 raise InputError(
                     f"{recipe.where('steps', n, 'spaces')}: space '{name}' is already changed by step {taken[name]}. "
-                    "Give each space to one step; only what selectors of depth leave (`shortgpt: {blocks: 2}`) can be cut "
-                    "by a later one."
+                    "Give each space to one step; only what selectors leave that let a number of `blocks` go can be cut by a "
+                    "later one."
                 )
             taken[name] = n
         for members in _segments(layout, step, names):
