@@ -80,7 +80,7 @@ class Axis:
         decades = range(math.floor(self.scale.low), math.ceil(self.scale.high) + 1)
         steps = (1, 2, 5) if len(decades) <= 4 else (1,)
         marks = [m * 10.0**n for n in decades for m in steps]
-        return {m: f"{m:g}" for m in marks if self.scale.low <= math.log10(m) <= self.scale.high}
+        return {m: _short(m, m) for m in marks if self.scale.low <= math.log10(m) <= self.scale.high}
 
 
 def ticks(low: float, high: float, most: int = 6) -> dict[float, str]:

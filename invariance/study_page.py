@@ -97,6 +97,11 @@ def _x(study: Study, done: Sequence[Row]) -> str | None:
     return max(counts, key=lambda f: counts[f]) if counts and max(counts.values()) > 1 else None
 
 
+def _said(study: Study, x: str | None) -> str:
+    """What a factor or a column is called."""
+    return "" if x is None else study.titles.get(x, x.replace("_", " "))
+
+
 def _shades(study: Study, done: Sequence[Row]) -> dict[str, float]:
     """Series → its place on the scale of colours."""
     x = _x(study, done)
@@ -160,20 +165,23 @@ def _lines(study: Study, done: Sequence[Row], shades: Mapping[str, float]) -> El
         )
         for name, found in groups.items()
     ]
-    return study_charts.curves(f"Perplexity over {x}", series, x) if series else None
+    said = _said(study, x)
+    return study_charts.curves(f"Perplexity over {said}", series, said) if series else None
 
 
 def _curves(study: Study, done: Sequence[Row], shades: Mapping[str, float]) -> list[Element]:
     drawn = _lines(study, done, shades)
     if drawn is None:
         return []
-    caption = el("figcaption", el("b", "Perplexity"), f" over {_x(study, done)}; bands span the seeds")
+    caption = el(
+        "figcaption", el("b", "Perplexity"), f" over {_said(study, _x(study, done))}; bands span the seeds"
+    )
     return [el("h2", "Curves"), el("figure", caption, drawn), study_charts.legend(list(shades.items()))]
 
 
 def _table(study: Study, rows: Sequence[Row], best: set[str]) -> list[Element]:
     names = [*study.factors, *tables.shown(rows), "status"]
-    titles = [study.titles.get(n, n.replace("_", " ")) for n in names]
+    titles = [_said(study, n) for n in names]
     button = [
         el("th", el("button", t, type="button", title=n), scope="col")
         for n, t in zip(names, titles, strict=True)
