@@ -26,6 +26,7 @@ from invariance.models import load_model, load_tokenizer
 from invariance.pipeline import slice_model
 from invariance.plan import plan
 from invariance.recipe import Recipe, load_recipe
+from invariance.terminal import device_named
 
 PCA = {"pca": {"of": "normed"}}
 NARROW = {"uniform": {"keep": 0.75, "multiple_of": 8}}
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
+    parser.add_argument("--device", default="auto", type=device_named, help="auto, cpu or cuda")
     parser.add_argument("--only", default="", help="recipes whose name begins so, such as oneshot")
     parser.add_argument("--recipe", type=Path, nargs="*", default=[], help="files to time in place of those")
     args = parser.parse_args()
@@ -65,11 +67,11 @@ def main() -> None:
     if args.recipe:
         recipes = {path.stem: load_recipe(path).to_dict() for path in args.recipe}
 
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    model, tokenizer = load_model(args.model, device=args.device), load_tokenizer(args.model)
     tokens = load_tokens(args.data, tokenizer, vocab_size=model.config.vocab_size, sequences=args.sequences,
                          tokens=args.tokens)  # fmt: skip
     dtype = calibration_dtype(args.dtype, model.device)
-    fast = load_model(args.model, dtype=dtype).base_model
+    fast = load_model(args.model, device=args.device, dtype=dtype).base_model
     calibrate = {"data": args.data, "sequences": args.sequences, "tokens": args.tokens, "dtype": args.dtype}
     forward: list[float] = []
     found: dict[str, list[dict[str, float]]] = {name: [] for name in recipes}
@@ -105,7 +107,9 @@ def main() -> None:
 def pure_forward(model: torch.nn.Module, tokens: object, batch: int = 8) -> float:
     start = time.perf_counter()
     for ids, _ in tokens.batches(batch):  # type: ignore[attr-defined]
-        model(input_ids=ids, use_cache=False)
+        model(input_ids=ids.to(model.device), use_cache=False)
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 

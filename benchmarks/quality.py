@@ -24,6 +24,7 @@ from invariance.files import write_json
 from invariance.models import load_model, load_tokenizer
 from invariance.recipe import Recipe, load_recipe
 from invariance.run import outcome, read_data
+from invariance.terminal import device_named
 
 
 def main() -> None:
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--calibrate", nargs="*", default=[], help="data to calibrate on, one run each")
     parser.add_argument("--evaluate", nargs="+", required=True, metavar="NAME=DATA")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--device", default="auto", type=device_named, help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("quality.json"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.exists() else []
@@ -61,7 +63,7 @@ def measured(path: Path, args: argparse.Namespace, data: str | None, budget: flo
         sets += [f"calibrate.data={data}"]
         sets += ["calibrate.sequences=null", "calibrate.tokens=null"] if data.endswith(".npy") else []
     recipe: Recipe = load_recipe(path, sets)
-    model, tokenizer = load_model(recipe.model), load_tokenizer(recipe.model)
+    model, tokenizer = load_model(recipe.model, device=args.device), load_tokenizer(recipe.model)
     found = read_data(recipe, model.config, tokenizer)
     result = outcome(model, recipe, tokenizer=tokenizer, data=found, evaluate=False, progress=progress)
     same = (recipe.model, recipe.evaluate)

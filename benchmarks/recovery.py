@@ -27,6 +27,7 @@ from invariance.models import load_config, load_model, load_tokenizer
 from invariance.recipe_evaluate import Perplexity
 from invariance.recover_options import Recover
 from invariance.recover_run import run
+from invariance.terminal import device_named
 from invariance.yaml_text import safe_yaml
 
 CHOSEN = (
@@ -61,6 +62,7 @@ def main() -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="of every way, one level deep"
     )
     parser.add_argument("--evaluate", nargs="+", required=True, metavar="NAME=DATA")
+    parser.add_argument("--device", default="auto", type=device_named, help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("recovery.json"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.exists() else []
@@ -86,14 +88,17 @@ def main() -> None:
         begun = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             document = run(args.model, Path(folder) / "out", Recover.model_validate(said), teacher=args.teacher,
-                           progress=progress)  # fmt: skip
+                           device=args.device, progress=progress)  # fmt: skip
             spent = {"seconds": document["seconds"], "cpu_seconds": round(time.process_time() - begun, 1)}
-            found = perplexities(asked, load_model(f"{folder}/out/model"), way)
+            found = perplexities(asked, load_model(f"{folder}/out/model", device=args.device), way)
         report = document["recover"]
         return found | {name: report[name] for name in CHOSEN} | spent
 
     found = [
-        row({"way": name, "model": m} | texts, lambda n=name, m=m: perplexities(asked, load_model(m), n))
+        row(
+            {"way": name, "model": m} | texts,
+            lambda n=name, m=m: perplexities(asked, load_model(m, device=args.device), n),
+        )
         for name, m in (("dense", args.teacher), ("sliced", args.model))
     ]
     found += [row(key | {"way": way}, lambda way=way: recovered(way)) for way in args.ways]

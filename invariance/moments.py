@@ -70,14 +70,18 @@ class Moments:
         r = heads // copies
         runs = rearrange(x, "n (c r d) -> c (n r) d", c=copies, r=r)
         total = runs.sum(1, dtype=torch.float64) / r if key[1] is Statistic.MEAN else outer(runs)
-        moment = Moment(total, count)
-        self.known[key] = self.known[key] + moment if key in self.known else moment
+        self._take(key, total, count)
 
     def compare(self, key: Key, x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> None:
         """Take in the cosines of n pairs of tokens, as a moment of one dim."""
         total = torch.nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).double().sum()
-        moment = Moment(total.reshape(1, 1, 1), x.shape[0])
-        self.known[key] = self.known[key] + moment if key in self.known else moment
+        self._take(key, total.reshape(1, 1, 1), len(x))
+
+    def _take(self, key: Key, total: Float[Tensor, "c d *d"], count: float) -> None:
+        """Take in the sum of a batch, in place: matrices of all channels are large, and batches many."""
+        known = self.known.setdefault(key, Moment(torch.zeros_like(total, dtype=torch.float64), 0))
+        known.total += total
+        known.count += count
 
     def cpu(self) -> Moments:
         """The same on the CPU, where bases are fitted and changes made whatever device the model is on."""
@@ -109,15 +113,15 @@ class Moments:
         return Moments(pooled)
 
 
-def outer(x: Float[Tensor, "c n d"]) -> Float64[Tensor, "c d d"]:
-    """Σ x xᵀ per copy. bfloat16 signals are multiplied by the fast bfloat16 units, exactly: their products are
-    exact in float32, in which the sums are taken, a batch at a time; batches are added in float64."""
+def outer(x: Float[Tensor, "c n d"]) -> Float[Tensor, "c d d"]:
+    """Σ x xᵀ per copy of one batch; batches are added in float64. bfloat16 signals are multiplied by the fast bfloat16
+    units, exactly: their products are exact in float32, in which the sums are taken."""
     with _exact_fast_products(x.dtype is torch.bfloat16):
         f = (x if x.dtype is torch.float64 else x.float()).detach()
         total = f.new_empty(len(f), f.shape[-1], f.shape[-1])
         for m, out in zip(f, total, strict=True):  # one by one: batched products are half as fast on CPUs
             _gram(m, out)
-        return total.double()
+        return total
 
 
 def _gram(x: Float[Tensor, "n d"], out: Float[Tensor, "d d"]) -> None:

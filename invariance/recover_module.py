@@ -149,8 +149,10 @@ class Recovery(LightningModule):
         return self.student(**inputs).logits
 
     def validation_step(self, batch: Mapping[str, Tensor], index: int) -> None:
+        """Held-out losses as `evaluate` measures them: not in the lower precision that training may multiply in."""
         ids, mask = batch["ids"], batch["mask"]
-        losses = [next_token_loss(self(ids, mask, n), ids, mask) for n in range(1 + len(self.members))]
+        with torch.autocast(self.device.type, enabled=False):
+            losses = [next_token_loss(self(ids, mask, n), ids, mask) for n in range(1 + len(self.members))]
         self.log(HELD_OUT, torch.stack(losses).mean(), batch_size=len(ids), sync_dist=True, prog_bar=True)
         for name, loss in zip(self.names, losses, strict=bool(self.names)):
             self.log(of_member(name), loss, batch_size=len(ids), sync_dist=True)

@@ -48,8 +48,8 @@ class Normal:
             count, root = w.double().sum().item(), w.float().sqrt()
             h, t = (h.float() * root).to(h.dtype), t.float() * root
         self.H += outer(h[None])[0]
-        self.G += (h.float().mT @ t.float()).double()
-        self.s += (h.sum(0, dtype=torch.float32) if w is None else h.float().mT @ root[:, 0]).double()
+        self.G += h.float().mT @ t.float()
+        self.s += h.sum(0, dtype=torch.float32) if w is None else h.float().mT @ root[:, 0]
         self.n, self.total = self.n + len(h), self.total + count
 
     def __add__(self, other: Normal) -> Normal:

@@ -14,6 +14,7 @@ from invariance.moments import Moments
 from invariance.space import Basis, Space
 
 Metric = Literal["readers", "fisher"]
+WIDE = 256  # columns of a triangular factor that are multiplied together
 NOISE = 1e-5  # of a channel's own energy: keeps the factor of a moment that rounding has made indefinite
 
 
@@ -68,7 +69,9 @@ def ordered(order: Int[Tensor, "c d"], C: Float64[Tensor, "c d d"], G: Float64[T
     own = C.diagonal(dim1=-2, dim2=-1)
     floor = own.amax(-1, keepdim=True).clamp_min(torch.finfo(C.dtype).tiny) * noise
     L = torch.linalg.cholesky(C + torch.diag_embed(noise * torch.maximum(own, floor)))
-    return Basis(permutation(order), ((G @ L) * L).sum(-2).clamp_min(0))
+    d = L.shape[-1]
+    parts = ((L[:, r:, r : r + WIDE], G[:, r:, r:]) for r in range(0, d, WIDE))  # above its diagonal L is 0
+    return Basis(permutation(order), torch.cat([((g @ l) * l).sum(-2) for l, g in parts], -1).clamp_min(0))
 
 
 def permutation(order: Int[Tensor, "c d"]) -> Float64[Tensor, "c d d"]:

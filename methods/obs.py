@@ -62,10 +62,9 @@ def without(P: Float64[Tensor, "d d"], G: Float64[Tensor, "d d"], out: Int[Tenso
             stay: Int[Tensor, " r"]) -> tuple[Float64[Tensor, "r r"], Float64[Tensor, "r r"]]:  # fmt: skip
     """C⁻¹ and WᵀW of the channels that stay, their readers refit.
 
-    With T = −P_oo⁻¹ P_os, W becomes W_s + W_o T, so WᵀW becomes Tᵀ G_oo T + Tᵀ G_os + G_so T + G_ss, and C_ss⁻¹ is
-    P_ss + P_so T (Schur).
+    With T = −P_oo⁻¹ P_os, W becomes W_s + W_o T, so WᵀW becomes G_ss + S + Sᵀ with S = (G_so + ½ Tᵀ G_oo) T, and
+    C_ss⁻¹ is P_ss + P_so T (Schur).
     """
-    T = -torch.linalg.solve(P[out][:, out], P[out][:, stay])
-    cross = G[stay][:, out] @ T
-    refit = G[stay][:, stay] + cross + cross.mT + T.mT @ G[out][:, out] @ T
-    return P[stay][:, stay] + P[stay][:, out] @ T, refit
+    T = -torch.cholesky_solve(P[out][:, stay], torch.linalg.cholesky(P[out][:, out]))
+    S = (G[stay][:, out] + T.mT @ G[out][:, out] / 2) @ T
+    return P[stay][:, stay] + P[stay][:, out] @ T, G[stay][:, stay] + S + S.mT

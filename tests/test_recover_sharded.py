@@ -74,19 +74,19 @@ def test_weights_in_parts_train_as_whole_ones_with_accumulation(weights: str) ->
     assert abs(math.log(perplexity(written, held, 2)) - min(two)) <= tolerance(torch.float32, 4) * min(two)
 
 
-def test_half_precision_computes_in_half_and_keeps_weights_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.dtype] = []
+def test_half_precision_trains_in_half_measures_and_keeps_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[bool, torch.dtype]] = set()
     forward = Recovery.forward
 
     def watched(module: Recovery, *args: Any) -> torch.Tensor:
         found = forward(module, *args)
-        seen.append(found.dtype)
+        seen.add((module.training, found.dtype))
         return found
 
     monkeypatch.setattr(Recovery, "forward", watched)
     for precision, dtype in (("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)):
         losses = recovered(precision, {"precision": precision})
-        assert set(seen) == {dtype} and losses[-1] < losses[0]
+        assert seen == {(True, dtype), (False, torch.float32)} and losses[-1] < losses[0]
         learned = load_file(f"{precision}/model/model.safetensors")
         assert {t.dtype for t in learned.values()} == {torch.float32}
         seen.clear()
