@@ -402,6 +402,17 @@ def test_a_recipe_recovers_what_it_sliced(kind: str, folder: Path) -> None:
     assert shapes["x.0.0"] == (32, 24) and (len(shapes) == 1) == (kind == "stock")
 
 
+def test_tensorboard_gets_the_curve(folder: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    save_model(folder / "dense")
+    options = "weights: norms\nheld_out: 4\nbatch: 2\nlogger: tensorboard\ntrain: {data: tokens.npy}\n"
+    (folder / "options.yaml").write_text(options)
+    status, _, err = invoke("recover", "dense", "--output", "better", "--options", "options.yaml")
+    assert status == 0, err
+    (events,) = (folder / "better/recover").glob("**/events.out.*")
+    assert HELD_OUT.encode() in events.read_bytes()
+
+
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_checkpoint_is_recovered_alone_towards_the_dense_model(kind: str, folder: Path) -> None:
     save_model(folder / "dense")
