@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .budget import Bill, Predicted
+from .budget import Bill, Predicted, spendable
 from .demand import Demand, Loss, Spectra, Unit, Widths
 from .errors import InputError
 from .interfaces import Selector, Statistic
@@ -36,9 +36,10 @@ def allocate(chart: Plan, spectra: Spectra | None, loss: Loss | None = None,
         if selector is None:
             kept |= {m: d.space.dim for d in demands for m in d.members}
             continue
+        allowed = _allowed(chart, demands, kept, within)
         try:
-            bill = _bill(chart, demands, kept, loss, influence, within)
-            if selector.needs_budget:
+            bill = _bill(chart, demands, kept, allowed, loss, influence)
+            if selector.needs_budget and not selector.depth:  # those know which blocks may not go together
                 bill.check()
             if (
                 (selector.needs_spectra and spectra is None)
@@ -68,15 +69,15 @@ def allocate(chart: Plan, spectra: Spectra | None, loss: Loss | None = None,
 
 
 def check_choices(chart: Plan) -> None:
-    """Raises InputError where windows differ, and a selector, whatever it finds, may let every attention of the
+    """Raises InputError where windows differ, and a selector of depth, whatever it finds, may let every attention of the
     first one go."""
     layout = chart.layout
     first = layout.counting({})
     if len(first) == len(layout.windows):
         return
     least: dict[str, int] = {}
-    for selector, demands in reversed(_in_turn(chart)):  # the least is that of depth, which is asked first
-        for demand in demands if selector is not None else ():
+    for selector, demands in _in_turn(chart):
+        for demand in demands if selector is not None and selector.depth else ():
             k = demand.allowed(chart.blocks, layout.branches.values())[0]
             least |= {m: k for m in demand.members if m in first}
     chart.check_attention(least)
@@ -110,14 +111,30 @@ def _by_selector(demands: Sequence[Demand]) -> list[tuple[Selector | None, list[
     return sorted(found.items(), key=lambda item: -1 if item[0] is None else int(item[0].needs_budget))
 
 
-def _bill(chart: Plan, demands: list[Demand], kept: Widths, loss: Loss | None,
-          influence: Sequence[float] | None, within: Widths) -> Bill:  # fmt: skip
-    """What widths of some demands cost, all others as they are kept."""
-
-    def allowed(demand: Demand) -> tuple[int, ...]:
-        found = demand.allowed(chart.blocks, chart.layout.branches.values())
+def _allowed(
+    chart: Plan, demands: list[Demand], kept: Widths, within: Widths
+) -> dict[Space, tuple[int, ...]]:
+    """The widths that may be chosen, ascending. One attention has to stay: where a budget could take all, the first does
+    (selectors of depth keep a block)."""
+    found: dict[Space, tuple[int, ...]] = {}
+    for demand in demands:
+        try:
+            each = demand.allowed(chart.blocks, chart.layout.branches.values())
+        except InputError as e:
+            raise InputError(f"{chart.recipe.where('steps', demand.units[0].step, 'widths')}: {e}") from None
         most = within.get(demand.space.name, demand.space.dim)
-        return tuple(k for k in found if k <= most) or (most,)
+        found[demand.space] = tuple(k for k in each if k <= most) or (most,)
+    spending = [d for d in demands if d.select and d.select.needs_budget and not d.select.depth]
+    vanishing = {m: d.space for d in spending if not found[d.space][0] for m in d.members}
+    left = chart.layout.counting(kept)
+    if left and all(n in vanishing for n in left):
+        found[vanishing[left[0]]] = found[vanishing[left[0]]][1:] or (0,)
+    return found
+
+
+def _bill(chart: Plan, demands: list[Demand], kept: Widths, allowed: Mapping[Space, tuple[int, ...]], loss: Loss | None,
+          influence: Sequence[float] | None) -> Bill:  # fmt: skip
+    """What widths of some demands cost, all others as they are kept."""
 
     def named(widths: Mapping[Space, int]) -> dict[str, int]:
         return {**kept, **{m: widths[d.space] for d in demands if d.space in widths for m in d.members}}
@@ -129,8 +146,8 @@ def _bill(chart: Plan, demands: list[Demand], kept: Widths, loss: Loss | None,
     dense = {r: chart.dense_amount(r) for r in limits}
     return Bill(
         amounts={r: partial(spent, r) for r in limits or ("parameters",)},
-        limits={r: int(share * dense[r]) for r, share in limits.items()},
-        widths={d.space: allowed(d) for d in demands},
+        limits={r: spendable(share, dense[r]) for r, share in limits.items()},
+        widths=allowed,
         loss=None if loss is None else lambda w: loss(named(w)),
         influence=None if influence is None else {d.space: d.mean(influence) for d in demands},
         dense=dense,

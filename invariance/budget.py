@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from math import ceil
 from typing import TypeVar
 
@@ -26,6 +27,11 @@ class Predicted(dict[S, int]):
     def __init__(self, widths: Mapping[S, int], loss: float) -> None:
         super().__init__(widths)
         self.loss = loss
+
+
+def spendable(share: float, dense: float) -> int:
+    """What a share of an amount comes to, rounded down; the share as it is written, so that 0.7 of 10 is 7."""
+    return int(Fraction(repr(share)) * Fraction(dense))
 
 
 @dataclass(frozen=True)
@@ -74,15 +80,18 @@ class Bill:
         """The next allowed width below k, if there is one."""
         return max((w for w in self.widths[space] if w < k), default=None)
 
-    def check(self) -> None:
+    def check(self, narrowest: Chosen | None = None) -> None:
         """Raises InputError where even the narrowest widths cost too much, with the nearest budget that can be met."""
-        narrowest = {space: allowed[0] for space, allowed in self.widths.items()}
-        for resource, limit in self.limits.items():
-            least = self.amounts[resource](narrowest)
-            if least > limit:
-                nearest = ceil(1000 * least / self.dense[resource]) / 1000
-                raised = f"Raise it to `{resource}: {nearest:g}`, allow" if nearest <= 1 else "Allow"
-                raise InputError(
-                    f"the budget of {limit:,.0f} {UNITS[resource]} cannot be met: these spaces at their narrowest leave "
-                    f"{least:,.0f}. {raised} narrower widths, or cut more spaces."
-                )
+        narrowest = narrowest or {space: allowed[0] for space, allowed in self.widths.items()}
+        least = {r: self.amounts[r](narrowest) for r in self.limits}
+        short = [r for r, limit in self.limits.items() if least[r] > limit]
+        if not short:
+            return
+        nearest = {r: ceil(1000 * least[r] / self.dense[r]) / 1000 for r in short}
+        raised = ", ".join(f"{r}: {share:g}" for r, share in nearest.items())
+        remedy = f"Raise it to `{raised}`, allow" if max(nearest.values()) <= 1 else "Allow"
+        raise InputError(
+            f"the budget of {' and '.join(f'{self.limits[r]:,.0f} {UNITS[r]}' for r in short)} cannot be met: these spaces at "
+            f"their narrowest leave {' and '.join(f'{least[r]:,.0f}' for r in short)}. {remedy} narrower widths, or cut more "
+            "spaces."
+        )

@@ -136,6 +136,11 @@ class Selector(Method, ABC):
         return False
 
     @property
+    def compares(self) -> bool:
+        """Whether it sets the energies of different spaces against each other as they are, so that they need one currency."""
+        return False
+
+    @property
     def needs_budget(self) -> bool:
         """Whether it spends the recipe's budget."""
         return False

@@ -325,6 +325,14 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
             f"{recipe.where('steps', max(spending.values()), 'select')}: two different selectors would spend the one "
             "budget. Use the same one, with the same options, in every step, or give one of them a width."
         )
+    compared = {u.rotate.nats: u for u in units if u.select is not None and u.select.compares}
+    if len(compared) > 1:
+        other = compared[False]
+        raise InputError(
+            f"{recipe.where('steps', other.step, 'rotate')}: the selector compares the energies of all its spaces as they are, "
+            f"and those of '{other.rotate.name}' are not in nats here, as those of '{compared[True].rotate.name}' are. Give "
+            "every rotator `metric: fisher`, or none, or the selector `of: share`."
+        )
     if spending and recipe.budget is None:
         raise InputError(
             f"{recipe.where('steps', min(spending.values()), 'select')}: this selector spends a budget, and the "

@@ -50,6 +50,6 @@ def drop(
             break
         block = least(widths, list(free))
         widths |= dict.fromkeys(free.pop(block), 0)
-    if blocks is None and budget is not None and cost(widths) > budget:
-        raise InputError(f"the budget cannot be met by letting {most} of {total} blocks go. Raise it.")
+    if blocks is None and budget is not None:
+        cost.check(widths)
     return widths

@@ -70,7 +70,8 @@ def predicted(widths: Mapping[Space, int], curves: Curves) -> Predicted[Space]:
 def water_fill(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
     """Cut one allowed width at a time, where the curves rise least per unit of budget, until the budget is met.
 
-    A space's next cut is priced when the one before is made; all anew where another resource is met.
+    A space's next cut is priced when the one before is made; all anew where another resource is met. What the last cut
+    leaves unspent is spent (``fill``).
     """
     widths = cost.whole
     over = overdrawn(cost, widths, budget)
@@ -96,7 +97,7 @@ def water_fill(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
             queue.clear()
             for n, other in enumerate(widths):
                 offer(n, other)
-    return widths
+    return fill(widths, curves, cost, budget)
 
 
 def overdrawn(cost: Bill, widths: Mapping[Space, int], budget: float) -> dict[str, tuple[float, float]]:

@@ -58,6 +58,10 @@ class DynamicProgramming(Selector, name="dynamic_programming"):
     needs_budget = True
 
     @property
+    def compares(self) -> bool:
+        return self.of == "absolute"
+
+    @property
     def measures(self) -> bool:
         return self.curves == "measured"
 

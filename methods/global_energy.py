@@ -28,6 +28,10 @@ class GlobalEnergy(Selector, name="global_energy"):
     needs_spectra = True
     needs_budget = True
 
+    @property
+    def compares(self) -> bool:
+        return self.of == "absolute"
+
     def allocate(self, spectra: Spectra, cost: Bill, budget: float | None) -> Mapping[Space, int]:
         assert budget is not None
         return water_fill(spectral(spectra, cost, self.of), cost, budget)

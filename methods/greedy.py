@@ -44,6 +44,10 @@ class Greedy(Selector, name="greedy"):
     needs_budget = True
 
     @property
+    def compares(self) -> bool:
+        return self.of == "absolute"
+
+    @property
     def measures(self) -> bool:
         return self.loss == "measured"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -124,8 +125,9 @@ def test_blocks_go_until_the_budget_is_met_and_protected_ones_stay() -> None:
     assert blocks_gone(find("select", "shortgpt")(blocks=2).allocate(spectra, cost, None)) == {0, 2}
     with pytest.raises(InputError, match="4 blocks cannot go: of 4, 3 may"):
         find("select", "shortgpt")(blocks=4).allocate(spectra, cost, None)
-    with pytest.raises(InputError, match="cannot be met by letting 3 of 4"):
-        find("select", "shortgpt")().allocate(spectra, cost, 60)
+    poor = replace(cost, limits={"parameters": 60}, dense={"parameters": 100})
+    with pytest.raises(InputError, match=r"leave 70\. Raise it to `parameters: 0\.7`"):  # one block stays
+        find("select", "shortgpt")().allocate(spectra, poor, 60)
 
 
 def test_sleb_is_greedy_with_what_went_before_in_place() -> None:

@@ -122,6 +122,18 @@ CASES = [
     Case("a budget below the floor", r"cannot be met.*allow narrower widths",
          edits=((RECIPE.splitlines()[3], "  - {spaces: mlp, rotate: permute, select: global_energy, widths: {min: 0.9}}"),
                 ("steps:", "budget: {parameters: 0.5}\nsteps:")), at="5"),
+    Case("widths that cannot be in a later step", "is a multiple of 7 between 60 and 61",
+         edits=((RECIPE.splitlines()[3], "  - {spaces: mlp.0, rotate: permute, select: global_energy}\n"
+                 "  - {spaces: mlp.1, rotate: permute, select: global_energy,\n     widths: {multiple_of: 7, min: 60, max: 61}}"),
+                ("steps:", "budget: {parameters: 0.9}\nsteps:")), at="7"),
+    Case("widths that cannot be, from an override", "is a multiple of 7 between 60 and 61",
+         edits=((RECIPE.splitlines()[3], "  - {spaces: mlp, rotate: permute, select: {uniform: {keep: 0.9}}}"),),
+         **flags("--set", "steps.0.widths={multiple_of: 7, min: 60, max: 61}")),
+    Case("energies of two currencies", "those of 'head_svd' are not in nats here, as those of 'obs' are",
+         edits=((RECIPE.splitlines()[3], "  - {spaces: mlp, rotate: {obs: {metric: fisher}}, "
+                 "select: {global_energy: {of: absolute}}}\n"
+                 "  - {spaces: vo, rotate: head_svd, select: {global_energy: {of: absolute}}}"),
+                ("steps:", "budget: {parameters: 0.9}\nsteps:")), at="6"),
     Case("two selectors that spend", "two different selectors would spend the one budget",
          edits=((RECIPE.splitlines()[3], "  - {spaces: mlp, rotate: permute, select: uniform}\n"
                  "  - {spaces: vo, rotate: pca, select: global_energy}"),
