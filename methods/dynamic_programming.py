@@ -32,12 +32,13 @@ class DynamicProgramming(Selector, name="dynamic_programming"):
     the first i spaces save S. Taken are the widths of the smallest S whose true cost meets the budget, then what is left
     is spent where it lowers the loss most.
 
-    Guarantee: where one resource is limited, its cost is a sum over the spaces (so: MLPs and heads, no residual stream),
-    its savings share a unit that is 1/30000 of all that can be saved or more, and no space has more than 128 allowed
-    widths, the widths are optimal for the curves. Else savings are rounded down to such units, and 128 widths of each
-    space are compared. Where the stream is cut too, the widths meet the budget, and are optimal at the prices that the
-    whole model has. Where several resources are limited, savings are sums of shares of them, which are weighed by quarters
-    in all ways, and the widths of least loss are taken.
+    Guarantee: where one resource is limited, its cost is a sum over the spaces (so: MLPs beside one of `heads`, `vo` and
+    `qk`, since what two of these cost in one block multiplies, and no residual stream), its savings share a unit that is
+    1/30000 of all that can be saved or more, and no space has more than 128 allowed widths, the widths are optimal for the
+    curves. Else savings are rounded down to such units, and 128 widths of each space are compared. Where costs multiply, the
+    widths meet the budget, and are optimal at the prices that the whole model has. Where several resources are limited,
+    savings are sums of shares of them, which are weighed by quarters in all ways, and the widths of least loss are taken.
+    The predicted loss is in nats where curves are measured, or all rotators' energies are in nats.
 
     Source: the allocation problem of Shoham and Gersho 1988 (rate-distortion with arbitrary curves), solved by Bellman's
     recursion, as ZipLM, Kurtic et al. 2023, arXiv:2302.04089, section 3.2, does for structures of a network.
