@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from .linalg import svd
 from .space import Change
 
 
@@ -19,7 +19,7 @@ def follow(source: Change, target: Change, rank: int, C: Float64[Tensor, "k k"])
     principal angles between the two subspaces. F = U √(I − Σ), of the columns whose lack adds most to the stream:
     (1 − σ)² uᵀ C u, with C the second moment of the stream in the source's basis. F is never of more than ``enough``.
     """
-    U, cosines, Vh = torch.linalg.svd(source.decode[0].mT @ target.encode[0])
+    U, cosines, Vh = svd(source.decode[0].mT @ target.encode[0])
     R = Vh.mT @ U.mT
     lost = (1 - cosines).clamp_min(0)  # a cosine may round to more than 1
     weight = lost.square() * (U * (C @ U)).sum(0)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from invariance.linalg import svd
 from invariance.moments import Moments
 from invariance.space import Basis, Group, Space
 
@@ -43,7 +44,7 @@ def whitened(C: Float64[Tensor, "c d d"], G: Float64[Tensor, "c d d"], floor: fl
     """The basis A = C^-½ V and the energies Σ² of G^½ C^½ = U Σ Vᵀ."""
     half, inverse = _root(C, floor)
     G_half, _ = _root(G, 1e-15)
-    _, sigma, Vt = torch.linalg.svd(G_half @ half)
+    _, sigma, Vt = svd(G_half @ half)
     return Basis(inverse @ Vt.mT, sigma.square())
 
 

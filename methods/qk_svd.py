@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from invariance.interfaces import Rotator, Statistic
+from invariance.linalg import svd
 from invariance.moments import Moments
 from invariance.space import Basis, Group, Space
 
@@ -38,5 +37,5 @@ class QKSVD(Rotator, name="qk_svd"):
     def fit(self, space: Space, moments: Moments) -> Basis:
         query, _ = _root(moments.second(space, Statistic.QUERIES), self.floor)
         key, inverse = _root(moments.second(space), self.floor)
-        _, sigma, Vt = torch.linalg.svd(query @ key)
+        _, sigma, Vt = svd(query @ key)
         return Basis(inverse @ Vt.mT * sigma.sqrt().unsqueeze(-2), sigma.square())
