@@ -1,0 +1,80 @@
+"""Tiny models sliced by recipes on tokens on disk, and comparisons of what is measured of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import VOCABULARY, model_of, save_tokens
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from invariance.canonical import canonicalize
+from invariance.data import Tokens, load_tokens
+from invariance.interfaces import Statistic
+from invariance.layout import Layout
+from invariance.moments import Moments
+from invariance.pipeline import Sliced, slice_model
+from invariance.plan import plan
+from invariance.recipe import Recipe
+
+RAW, NORMED, MEAN, WEIGHTED = Statistic.RAW, Statistic.NORMED, Statistic.MEAN, Statistic.WEIGHTED
+RESIDUAL = {"spaces": "residual", "rotate": "pca", "select": {"uniform": {"width": 24}}}
+MLP = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"width": 40}}, "slice": "least_squares"}
+HEADS = {"spaces": "vo", "rotate": "head_svd", "select": {"uniform": {"width": 6}}}
+ROUNDING = 1e-12  # of sums of a few hundred float64 products, relative
+
+
+@pytest.fixture(scope="module", autouse=True)
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    root = tmp_path_factory.mktemp("sliced")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INVARIANCE_CACHE", str(root / "cache"))
+        patch.chdir(root)
+        save_tokens(root / "tokens.npy", sequences=32)
+        yield
+
+
+@cache
+def dense(family: str = "llama", **options: Any) -> PreTrainedModel:
+    return model_of(family, **options)
+
+
+def tokens() -> Tokens:
+    return load_tokens("tokens.npy", None, vocab_size=VOCABULARY)
+
+
+def recipe(*steps: dict[str, Any], calibrate: dict[str, Any] | None = None, **keys: Any) -> Recipe:
+    found = {"data": "tokens.npy", "dtype": "float32", "batch": 4} | (calibrate or {})
+    return Recipe.from_dict({"model": "m", "calibrate": found, "steps": list(steps)} | keys)
+
+
+def sliced(asked: Recipe, model: PreTrainedModel | None = None, store: Path | None = None) -> Sliced:
+    model = dense() if model is None else model
+    return slice_model(model, plan(asked, model.config), tokens(), store=store)
+
+
+def close(one: Tensor, other: Tensor, bound: float = ROUNDING) -> bool:
+    return one.shape == other.shape and bool((one - other).abs().max() <= bound * other.abs().max())
+
+
+def exact(family: str, fold: bool = True, **options: Any) -> tuple[PreTrainedModel, Layout]:
+    """A float64 model in canonical form."""
+    model = model_of(family, **options).double()
+    model.config._attn_implementation = "sdpa"
+    return model, canonicalize(model, fold=fold)
+
+
+def real(ids: Tensor) -> tuple[Tensor, Tensor]:
+    return ids, torch.ones_like(ids, dtype=torch.bool)
+
+
+def same(one: Moments, other: Moments, bound: float = ROUNDING) -> None:
+    assert one.known.keys() == other.known.keys()
+    for key, moment in one.known.items():
+        assert moment.count == pytest.approx(other.known[key].count, rel=bound), key
+        assert close(moment.total, other.known[key].total, bound), key
