@@ -123,6 +123,11 @@ class Demand:
             )
         found = {k for k in range(0, d + 1, multiple) if low <= k <= high and (k or c.min == 0)}
         found = {k for k in found if all(u.space.fits(k) for u in self.units)} | ({d} if high == d else set())
+        if low > high:
+            raise InputError(
+                f"`min` asks for {low} of the {d} directions of space '{self.space.name}' at least, and `max` for {high} at most. "
+                "A whole number counts directions, a fraction is a share: all of them are 1.0."
+            )
         if not found:
             whole = " that keeps whole frequency pairs" if self.space.rotary else ""
             raise InputError(

@@ -104,6 +104,8 @@ CASES = [
     Case("multiples that no allowed width is", "is a multiple of 16 between 1 and 10",
          **step("{spaces: mlp, rotate: permute, select: {uniform: {keep: 0.5, multiple_of: 16}}, "
                 "widths: {max: 10}}")),
+    Case("a most below the least", r"`min` asks for 32 of the 64 .* and `max` for 1 at most\..*all of them are 1\.0",
+         **step("{spaces: mlp, rotate: permute, select: {uniform: {keep: 0.9}}, widths: {min: 0.5, max: 1}}")),
     Case("a width below those allowed", "cannot have width 4, because it is no width that the step allows. Take 20, or",
          **step("{spaces: mlp, rotate: permute, select: {uniform: {width: 4}}, widths: {min: 20}}")),
     Case("one width for spaces of two sizes", "cannot get the `same` width",
