@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from invariance.methods import _channels
 from invariance.methods._channels import ordered, permutation
 from invariance.methods.obs import survival, without
 from torch import Tensor
@@ -360,3 +361,15 @@ def test_reader_weighted_with_readers_refit_is_reduced_rank_regression(seed: int
     change = find("slice", "least_squares")(ridge=0.0).cut(space, pca, 5, moments)
     left = np.eye(10) - (change.decode[0] @ change.encode[0].mT).numpy()
     assert np.trace(left @ C @ left.T @ G) > best[5:].sum() * (1 + 1e-6)
+
+
+def test_energies_do_not_hang_on_how_many_columns_are_multiplied_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    C, G = (m @ m.mT for m in torch.randn(2, 1, 12, 30, generator=g, dtype=torch.float64))
+    order = torch.randperm(12, generator=g)[None]
+    at_once = ordered(order, C, G).energy
+    monkeypatch.setattr(_channels, "WIDE", 5)
+    in_parts = ordered(order, C, G).energy
+    assert torch.allclose(in_parts, at_once, rtol=1e-12, atol=0)
