@@ -21,7 +21,7 @@ from .space import Change
 if TYPE_CHECKING:
     from .walk import Batch
 
-SHRINKAGE = (1e-2, 1e-1, 1.0, 10.0)  # fractions of the mean eigenvalue of H
+SHRINKAGE = (1e-2, 1e-1, 1.0, 10.0)  # fractions of the mean eigenvalue of H, the weakest first
 HELD_OUT = 4  # one sequence in so many chooses the shrinkage
 MIXES = 64  # random combinations of the targets, which rank shrinkages: their loss is that of all on average
 
@@ -210,5 +210,10 @@ def best_shrinkage(train: Normal, held: Normal, choices: Sequence[float] = SHRIN
     if (d := train.G.shape[1]) > MIXES:
         mix = torch.randn(d, MIXES, generator=torch.Generator().manual_seed(0)).to(train.G.device)
         train, held = replace(train, G=train.G @ mix), replace(held, G=held.G @ mix)
-    loss, best = min((held.loss(train.solve(s)), s) for s in choices)
+    losses: list[float] = []
+    for shrinkage in choices:
+        losses.append(held.loss(train.solve(shrinkage)))
+        if losses[-1] > min(losses):  # beyond the best of them they only get worse
+            break
+    loss, best = min(zip(losses, choices, strict=False))
     return best if loss < 0 else None
