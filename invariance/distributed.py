@@ -13,7 +13,6 @@ from . import calibration
 from .data import Tokens
 from .errors import InputError
 from .interfaces import begin
-from .linalg import threads
 from .models import cache_dir, load_model, quiet
 from .moments import Moment, Moments
 from .plan import Plan, plan
@@ -49,18 +48,18 @@ def _measure(
 ) -> None:
     """One process's part; the first of them keeps the sums. Fabric hands on plain data and tensors only."""
     begin(setting["plugins"])
-    with threads(max((setting["threads"] or torch.get_num_threads()) // setting["processes"], 1)):
-        with quiet():
-            model = load_model(
-                recipes[0]["model"], device=fabric.device, trust_remote_code=setting["trust_remote_code"]
-            )
-        plans = [plan(Recipe.from_dict(found), model.config) for found in recipes]
+    torch.set_num_threads(max((setting["threads"] or torch.get_num_threads()) // setting["processes"], 1))
+    with quiet():
+        model = load_model(
+            recipes[0]["model"], device=fabric.device, trust_remote_code=setting["trust_remote_code"]
+        )
+    plans = [plan(Recipe.from_dict(found), model.config) for found in recipes]
 
-        def add(moments: Moments) -> Moments:
-            return merged(fabric, moments)
+    def add(moments: Moments) -> Moments:
+        return merged(fabric, moments)
 
-        share = calibration.Share(fabric.global_rank, fabric.world_size, add)
-        calibration.calibrate(model, plans, Tokens(ids, mask), store=cache_dir("moments"), share=share)
+    share = calibration.Share(fabric.global_rank, fabric.world_size, add)
+    calibration.calibrate(model, plans, Tokens(ids, mask), store=cache_dir("moments"), share=share)
     fabric.barrier()
 
 

@@ -1,15 +1,11 @@
-"""Decompositions that do not give up, and how many threads they take."""
+"""Decompositions that do not give up."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import numpy as np
 import scipy.linalg
 import torch
 from jaxtyping import Float64
-from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 
@@ -30,15 +26,3 @@ def svd(M: Float64[Tensor, "*c m n"]) -> tuple[Tensor, Tensor, Tensor]:
         U, sigma, Vt = (torch.from_numpy(np.stack(part)).to(M.device) for part in zip(*each, strict=True))
         batch = M.shape[:-2]
         return U.view(*batch, *U.shape[1:]), sigma.view(*batch, -1), Vt.view(*batch, *Vt.shape[1:])
-
-
-@contextmanager
-def threads(count: int | None) -> Iterator[None]:
-    """At most so many threads for torch, and for the BLAS of NumPy and SciPy, within a block; None: as many as before."""
-    before = torch.get_num_threads()
-    with threadpool_limits(count):
-        try:
-            torch.set_num_threads(count or before)
-            yield
-        finally:
-            torch.set_num_threads(before)

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Float64
@@ -117,15 +116,11 @@ class Moments:
 def outer(x: Float[Tensor, "c n d"]) -> Float[Tensor, "c d d"]:
     """Σ x xᵀ per copy of one batch; batches are added in float64. bfloat16 signals are multiplied by the fast bfloat16
     units, exactly: their products are exact in float32, in which the sums are taken."""
-    fast = x.dtype is torch.bfloat16
-    with _exact_fast_products(fast):
+    with _exact_fast_products(x.dtype is torch.bfloat16):
         f = (x if x.dtype is torch.float64 else x.float()).detach()
         total = f.new_empty(len(f), f.shape[-1], f.shape[-1])
         for m, out in zip(f, total, strict=True):  # one by one: batched products are half as fast on CPUs
-            if fast or m.device.type != "cpu":
-                _gram(m, out)
-            else:
-                np.matmul(m.mT.numpy(), m.numpy(), out=out.numpy())  # BLAS's syrk, which torch does not have
+            _gram(m, out)
         return total
 
 

@@ -8,18 +8,20 @@ import json
 import platform
 import shutil
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from . import calibration
 from .data import Tokens
 from .errors import InvarianceError
 from .evaluate import Perplexity, perplexity
 from .interfaces import begin
-from .linalg import threads
 from .memo import Memo
 from .models import cache_dir, load_config, load_model, load_tokenizer
 from .plan import plan
@@ -174,7 +176,7 @@ def carry_out(request: Request, setting: Setting, progress: Progress = quiet,
               judge: Callable[[float], bool] | None = None) -> Answer:  # fmt: skip
     """Do what is asked in this process; whatever goes wrong is told in the answer."""
     try:
-        with threads(setting.threads):
+        with _threads(setting.threads):
             recipes = [Recipe.from_dict(found) for found in request.recipes]
             bench = _bench(recipes[0].model, setting, progress)
             if request.prepares:
@@ -202,3 +204,14 @@ def _bench(model: str, setting: Setting, progress: Progress) -> Bench:
         _BENCHES.append(Bench(model, setting, progress))
     _BENCHES[0].progress = progress
     return _BENCHES[0]
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Torch's threads within a block."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count or before)
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,13 +1,12 @@
-"""Singular values where the fast algorithm gives up; threads."""
+"""Singular values where the fast algorithm gives up."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from threadpoolctl import threadpool_info
 from torch import Tensor
 
-from invariance.linalg import svd, threads
+from invariance.linalg import svd
 from invariance.space import haar
 
 
@@ -39,18 +38,3 @@ def test_cosines_of_one_repeat_and_numbers_that_are_not_finite_are_refused(
     assert (cosines[:8] - 1).abs().max() < 1e-12 and cosines[8] < 1e-12
     with pytest.raises(ValueError, match="infs or NaNs"):
         svd(torch.full((2, 2), torch.nan, dtype=torch.float64))
-
-
-def test_threads_are_those_of_torch_and_of_numpys_blas_within_the_block_alone() -> None:
-    def found() -> set[int]:
-        blas = {pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"}
-        assert blas
-        return blas | {torch.get_num_threads()}
-
-    with threads(2):
-        assert found() == {2}
-        with threads(1):
-            assert found() == {1}
-        with threads(None):
-            assert found() == {2}
-        assert found() == {2}
