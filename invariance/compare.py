@@ -169,18 +169,14 @@ def page(sides: Sequence[Side]) -> str:
         el("h2", "Widths that differ"),
     ]
     figures = [_widths(sides, kind) for kind in layers(sides)]
-    shades = [(s.name, _shade(n, sides)) for n, s in enumerate(sides)]
+    looks = {s.name: study_charts.look(n, len(sides)) for n, s in enumerate(sides)}
     body += (
-        [el("div", *figures, class_="charts"), study_charts.legend(shades)] if figures else [el("p", "None.")]
+        [el("div", *figures, class_="charts"), study_charts.legend(looks)] if figures else [el("p", "None.")]
     )
     for prompt, texts in samples(sides).items():
         cells = (el("div", el("h3", name), el("p", text.strip())) for name, text in texts.items())
         body += [el("h2", "Samples"), el("div", el("p", el("b", prompt)), *cells, class_="sample")]
     return charts.document("Comparison · invariance", *body, style=study_charts.STYLE)
-
-
-def _shade(n: int, sides: Sequence[Side]) -> float:
-    return n / max(len(sides) - 1, 1)
 
 
 def _widths(sides: Sequence[Side], kind: str) -> Element:
@@ -192,7 +188,7 @@ def _widths(sides: Sequence[Side], kind: str) -> Element:
             blocks.setdefault(width.block, []).append(width.kept / max(width.dim, 1))
         points = [(float(b), v, v, v) for b, values in sorted(blocks.items()) for v in [fmean(values)]]
         if points:
-            series.append(Series(side.name, _shade(n, sides), points))
+            series.append(Series(side.name, study_charts.look(n, len(sides)), points))
     title = words.kind_words(kind)
     caption = el("figcaption", el("b", title), " · share of each block's width that is kept")
     return el("figure", caption, study_charts.layers(f"Widths of the {title}", series))

@@ -124,7 +124,7 @@ def _recovery(report: Report) -> list[Element]:
         f"{words.plain(held['before'])} before, {words.plain(held['after'])} after; {trained['tokens_per_second']:,.0f} "
         "tokens a second."
     )
-    drawn = curves(title, [Series("held-out loss", 1.0, nats)], "steps")
+    drawn = curves(title, [Series("held-out loss", charts.shade(1.0), nats)], "steps")
     return [el("h2", "Recovery"), el("p", said), el("figure", drawn, class_="narrow")]
 
 
@@ -194,9 +194,8 @@ def _spectra(report: Report, spectra: Spectra) -> list[Element]:
     for name in sorted(spectra, key=words.order):
         energies = spectra[name]
         if len(energies):
-            curve = charts.Curve(
-                name, words.block(name) / max(last, 1), energies, widths.get(name, len(energies))
-            )
+            style = charts.shade(words.block(name) / max(last, 1))
+            curve = charts.Curve(name, style, energies, widths.get(name, len(energies)))
             curves.setdefault(words.kind_of(report, name), []).append(curve)
     figures = []
     for kind, found in curves.items():

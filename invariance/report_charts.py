@@ -121,6 +121,11 @@ def axes(
     yield text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, below)
 
 
+def shade(t: float) -> str:
+    """The style of a place between 0, such as the first block, and 1, such as the last one."""
+    return f"--t:{t:.3f}"
+
+
 def _quarters(top: int) -> dict[float, str]:
     return {n: str(n) for n in sorted({round(top * q / 4) for q in range(5)})}
 
@@ -146,10 +151,10 @@ def widths_chart(title: str, description: str, spaces: Sequence[Width]) -> Eleme
 
 @dataclass(frozen=True)
 class Curve:
-    """The energies of one unit's directions, falling; ``depth`` runs from 0 (first block) to 1 (last)."""
+    """The energies of one unit's directions, falling; ``look`` is the style of its line."""
 
     name: str
-    depth: float
+    look: str
     energies: Sequence[float]
     kept: int
 
@@ -207,7 +212,7 @@ def _curve(curve: Curve, places: _Places) -> Element:
     energy = 100 * math.fsum(places.shares[: curve.kept])
     said = f"{curve.name}: {curve.kept} of {d} directions kept, {energy:.2f} % of the energy"
     drawn = el("path", d=path, class_="curve")
-    return el("g", el("title", said), drawn, style=f"--t:{curve.depth:.3f}")
+    return el("g", el("title", said), drawn, style=curve.look)
 
 
 def _cut(cut: int, x: Scale) -> list[Element]:
@@ -267,5 +272,5 @@ def bars_chart(title: str, description: str, bars: Sequence[Bar]) -> Element:
 
 def ramp(first: str, last: str) -> Element:
     """The legend of the colours of depth."""
-    steps = [el("span", style=f"--t:{n / 15:.3f}") for n in range(16)]
+    steps = [el("span", style=shade(n / 15)) for n in range(16)]
     return el("p", first, el("span", *steps, class_="ramp", aria_hidden="true"), last, class_="legend")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element
 
-from .report_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, axes, el, rect, svg, text
+from .report_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, axes, el, rect, shade, svg, text
 from .report_style import STYLE as PAGE
 
 LOG_FROM = 8  # values whose largest is so many times the least stand on a logarithmic axis
@@ -16,17 +16,24 @@ CELL, NAMES = 13, 150  # of a heat map: the height of a row, and how much of its
 ACROSS, ROW, LONGEST = (
     2,
     15,
-    34,
+    32,
 )  # of a legend below a chart: names in a row, its height, the letters of a name
+FEW = 6  # series that colours alone tell apart
+LINES = (
+    ("none", "var(--shade)"),
+    ("6 3", "var(--card)"),
+    ("2 3", "color-mix(in oklab, var(--shade) 40%, var(--card))"),
+)
 FILE_STYLE = "svg { background: var(--card); font-family: system-ui, sans-serif; }"
 
 STYLE = """
-.point.best { stroke: var(--ink); stroke-width: 1.5; }
+.point { fill: var(--fill, var(--shade)); stroke: var(--shade); } .thick { stroke-dasharray: var(--dash, none); }
+.ring { fill: none; stroke: var(--ink); stroke-width: 1.2; }
 .front { fill: none; stroke: var(--soft); stroke-dasharray: 3 3; }
 .band { fill: var(--shade); opacity: .18; }
 .heat { fill: color-mix(in oklab, var(--kept) calc(var(--v) * 100%), var(--whole)); }
 .keys { display: flex; flex-wrap: wrap; gap: 4px 14px; }
-.key { display: inline-block; width: 11px; height: 11px; border-radius: 50%; margin-right: 5px; background: var(--shade); }
+.key svg { display: inline-block; width: 26px; height: 10px; margin: 0 5px 0 0; }
 th button { all: unset; cursor: pointer; } th button:focus-visible { outline: 2px solid var(--kept); }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 a { color: var(--kept); } tr.best th { font-weight: 650; }
@@ -36,13 +43,13 @@ details { border-top: 1px solid var(--line); padding: 8px 0; } pre:target { outl
 
 @dataclass(frozen=True)
 class Point:
-    """One run in a plot: ``shade`` (0 to 1) is its series, ``best`` whether it lies on the front."""
+    """One run in a plot: ``look`` is that of its series, ``best`` whether it lies on the front."""
 
     key: str
     said: str
     x: float
     y: float
-    shade: float
+    look: str
     best: bool = False
 
 
@@ -51,8 +58,15 @@ class Series:
     """One curve: of each x the least, the mean and the largest y over the seeds."""
 
     name: str
-    shade: float
+    look: str
     points: Sequence[tuple[float, float, float, float]]
+
+
+def look(n: int, count: int) -> str:
+    """The style of one series of several: a colour, and where there are many, dashes and the filling of points too."""
+    ways = LINES if count > FEW else LINES[:1]
+    dash, fill = ways[n % len(ways)]
+    return f"{shade(n // len(ways) / max((count - 1) // len(ways), 1))};--dash:{dash};--fill:{fill}"
 
 
 @dataclass(frozen=True)
@@ -114,9 +128,10 @@ def scatter(title: str, points: Sequence[Point], across: str) -> Element:
         path = "M" + "L".join(f"{x(p.x):.1f},{y(p.y):.1f}" for p in best)
         marks.append(el("path", d=path, class_="front"))
     for p in sorted(points, key=lambda p: p.best):
-        place = {"cx": f"{x(p.x):.1f}", "cy": f"{y(p.y):.1f}", "r": "4.5" if p.best else "3.5"}
-        dot = el("circle", el("title", p.said), **place, class_="point best" if p.best else "point")
-        marks.append(el("a", dot, href=f"#recipe-{p.key}", style=f"--t:{p.shade:.3f}", aria_label=p.said))
+        place = {"cx": f"{x(p.x):.1f}", "cy": f"{y(p.y):.1f}"}
+        dot = el("circle", el("title", p.said), **place, r="3.5", class_="point")
+        ring = el("circle", **place, r="6", class_="ring") if p.best else None
+        marks.append(el("a", dot, ring, href=f"#recipe-{p.key}", style=p.look, aria_label=p.said))
     return svg(title, f"{len(points)} runs, {len(best)} on the front", HEIGHT, *marks)
 
 
@@ -140,7 +155,7 @@ def curves(title: str, series: Sequence[Series], across: str) -> Element:
             drawn.append(el("path", d="M" + "L".join([*lows, *reversed(highs)]) + "Z", class_="band"))
         drawn.append(el("path", d="M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in means), class_="curve thick"))
         drawn += [el("circle", cx=f"{a:.1f}", cy=f"{b:.1f}", r="2.6", class_="point") for a, b in means]
-        marks.append(el("g", *drawn, style=f"--t:{s.shade:.3f}"))
+        marks.append(el("g", *drawn, style=s.look))
     return svg(title, "; ".join(s.name for s in series), HEIGHT, *marks)
 
 
@@ -172,32 +187,38 @@ def layers(title: str, series: Sequence[Series]) -> Element:
     marks = list(axes(x, y, ticks(0, x.high), ticks(0, y.high), "block"))
     for s in series:
         path = "M" + "L".join(f"{x(a):.1f},{y(b):.1f}" for a, _, b, _ in s.points)
-        marks.append(
-            el("g", el("title", s.name), el("path", d=path, class_="curve thick"), style=f"--t:{s.shade:.3f}")
-        )
+        marks.append(el("g", el("title", s.name), el("path", d=path, class_="curve thick"), style=s.look))
     return svg(title, "; ".join(s.name for s in series), HEIGHT, *marks)
 
 
-def legend(series: Sequence[tuple[str, float]]) -> Element:
-    """The names of series beside their colours."""
-    items = (el("span", el("i", style=f"--t:{shade:.3f}", class_="key"), name) for name, shade in series)
-    return el("p", *items, class_="legend keys")
+def _key(x: float, y: float, style: str) -> Element:
+    """A piece of a series' line with one of its points."""
+    stroke = el("path", d=f"M{x:.1f},{y:.1f}h24", class_="curve thick")
+    return el(
+        "g", stroke, el("circle", cx=f"{x + 12:.1f}", cy=f"{y:.1f}", r="3", class_="point"), style=style
+    )
 
 
-def alone(drawn: Element, shades: Mapping[str, float]) -> str:
+def legend(looks: Mapping[str, str]) -> Element:
+    """The names of series beside what they look like."""
+    keys = (el("span", el("svg", _key(1, 5, style), viewBox="0 0 26 10"), name, class_="key")
+            for name, style in looks.items())  # fmt: skip
+    return el("p", *keys, class_="legend keys")
+
+
+def alone(drawn: Element, looks: Mapping[str, str]) -> str:
     """A chart as an SVG file of its own: with its style, its title above, and the names of its series below it."""
     height = float(drawn.attrib["viewBox"].split()[-1])
     keys = []
-    for n, (name, shade) in enumerate(shades.items()):
+    for n, (name, style) in enumerate(looks.items()):
         x, y = LEFT + n % ACROSS * (WIDTH - LEFT) / ACROSS, height + ROW * (n // ACROSS) + ROW / 2
-        dot = el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r="4", class_="point", style=f"--t:{shade:.3f}")
         said = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
-        keys += [dot, text(x + 9, y + 3.5, said, "start")]
-    height += ROW * math.ceil(len(shades) / ACROSS)
-    style = el("style", PAGE + STYLE + FILE_STYLE)
+        keys += [_key(x, y, style), text(x + 29, y + 3.5, said, "start")]
+    height += ROW * math.ceil(len(looks) / ACROSS)
+    sheet = el("style", PAGE + STYLE + FILE_STYLE)
     head = text(LEFT, -6, drawn[0].text or "", "start", "strong")
     view = f"0 {-ROW - 3} {WIDTH} {height + ROW + 3:g}"
-    whole = el("svg", style, *drawn, head, *keys, viewBox=view, width=2 * WIDTH, role="img")
+    whole = el("svg", sheet, *drawn, head, *keys, viewBox=view, width=2 * WIDTH, role="img")
     whole.set("xmlns", "http://www.w3.org/2000/svg")
     for link in whole.iter("a"):
         link.attrib.pop("href")  # leads nowhere outside the page

@@ -54,16 +54,16 @@ def page(
     done = [r for r in rows if r["status"] == DONE]
     axis = tables.cost_axis(done)
     best = tables.front(done, (axis, "perplexity"))
-    shades = _shades(study, done)
+    looks = _looks(study, done)
     body = [
         el("p", "Ablation study · invariance", class_="soft"),
         el("h1", study.name),
         el("p", _summary(study, rows, best)),
-        *_front(study, done, best, axis, shades),
-        *_curves(study, done, shades),
+        *_front(study, done, best, axis, looks),
+        *_curves(study, done, looks),
         *_table(study, rows, best),
-        *_layers(study, done, best, reports, spectra, shades),
-        *_spectra(study, done, reports, spectra, shades),
+        *_layers(study, done, best, reports, spectra, looks),
+        *_spectra(study, done, reports, spectra, looks),
         *_recipes(study, done, recipes),
     ]
     return charts.document(f"{study.name} · invariance", *body, script=SCRIPT, style=study_charts.STYLE)
@@ -102,32 +102,32 @@ def _said(study: Study, x: str | None) -> str:
     return "" if x is None else study.titles.get(x, x.replace("_", " "))
 
 
-def _shades(study: Study, done: Sequence[Row]) -> dict[str, float]:
-    """Series → its place on the scale of colours."""
+def _looks(study: Study, done: Sequence[Row]) -> dict[str, str]:
+    """Series → what it looks like in every chart."""
     x = _x(study, done)
     names = list(dict.fromkeys(_series_name(study, r, [x] if x else []) for r in done))
-    return {name: n / max(len(names) - 1, 1) for n, name in enumerate(names)}
+    return {name: study_charts.look(n, len(names)) for n, name in enumerate(names)}
 
 
 def figures(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     """The charts of costs and of curves as SVG files of their own, by name."""
     done = [r for r in rows if r["status"] == DONE]
     axis = tables.cost_axis(done)
-    shades = _shades(study, done)
+    looks = _looks(study, done)
     drawn = {
-        "front": _scatter(study, done, tables.front(done, (axis, "perplexity")), axis, shades),
-        "curves": _lines(study, done, shades),
+        "front": _scatter(study, done, tables.front(done, (axis, "perplexity")), axis, looks),
+        "curves": _lines(study, done, looks),
     }
-    return {name: study_charts.alone(chart, shades) for name, chart in drawn.items() if chart is not None}
+    return {name: study_charts.alone(chart, looks) for name, chart in drawn.items() if chart is not None}
 
 
 def _scatter(
-    study: Study, done: Sequence[Row], best: set[str], axis: str, shades: Mapping[str, float]
+    study: Study, done: Sequence[Row], best: set[str], axis: str, looks: Mapping[str, str]
 ) -> Element | None:
     x = _x(study, done)
     points = [
         Point(r["run"], f"{_series_name(study, r)}: {tables.cell(axis, r[axis])} {axis}, perplexity {r['perplexity']:.2f}",
-              r[axis], r["perplexity"], shades[_series_name(study, r, [x] if x else [])], r["run"] in best)
+              r[axis], r["perplexity"], looks[_series_name(study, r, [x] if x else [])], r["run"] in best)
         for r in done if r.get("perplexity") is not None
     ]  # fmt: skip
     if not points:
@@ -136,9 +136,9 @@ def _scatter(
 
 
 def _front(
-    study: Study, done: Sequence[Row], best: set[str], axis: str, shades: Mapping[str, float]
+    study: Study, done: Sequence[Row], best: set[str], axis: str, looks: Mapping[str, str]
 ) -> list[Element]:
-    drawn = _scatter(study, done, best, axis, shades)
+    drawn = _scatter(study, done, best, axis, looks)
     if drawn is None:
         return [el("h2", "Cost and loss"), el("p", "No run was measured.", class_="soft")]
     caption = el(
@@ -147,11 +147,11 @@ def _front(
     return [
         el("h2", "Cost and loss"),
         el("figure", caption, drawn),
-        study_charts.legend(list(shades.items())),
+        study_charts.legend(looks),
     ]
 
 
-def _lines(study: Study, done: Sequence[Row], shades: Mapping[str, float]) -> Element | None:
+def _lines(study: Study, done: Sequence[Row], looks: Mapping[str, str]) -> Element | None:
     x = _x(study, done)
     if x is None:
         return None
@@ -160,23 +160,21 @@ def _lines(study: Study, done: Sequence[Row], shades: Mapping[str, float]) -> El
         if r.get("perplexity") is not None and isinstance(r.get(x), int | float):
             groups.setdefault(_series_name(study, r, [x]), {}).setdefault(r[x], []).append(r["perplexity"])
     series = [
-        Series(
-            name, shades.get(name, 0.0), [(a, min(ys), fmean(ys), max(ys)) for a, ys in sorted(found.items())]
-        )
+        Series(name, looks[name], [(a, min(ys), fmean(ys), max(ys)) for a, ys in sorted(found.items())])
         for name, found in groups.items()
     ]
     said = _said(study, x)
     return study_charts.curves(f"Perplexity over {said}", series, said) if series else None
 
 
-def _curves(study: Study, done: Sequence[Row], shades: Mapping[str, float]) -> list[Element]:
-    drawn = _lines(study, done, shades)
+def _curves(study: Study, done: Sequence[Row], looks: Mapping[str, str]) -> list[Element]:
+    drawn = _lines(study, done, looks)
     if drawn is None:
         return []
     caption = el(
         "figcaption", el("b", "Perplexity"), f" over {_said(study, _x(study, done))}; bands span the seeds"
     )
-    return [el("h2", "Curves"), el("figure", caption, drawn), study_charts.legend(list(shades.items()))]
+    return [el("h2", "Curves"), el("figure", caption, drawn), study_charts.legend(looks)]
 
 
 def _table(study: Study, rows: Sequence[Row], best: set[str]) -> list[Element]:
@@ -210,7 +208,7 @@ def _sortable(value: Any) -> str:
 
 
 def _layers(study: Study, done: Sequence[Row], best: set[str], reports: Reports, spectra: Spectra,
-            shades: Mapping[str, float]) -> list[Element]:  # fmt: skip
+            looks: Mapping[str, str]) -> list[Element]:  # fmt: skip
     """Widths and lost energies by layer, kind by kind, of every run that cut there."""
     x = _x(study, done)
     figures = []
@@ -227,7 +225,7 @@ def _layers(study: Study, done: Sequence[Row], best: set[str], reports: Reports,
             lost.append(by_block(energy_lost(spectra[r["run"]], {w.name: w.kept for w in widths})))
             if r["run"] in best:
                 points = [(float(n), v, v, v) for n, v in enumerate(share) if v is not None]
-                lines.append(Series(names[-1], shades[_series_name(study, r, [x] if x else [])], points))
+                lines.append(Series(names[-1], looks[_series_name(study, r, [x] if x else [])], points))
         title = words.kind_words(kind)
         if lines:
             figures.append(_figure(title, "share of each block's width that is kept, runs on the front",
@@ -242,7 +240,7 @@ def _layers(study: Study, done: Sequence[Row], best: set[str], reports: Reports,
 
 
 def _spectra(study: Study, done: Sequence[Row], reports: Reports, spectra: Spectra,
-             shades: Mapping[str, float]) -> list[Element]:  # fmt: skip
+             looks: Mapping[str, str]) -> list[Element]:  # fmt: skip
     """The spectra of each kind of space, one curve for all runs with the same bases."""
     x = _x(study, done)
     found: dict[str, dict[tuple[float, ...], charts.Curve]] = {}
@@ -251,14 +249,14 @@ def _spectra(study: Study, done: Sequence[Row], reports: Reports, spectra: Spect
         kinds: dict[str, list[charts.Curve]] = {}
         for name, energies in spectra[r["run"]].items():
             kept = report["widths"].get(name, len(energies))
-            kinds.setdefault(words.kind_of(report, name), []).append(charts.Curve(name, 0.0, energies, kept))
+            kinds.setdefault(words.kind_of(report, name), []).append(charts.Curve(name, "", energies, kept))
         for kind, each in kinds.items():
             longest = max(len(c.energies) for c in each)
             alike = [c for c in each if len(c.energies) == longest and len(set(c.energies)) > 1]
             if alike:
                 mean = tuple(fmean(shares) for shares in zip(*(c.shares for c in alike), strict=True))
                 name = _series_name(study, r, [x] if x else [])
-                curve = charts.Curve(name, shades[name], mean, longest)
+                curve = charts.Curve(name, looks[name], mean, longest)
                 found.setdefault(kind, {}).setdefault(tuple(round(e, 9) for e in mean), curve)
     figures = [
         _figure(words.kind_words(kind), f"{len(each)} sets of bases, mean over the spaces",
