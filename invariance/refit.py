@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .walk import Batch
 
 SHRINKAGE = (1e-2, 1e-1, 1.0, 10.0)  # fractions of the mean eigenvalue of H, the weakest first
-HELD_OUT = 4  # one sequence in so many chooses the shrinkage
+HELD_OUT = 4  # one sequence in so many chooses the shrinkage, neighbours two by two
 MIXES = 64  # random combinations of the targets, which rank shrinkages: their loss is that of all on average
 
 
@@ -190,8 +190,11 @@ def gather(parts: tuple[Normal, Normal] | None, first: int, mask: Tensor | None,
 
 
 def spans(first: int, count: int) -> list[tuple[bool, slice]]:
-    """Runs of ``count`` sequences from number ``first``: those that fit, and those held out to choose the shrinkage."""
-    runs = groupby(range(count), key=lambda i: (first + i) % HELD_OUT == HELD_OUT - 1)
+    """Runs of ``count`` sequences from number ``first``: those that fit, and those held out to choose the shrinkage.
+
+    Two at a time are held out, since every run costs one more sum of a matrix of all features.
+    """
+    runs = groupby(range(count), key=lambda i: (first + i) % (2 * HELD_OUT) < 2)
     each = [(held, list(rows)) for held, rows in runs]
     return [(held, slice(rows[0], rows[-1] + 1)) for held, rows in each]
 

@@ -38,7 +38,7 @@ frame.addEventListener('load', () => {
     document.getElementById('found').textContent = JSON.stringify({
       width: root.scrollWidth, seen: root.clientWidth, up, down, closed, open: page.getElementById(id).closest('details').open,
       loaded: frame.contentWindow.performance.getEntriesByType('resource').length,
-      drawn: [...page.querySelectorAll('svg')].every(s => s.getBoundingClientRect().height > 20),
+      drawn: [...page.querySelectorAll('figure svg')].every(s => s.getBoundingClientRect().height > 20),
     });
   }, 200);
 });
@@ -109,8 +109,8 @@ def test_charts_stand_alone_as_files_that_load_nothing_and_name_their_series(
         assert {"Perplexity over width", "Perplexity over parameters"} & set(said)
         assert NASTY in said and sum(t is not None and t.endswith("…") for t in said) == 1
         _, top, _, height = map(float, root.attrib["viewBox"].split())
-        keys = [t for t in root.iter("{http://www.w3.org/2000/svg}circle") if t.get("r") == "4"]
-        assert len(keys) == 2 and all(float(k.attrib["cy"]) + 4 < top + height for k in keys)
+        keys = [t for t in root.iter("{http://www.w3.org/2000/svg}circle") if t.get("r") == "3"]
+        assert len(keys) == 2 and all(float(k.attrib["cy"]) + 3 < top + height for k in keys)
     points = ElementTree.fromstring(drawn["front"]).iter("{http://www.w3.org/2000/svg}a")
     assert len(list(points)) == 11
     assert figures(study, [r for r in rows if r["status"] != "done"]) == {}
