@@ -89,6 +89,7 @@ class Ablation:
             return
         folder = self.runs / job.key
         answer.report["output"] = str(folder)
+        (self.output / "failed" / f"{job.key}.txt").unlink(missing_ok=True)  # of an earlier try
         with replacing(folder) as made:
             made.mkdir()
             write_text(made / "recipe.yaml", job.recipe.to_yaml())
@@ -158,9 +159,9 @@ def plan_table(ablation: Ablation, outlook: Outlook) -> Table:
             Text(f"  {factor.name}"), Text(f"{span.low} to {span.high}" if span else "; ".join(labels))
         )
     if search is None:
-        table.add_row("calibrations", f"{outlook.calibrations}, each measured once")
-        table.add_row("bases", f"{outlook.bases} of the dense model, each found once")
-        table.add_row("dense evaluations", f"{outlook.evaluations}, each made once")
+        for name, count in (("calibrations", outlook.calibrations), ("bases", outlook.bases),
+                            ("dense evaluations", outlook.evaluations)):  # fmt: skip
+            table.add_row(name, f"{count}, each made once" if count else "none")
         table.add_row("expected", f"about {duration(outlook.seconds)} and {words.size(outlook.disk)} of disk")
     return table
 

@@ -8,10 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .errors import InputError, did_you_mean
+from .errors import InputError
 from .terminal import Device, Json, Plugin, Set, Trust, device_named, err, load_plugins, out, progress, say
-
-LOGGERS = ("tensorboard", "wandb", "mlflow", "csv")
 
 
 def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study, a YAML file: a base recipe and what varies.")],
@@ -22,8 +20,8 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
            processes: Annotated[int, typer.Option(help="How many processes calibrate together.", min=1)] = 1,
            ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Send runs to this Ray cluster (HOST:PORT, or "
                                                    "`local`), a process each.")] = None,
-           cpus: Annotated[float, typer.Option(help="With --ray: CPUs that a run holds.", min=0)] = 1,
-           gpus: Annotated[float, typer.Option(help="With --ray: GPUs that a run holds.", min=0)] = 0,
+           cpus: Annotated[float | None, typer.Option(help="With --ray: CPUs that a run holds; 1 if not said.", min=0)] = None,
+           gpus: Annotated[float | None, typer.Option(help="With --ray: GPUs that a run holds; 0 if not said.", min=0)] = None,
            logger: Annotated[list[str], typer.Option(help="Also log every run: tensorboard, wandb, mlflow or csv. May stand "
                                                      "several times.")] = [],
            device: Device = "auto", plugin: Plugin = [], trust_remote_code: Trust = False,
@@ -40,13 +38,15 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
     from .runners import chosen
     from .study import load_study
     from .study_job import Setting
-    from .study_log import log
+    from .study_log import check, log
     from .study_table import terminal
     from .yaml_text import read_text
 
     for name in logger:
-        if name not in LOGGERS:
-            raise InputError(f"--logger {name}: no logger is called '{name}'{did_you_mean(name, LOGGERS)}")
+        check(name)
+    for flag, value in (("--cpus", cpus), ("--gpus", gpus)):
+        if value is not None and ray is None:
+            raise InputError(f"{flag} {value:g}: what a run holds of a cluster, and there is none. Add --ray, or leave it out.")
     load_plugins(plugin)
     found = load_study(study, set_)
     folder = Path(os.path.abspath(output or Path("runs") / study.stem))
@@ -63,7 +63,7 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
         if as_json:
             say({"study": found.name, **outlook.to_dict(), "rows": ablation.rows()}, True)
         return
-    runner = chosen(setting, progress, workers, ray, cpus, gpus)
+    runner = chosen(setting, progress, workers, ray, 1 if cpus is None else cpus, gpus or 0)
     write_text(folder / "study.yaml", read_text(study, "study"))
     try:
         if found.searched:

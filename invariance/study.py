@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .complaints import validate
-from .errors import InputError
+from .errors import InputError, did_you_mean
 from .overrides import assign, override
 from .parts import Part, Words
 from .recipe import Recipe, recipe_of
 from .study_factors import Alternative, Factor, Label, read_factor, read_searched
+from .study_table import NUMBERS, WORDS
 from .yaml_text import Located, parse_mapping, read_text, show
 
 MAX_RUNS = 1000
@@ -122,9 +123,14 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def _check(study: Study, root: Located) -> None:
-    names = study.factors
-    if twice := next((n for i, n in enumerate(names) if n in names[:i]), None):
-        raise InputError(f"{study.where}: '{twice}' varies twice. Let each key vary in one place.")
+    if not study.factors:
+        node = next(filter(None, map(root.child, ("search", "zip", "grid"))), root)
+        raise InputError(
+            f"{node.where}: nothing varies. Give keys with values under `grid`, `zip` or `search.over`; one recipe alone is "
+            "what `invariance run` is for."
+        )
+    _check_factors(study)
+    _check_columns(study, root)
     if study.searched and (study.grid or study.zipped):
         raise InputError(
             f"{study.where}: a study is a grid or a search. Move `grid` and `zip` into `search.over`, or remove one."
@@ -147,6 +153,44 @@ def _check(study: Study, root: Located) -> None:
             f"{node.where if node else study.where}: only a search that minimizes perplexity alone can be pruned. Write "
             "`minimize: [perplexity]`, or remove `prune`."
         )
+
+
+def _check_factors(study: Study) -> None:
+    """Raises InputError where one factor would undo what another one sets, or hide a column of the results."""
+    earlier: dict[tuple[str, ...], str] = {}
+    for factor in (*study.grid, *study.zipped, *study.searched):
+        name = factor.name
+        if name in earlier.values():
+            raise InputError(f"{study.where}: '{name}' varies twice. Let each key vary in one place.")
+        if name.split(".")[0] in (*WORDS, *NUMBERS) and name.split(".")[0] not in Recipe.model_fields:
+            raise InputError(
+                f"{study.where}: '{name}' varies, and the results have a column of that name. Call it otherwise."
+            )
+        paths = {path for a in factor.alternatives for path, _ in a.values} or {tuple(name.split("."))}
+        for path in paths:
+            if lost := next((p for p in earlier if p[: len(path)] == path), None):
+                raise InputError(
+                    f"{study.where}: '{name}' sets {'.'.join(path)} and so undoes what '{earlier[lost]}' sets at "
+                    f"{'.'.join(lost)}. Let each key vary in one place, or put '{name}' first."
+                )
+        earlier |= dict.fromkeys(paths, name)
+
+
+def _check_columns(study: Study, root: Located) -> None:
+    """Raises InputError for columns to draw along or to minimize that the results do not have, or not as numbers."""
+    labels = {f.name: [a.label for a in f.alternatives] for f in (*study.grid, *study.zipped, *study.searched)}
+    numbers = [n for n, found in labels.items() if all(isinstance(v, int | float) for v in found)]
+    search = study.options.search
+    asked = [] if study.options.x is None else [(study.options.x, "x", numbers)]
+    asked += [(name, "search.minimize", []) for name in (search.minimize if search else ())]
+    for name, key, also in asked:
+        node = root.child(key.split(".")[0])
+        where = f"{node.where if node else study.where}: {key}"
+        if name not in also and name.split(".")[0] not in NUMBERS:
+            known = [*also, *NUMBERS]
+            raise InputError(f"{where}: no numbers of the results are called '{name}'{did_you_mean(name, known)}")
+        if name == "seconds_per_token" and not study.options.speed:
+            raise InputError(f"{where}: '{name}' is not measured. Add `speed: true`, or name another column.")
 
 
 def _base(root: Located, path: Path) -> Located:

@@ -33,7 +33,7 @@ class Range:
 
     @property
     def whole(self) -> bool:
-        return isinstance(self.low, int) and isinstance(self.high, int)
+        return all(isinstance(n, int) for n in (self.low, self.high, self.step or 0))
 
 
 @dataclass(frozen=True)

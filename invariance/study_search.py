@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .ablate import Ablation
-from .errors import InputError, did_you_mean
+from .errors import InputError
 from .runners import Runner
 from .study import Variant
 from .study_factors import Alternative, Factor
@@ -36,6 +38,7 @@ def search(ablation: Ablation, runner: Runner, workers: int, progress: Progress)
         storage=f"sqlite:///{ablation.output / STORAGE}", study_name=ablation.study.name, load_if_exists=True,
         directions=["minimize"] * len(asked.minimize), pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
     )  # fmt: skip
+    _same(ablation, found)
     states = optuna.trial.TrialState
     for trial in found.get_trials(deepcopy=False, states=(states.RUNNING,)):  # of a process that was killed
         found.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
@@ -54,6 +57,20 @@ def search(ablation: Ablation, runner: Runner, workers: int, progress: Progress)
             list(runner(preparations(new)))
             prepared |= {job.calibration for job in new}
         _measure(ablation, list(zip(trials, jobs, strict=True)), runner, found, states, progress)
+
+
+def _same(ablation: Ablation, found: Any) -> None:
+    """Raises InputError where the trials that are there are of another search, whose values mean something else."""
+    asked = ablation.study.options.search
+    assert asked is not None
+    content = [ablation.study.base.plain(), asked.over, asked.minimize]
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    if found.trials and found.user_attrs.get("content") != digest:
+        raise InputError(
+            f"{ablation.study.where}: the trials in {ablation.output} are of another search: its base, `over` or `minimize` "
+            "has changed since. Name another --output; `trials`, `sampler` and `seed` may change."
+        )
+    found.set_user_attr("content", digest)
 
 
 def _optuna() -> Any:
@@ -175,11 +192,5 @@ def _values(ablation: Ablation, job: Job, names: Sequence[str]) -> list[float] |
     found = next(r for r in ablation.rows() if r["run"] == job.key)
     if found["status"] != "done":
         return None
-    if unknown := [n for n in names if n not in found]:
-        numbers = [n for n, v in found.items() if isinstance(v, int | float)]
-        raise InputError(
-            f"{ablation.study.where}: search.minimize: no column of the results is called '{unknown[0]}'"
-            f"{did_you_mean(unknown[0], numbers)}"
-        )
-    values = [found[n] for n in names]
+    values = [found.get(n) for n in names]
     return None if any(v is None or not math.isfinite(v) for v in values) else [float(v) for v in values]

@@ -18,6 +18,7 @@ from .files import replacing
 Row = dict[str, Any]
 DONE, FAILED, PRUNED, WAITING = "done", "failed", "pruned", "not run"
 COSTS = ("parameters", "flops", "kv_bytes")
+PARTS = ("embedding", "blocks", "shortcuts", "head")
 QUANTIZED = ("dense_quantized", "quantized")
 SHOWN = (
     "parameters",
@@ -31,6 +32,12 @@ SHOWN = (
 )
 
 
+# what columns are called, up to the first dot, of which only some hold numbers
+WORDS = ("run", "status", "reason", "model", "stock", "version")
+NUMBERS = (*COSTS, *(f"{c}_dense" for c in COSTS), *(f"parameters_{p}" for p in PARTS), "perplexity", "ratio", "bytes",
+           "predicted_loss", "measured_loss", "seconds_per_token", "exactness", "seconds")  # fmt: skip
+
+
 def row(
     key: str, varied: Mapping[str, Any], report: Mapping[str, Any] | None, status: str, reason: str = ""
 ) -> Row:
@@ -38,14 +45,14 @@ def row(
     found: Row = {"run": key, **varied, "status": status, "reason": reason or None}
     if report is None:
         return found
-    found |= {"model": report["model"]["name"], "stock": report["model"]["stock"]}
+    found = {"model": report["model"]["name"], "stock": report["model"]["stock"]} | found
     for name, section in zip(COSTS, ("parameters", "flops_per_token", "kv_bytes_per_token"), strict=True):
         for side in ("sliced", "dense"):
             value = report[section][side]
             found[name + ("" if side == "sliced" else "_dense")] = (
                 value["total"] if name == "parameters" else value
             )
-    for part in ("embedding", "blocks", "shortcuts", "head"):
+    for part in PARTS:
         found[f"parameters_{part}"] = report["parameters"]["sliced"][part]
     for n, (name, values) in enumerate(report["perplexity"].items()):
         best = values["sliced"] if values.get("recovered") is None else values["recovered"]
