@@ -46,7 +46,9 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
         check(name)
     for flag, value in (("--cpus", cpus), ("--gpus", gpus)):
         if value is not None and ray is None:
-            raise InputError(f"{flag} {value:g}: what a run holds of a cluster, and there is none. Add --ray, or leave it out.")
+            raise InputError(
+                f"{flag} {value:g}: what a run holds of a cluster, and there is none. Add --ray, or leave it out."
+            )
     load_plugins(plugin)
     found = load_study(study, set_)
     folder = Path(os.path.abspath(output or Path("runs") / study.stem))

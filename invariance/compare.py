@@ -98,12 +98,15 @@ def layers(sides: Sequence[Side]) -> dict[str, dict[str, list[int | None]]]:
     return found
 
 
+DENSE = "the dense model"  # beside runs, of which one may be called `dense`
+
+
 def samples(sides: Sequence[Side]) -> dict[str, dict[str, str]]:
     """Prompt → side → its text, for prompts that two sides have or more; beside them the first dense model's."""
     found: dict[str, dict[str, str]] = {}
     for side in sides:
         for sample in side.report.get("samples") or []:
-            texts = found.setdefault(sample["prompt"], {"dense": sample.get("dense") or words.NONE})
+            texts = found.setdefault(sample["prompt"], {DENSE: sample.get("dense") or words.NONE})
             texts[side.name] = sample.get("sliced") or words.NONE
     return {prompt: texts for prompt, texts in found.items() if len(texts) > 2}
 

@@ -123,36 +123,38 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 
 def _check(study: Study, root: Located) -> None:
+    search = study.options.search
     if not study.factors:
-        node = next(filter(None, map(root.child, ("search", "zip", "grid"))), root)
         raise InputError(
-            f"{node.where}: nothing varies. Give keys with values under `grid`, `zip` or `search.over`; one recipe alone is "
-            "what `invariance run` is for."
+            f"{_line(root, 'search', 'zip', 'grid')}: nothing varies. Give keys with values under `grid`, `zip` or "
+            "`search.over`; one recipe alone is what `invariance run` is for."
         )
     _check_factors(study)
     _check_columns(study, root)
-    if study.searched and (study.grid or study.zipped):
+    if search is not None and (study.grid or study.zipped):
         raise InputError(
             f"{study.where}: a study is a grid or a search. Move `grid` and `zip` into `search.over`, or remove one."
         )
     lengths = {f.name: len(f.alternatives) for f in study.zipped}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"'{name}' has {n}" for name, n in lengths.items())
-        node = root.child("zip")
         raise InputError(
-            f"{node.where if node else study.where}: lists of different lengths: {told}. Zipped keys need one value "
-            "each a run; use `grid` for all combinations."
+            f"{_line(root, 'zip')}: lists of different lengths: {told}. Zipped keys need one value each a run; use `grid` "
+            "for all combinations."
         )
     count = len(list(itertools.islice(study.choices(), MAX_RUNS + 1)))
     if count > MAX_RUNS:
         raise InputError(f"{study.where}: more than {MAX_RUNS} runs. Vary less at a time, or use `search`.")
-    search = study.options.search
     if search is not None and search.prune and search.minimize != ("perplexity",):
-        node = root.child("search")
         raise InputError(
-            f"{node.where if node else study.where}: only a search that minimizes perplexity alone can be pruned. Write "
+            f"{_line(root, 'search')}: only a search that minimizes perplexity alone can be pruned. Write "
             "`minimize: [perplexity]`, or remove `prune`."
         )
+
+
+def _line(root: Located, *keys: str) -> str:
+    """Where the first of these keys stands that is there."""
+    return next((node.where for node in map(root.child, keys) if node is not None), root.where)
 
 
 def _check_factors(study: Study) -> None:
@@ -178,17 +180,20 @@ def _check_factors(study: Study) -> None:
 
 def _check_columns(study: Study, root: Located) -> None:
     """Raises InputError for columns to draw along or to minimize that the results do not have, or not as numbers."""
-    labels = {f.name: [a.label for a in f.alternatives] for f in (*study.grid, *study.zipped, *study.searched)}
+    labels = {
+        f.name: [a.label for a in f.alternatives] for f in (*study.grid, *study.zipped, *study.searched)
+    }
     numbers = [n for n, found in labels.items() if all(isinstance(v, int | float) for v in found)]
     search = study.options.search
     asked = [] if study.options.x is None else [(study.options.x, "x", numbers)]
     asked += [(name, "search.minimize", []) for name in (search.minimize if search else ())]
     for name, key, also in asked:
-        node = root.child(key.split(".")[0])
-        where = f"{node.where if node else study.where}: {key}"
+        where = f"{_line(root, key.split('.')[0])}: {key}"
         if name not in also and name.split(".")[0] not in NUMBERS:
             known = [*also, *NUMBERS]
-            raise InputError(f"{where}: no numbers of the results are called '{name}'{did_you_mean(name, known)}")
+            raise InputError(
+                f"{where}: no numbers of the results are called '{name}'{did_you_mean(name, known)}"
+            )
         if name == "seconds_per_token" and not study.options.speed:
             raise InputError(f"{where}: '{name}' is not measured. Add `speed: true`, or name another column.")
 

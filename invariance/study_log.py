@@ -11,8 +11,12 @@ from .errors import InputError, did_you_mean
 from .study import Study
 from .study_table import DONE, Row
 
-
-LOGGERS = {"tensorboard": ("tensorboardX", "tensorboard"), "wandb": ("wandb",), "mlflow": ("mlflow",), "csv": ()}
+LOGGERS = {
+    "tensorboard": ("tensorboardX", "tensorboard"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "csv": (),
+}
 
 
 def check(name: str) -> None:
@@ -47,7 +51,9 @@ def _logger(name: str, folder: Path, study: str, run: str) -> Any:
     if name == "tensorboard":
         return loggers.TensorBoardLogger(folder / "logs", name=study, version=run)
     if name == "wandb":
-        return loggers.WandbLogger(name=run, project=study, save_dir=folder / "logs", group=study, reinit=True)
+        return loggers.WandbLogger(
+            name=run, project=study, save_dir=folder / "logs", group=study, reinit=True
+        )
     if name == "mlflow":
         return loggers.MLFlowLogger(study, run_name=run, tracking_uri=f"file:{folder / 'logs' / 'mlflow'}")
     return loggers.CSVLogger(folder / "logs", name=study, version=run)

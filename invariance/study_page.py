@@ -72,7 +72,8 @@ def page(
 def _summary(study: Study, rows: Sequence[Row], best: set[str]) -> str:
     counts = {s: sum(r["status"] == s for r in rows) for s in dict.fromkeys(r["status"] for r in rows)}
     said = ", ".join(f"{n} {status}" for status, n in counts.items()) or "none"
-    return f"What varies: {', '.join(study.factors)}. Runs: {said}. {len({r['run'] for r in rows} & best)} lie on the front."
+    ahead = len({r["run"] for r in rows} & best)
+    return f"What varies: {', '.join(study.factors)}. Runs: {said}; on the front: {ahead}."
 
 
 def _series_name(study: Study, r: Row, without: Sequence[str] = ()) -> str:
@@ -85,16 +86,23 @@ def _x(study: Study, done: Sequence[Row]) -> str | None:
     """What the curves run over: the study's `x`, or the factor with the most numbers."""
     if study.options.x is not None:
         return study.options.x
-    counts = {}
-    for f in study.factors:
-        values = {r.get(f) for r in done}
-        if (
-            f != "seed"
-            and values
-            and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
-        ):
-            counts[f] = len(values)
+    counts = {f: len({r[f] for r in done}) for f in _numbers(study, done)}
     return max(counts, key=lambda f: counts[f]) if counts and max(counts.values()) > 1 else None
+
+
+def _numbers(study: Study, done: Sequence[Row]) -> list[str]:
+    """The factors whose values are numbers; seeds are none."""
+    values = {f: {r.get(f) for r in done} for f in study.factors if f != "seed"}
+    return [
+        f for f, found in values.items()
+        if found and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found)
+    ]  # fmt: skip
+
+
+def _along(study: Study, done: Sequence[Row]) -> list[str]:
+    """The factors that vary along a curve: its x, or all numbers where that is a column of the results."""
+    x = _x(study, done)
+    return [] if x is None else [x] if x in study.factors else _numbers(study, done)
 
 
 def _said(study: Study, x: str | None) -> str:
@@ -104,8 +112,7 @@ def _said(study: Study, x: str | None) -> str:
 
 def _looks(study: Study, done: Sequence[Row]) -> dict[str, str]:
     """Series → what it looks like in every chart."""
-    x = _x(study, done)
-    names = list(dict.fromkeys(_series_name(study, r, [x] if x else []) for r in done))
+    names = list(dict.fromkeys(_series_name(study, r, _along(study, done)) for r in done))
     return {name: study_charts.look(n, len(names)) for n, name in enumerate(names)}
 
 
@@ -124,10 +131,10 @@ def figures(study: Study, rows: Sequence[Row]) -> dict[str, str]:
 def _scatter(
     study: Study, done: Sequence[Row], best: set[str], axis: str, looks: Mapping[str, str]
 ) -> Element | None:
-    x = _x(study, done)
+    along = _along(study, done)
     points = [
         Point(r["run"], f"{_series_name(study, r)}: {tables.cell(axis, r[axis])} {axis}, perplexity {r['perplexity']:.2f}",
-              r[axis], r["perplexity"], looks[_series_name(study, r, [x] if x else [])], r["run"] in best)
+              r[axis], r["perplexity"], looks[_series_name(study, r, along)], r["run"] in best)
         for r in done if r.get("perplexity") is not None
     ]  # fmt: skip
     if not points:
@@ -155,10 +162,11 @@ def _lines(study: Study, done: Sequence[Row], looks: Mapping[str, str]) -> Eleme
     x = _x(study, done)
     if x is None:
         return None
+    along = _along(study, done)
     groups: dict[str, dict[float, list[float]]] = {}
     for r in done:
         if r.get("perplexity") is not None and isinstance(r.get(x), int | float):
-            groups.setdefault(_series_name(study, r, [x]), {}).setdefault(r[x], []).append(r["perplexity"])
+            groups.setdefault(_series_name(study, r, along), {}).setdefault(r[x], []).append(r["perplexity"])
     series = [
         Series(name, looks[name], [(a, min(ys), fmean(ys), max(ys)) for a, ys in sorted(found.items())])
         for name, found in groups.items()
@@ -210,7 +218,7 @@ def _sortable(value: Any) -> str:
 def _layers(study: Study, done: Sequence[Row], best: set[str], reports: Reports, spectra: Spectra,
             looks: Mapping[str, str]) -> list[Element]:  # fmt: skip
     """Widths and lost energies by layer, kind by kind, of every run that cut there."""
-    x = _x(study, done)
+    along = _along(study, done)
     figures = []
     kinds = list(dict.fromkeys(k for r in done for k in words.spaces(reports[r["run"]])))
     for kind in kinds:
@@ -225,7 +233,7 @@ def _layers(study: Study, done: Sequence[Row], best: set[str], reports: Reports,
             lost.append(by_block(energy_lost(spectra[r["run"]], {w.name: w.kept for w in widths})))
             if r["run"] in best:
                 points = [(float(n), v, v, v) for n, v in enumerate(share) if v is not None]
-                lines.append(Series(names[-1], looks[_series_name(study, r, [x] if x else [])], points))
+                lines.append(Series(names[-1], looks[_series_name(study, r, along)], points))
         title = words.kind_words(kind)
         if lines:
             figures.append(_figure(title, "share of each block's width that is kept, runs on the front",
@@ -235,14 +243,17 @@ def _layers(study: Study, done: Sequence[Row], best: set[str], reports: Reports,
                 drawn = study_charts.heat(
                     f"{said}, {title}", names[:HEAT_ROWS], rows[:HEAT_ROWS], f"of the {said.split()[0]}"
                 )
-                figures.append(_figure(title, f"{said} by block (across) and run (down), as a share", drawn))
+                left = f", the first {HEAT_ROWS} of {len(rows)} runs" if len(rows) > HEAT_ROWS else ""
+                figures.append(
+                    _figure(title, f"{said} by block (across) and run (down), as a share{left}", drawn)
+                )
     return [el("h2", "Layer by layer"), el("div", *figures, class_="charts")] if figures else []
 
 
 def _spectra(study: Study, done: Sequence[Row], reports: Reports, spectra: Spectra,
              looks: Mapping[str, str]) -> list[Element]:  # fmt: skip
     """The spectra of each kind of space, one curve for all runs with the same bases."""
-    x = _x(study, done)
+    along = _along(study, done)
     found: dict[str, dict[tuple[float, ...], charts.Curve]] = {}
     for r in {r["run"]: r for r in done}.values():
         report = reports[r["run"]]
@@ -255,7 +266,7 @@ def _spectra(study: Study, done: Sequence[Row], reports: Reports, spectra: Spect
             alike = [c for c in each if len(c.energies) == longest and len(set(c.energies)) > 1]
             if alike:
                 mean = tuple(fmean(shares) for shares in zip(*(c.shares for c in alike), strict=True))
-                name = _series_name(study, r, [x] if x else [])
+                name = _series_name(study, r, along)
                 curve = charts.Curve(name, looks[name], mean, longest)
                 found.setdefault(kind, {}).setdefault(tuple(round(e, 9) for e in mean), curve)
     figures = [

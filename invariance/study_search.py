@@ -193,4 +193,5 @@ def _values(ablation: Ablation, job: Job, names: Sequence[str]) -> list[float] |
     if found["status"] != "done":
         return None
     values = [found.get(n) for n in names]
-    return None if any(v is None or not math.isfinite(v) for v in values) else [float(v) for v in values]
+    known = [float(v) for v in values if v is not None and math.isfinite(v)]
+    return known if len(known) == len(names) else None

@@ -15,7 +15,7 @@ import pytest
 import torch
 from folders import invoke, save_model, save_tokens
 
-from invariance import calibration, evaluate, fisher, pipeline, study_job, study_table, walk
+from invariance import calibration, evaluate, fisher, pipeline, study_job, study_log, study_table, walk
 from invariance.data import load_tokens
 from invariance.interfaces import Statistic, find
 from invariance.memo import Memo
@@ -25,6 +25,7 @@ from invariance.plan import plan
 from invariance.recipe import Recipe, load_recipe
 from invariance.runners import Runner, cluster, several
 from invariance.space import Group, Space
+from invariance.study_table import NUMBERS, WORDS
 from invariance.verify import relative_error, tolerance
 
 BASE = """\
@@ -43,7 +44,7 @@ grid:
   steps.0.select.uniform.width: [16, 24]
 """
 )
-NUMBERS = ("parameters", "flops", "kv_bytes", "perplexity", "ratio", "exactness")
+FACTS = ("parameters", "flops", "kv_bytes", "perplexity", "ratio", "exactness")
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_widths_tell_runs_apart_and_rotations_share_certificates(done: Any) -> N
 def test_results_are_one_tidy_row_a_run(root: Path, done: Any) -> None:
     rows, _ = done
     table = pyarrow.parquet.read_table(root / "first" / "results.parquet").to_pylist()
-    assert [{k: r[k] for k in NUMBERS} for r in table] == [{k: r[k] for k in NUMBERS} for r in rows]
+    assert [{k: r[k] for k in FACTS} for r in table] == [{k: r[k] for k in FACTS} for r in rows]
     with (root / "first" / "results.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [float(r["perplexity"]) for r in read] == [r["perplexity"] for r in rows]
@@ -220,7 +221,7 @@ def test_processes_of_their_own_give_the_numbers_of_this_one(
     for run, answer in answers.items():
         assert answer.report is not None, answer.reason
         found = study_table.row(run, {}, answer.report, study_table.DONE)
-        assert [found[k] for k in NUMBERS] == [rows[run][k] for k in NUMBERS]
+        assert [found[k] for k in FACTS] == [rows[run][k] for k in FACTS]
 
 
 def test_a_cluster_that_does_not_answer_is_refused(root: Path) -> None:
@@ -246,7 +247,7 @@ def test_killed_in_the_middle_at_most_the_run_in_hand_is_lost(root: Path, done: 
     rows, said = ablate(root, STUDY, "killed")
     assert said.count("perplexity ") == 6 - len(kept)
     assert {p: p.stat().st_mtime_ns for p in kept} == stamps
-    assert [{k: r[k] for k in NUMBERS} for r in rows] == [{k: r[k] for k in NUMBERS} for r in done[0]]
+    assert [{k: r[k] for k in FACTS} for r in rows] == [{k: r[k] for k in FACTS} for r in done[0]]
 
 
 def whole(runs: Path) -> list[Path]:
@@ -329,6 +330,28 @@ def test_loggers_get_what_varies_and_what_was_measured(root: Path, done: Any) ->
         "ablate", write(root, STUDY), "--output", root / "first", "--logger", "tensorbord"
     )
     assert status == 2 and "did you mean 'tensorboard'?" in err
+
+
+def test_a_logger_whose_package_is_not_there_is_refused_before_anything_runs(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_log, "find_spec", lambda name: None)
+    for name in ("wandb", "mlflow", "tensorboard"):
+        status, _, err = invoke("ablate", write(root, STUDY), "--output", root / "logged", "--logger", name)
+        assert status == 2 and "pip install" in err and not (root / "logged").exists()
+
+
+def test_every_column_of_the_results_is_known_by_name(done: Any) -> None:
+    factors = {"steps.0.rotate", "steps.0.select.uniform.width"}
+    for name, value in done[0][0].items():
+        head = name.split(".")[0]
+        assert name in factors or (head in NUMBERS) != (head in WORDS), name
+        assert head not in NUMBERS or value is None or isinstance(value, int | float), name
+
+
+def test_what_a_run_holds_of_a_cluster_wants_one(root: Path) -> None:
+    status, _, err = invoke("ablate", write(root, STUDY), "--output", root / "held", "--gpus", "1")
+    assert status == 2 and "Add --ray" in err and not (root / "held").exists()
 
 
 def test_tensorboard_is_written(root: Path, done: Any) -> None:

@@ -38,7 +38,7 @@ def test_numbers_widths_and_texts_stand_side_by_side(runs: list[Path]) -> None:
     assert found["numbers"]["perplexity, sotu, recovered"] == [60.5, None]
     assert found["widths"] == {"mlp": {"mlp.3": [1024, 512], "mlp.4": [1032, 512]}}
     assert found["samples"] == {
-        "The people": {"dense": " have a history", "a/run": " have been", "b/run": f" {NASTY}"}
+        "The people": {"the dense model": " have a history", "a/run": " have been", "b/run": f" {NASTY}"}
     }
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_ablate import BASE, ablate, no_model_in_memory, root
+from test_ablate import BASE, ablate, no_model_in_memory, root, write
 
 from invariance import study_job, study_search
+from invariance.study import load_study
 
 optuna = pytest.importorskip("optuna")
 
@@ -71,7 +72,23 @@ def test_a_trial_that_is_worse_than_the_median_early_is_stopped(
     assert all("stopped early: perplexity 50.00" in r["reason"] for r in rows if r["status"] == "pruned")
 
 
-def test_what_is_no_column_is_refused_with_the_nearest(root: Path) -> None:
-    text = BASE + f"search: {{{OVER}, trials: 1, minimize: [perplexty]}}\n"
-    with pytest.raises(AssertionError, match="did you mean 'perplexity'"):
-        ablate(root, text, "misspelt")
+@pytest.mark.parametrize("changed", ["over", "minimize", "base"])
+def test_trials_of_another_search_are_not_taken_for_this_ones(root: Path, changed: str) -> None:
+    text = f"{BASE}search: {{{OVER}, trials: 2, minimize: [perplexity, parameters]}}\n"
+    rows, _ = ablate(root, text, changed)
+    other = {
+        "over": text.replace("high: 32", "high: 31"),
+        "minimize": text.replace("[perplexity, parameters]", "[perplexity]"),
+        "base": text,
+    }[changed]
+    arguments = ("--set", "seed=7") if changed == "base" else ()
+    with pytest.raises(AssertionError, match="are of another search"):
+        ablate(root, other, changed, *arguments)
+    more, _ = ablate(root, text.replace("trials: 2", "trials: 3"), changed)  # this may change
+    assert facts(more)[: len(rows)] == facts(rows)
+
+
+def test_steps_of_a_range_are_kept_to(root: Path) -> None:
+    over = "over: {evaluate.0.perplexity.sequences: {low: 1, high: 3, step: 2}, budget.parameters: {low: 1, high: 2, step: 0.5}}"
+    searched = load_study(write(root, f"{BASE}search: {{{over}, trials: 1}}\n")).searched
+    assert [f.range is not None and f.range.whole for f in searched] == [True, False]

@@ -84,6 +84,13 @@ def test_an_option_set_in_a_study_takes_the_place_of_its_rival(tmp_path: Path) -
         ("zip: {seed: [0, 1], tie: [keep]}", 6, "lists of different lengths: 'seed' has 2, 'tie' has 1"),
         ("search: {over: {seed: {low: 3, high: 1}}}", 6, "`low` must be below `high`"),
         ("search: {over: {seed: [1, 2]}, trails: 3}", 6, "unknown key 'trails'; did you mean 'trials'?"),
+        ("grid: {}", 6, "nothing varies"),
+        ("search: {over: {}}", 6, "nothing varies"),
+        ("grid: {seed: [1, 2]}\nx: sede", 7, "did you mean 'seed'?"),
+        ("grid: {steps.0.rotate: [pca, permute]}\nx: steps.0.rotate", 7, "no numbers of the results are called"),
+        ("search: {over: {seed: [1, 2]}, minimize: [perplexty]}", 6, "did you mean 'perplexity'?"),
+        ("search: {over: {seed: [1, 2]}, minimize: [status]}", 6, "no numbers of the results are called 'status'"),
+        ("search: {over: {seed: [1, 2]}, minimize: [seconds_per_token]}", 6, "Add `speed: true`"),
         ("search: {over: {seed: [1, 2]}, prune: true}", 6, "only a search that minimizes perplexity alone can be pruned"),
     ],
 )  # fmt: skip
@@ -91,6 +98,30 @@ def test_a_mistake_is_told_with_file_line_and_remedy(tmp_path: Path, text: str, 
     with pytest.raises(InputError) as e:
         study(tmp_path, text + "\n").variants()
     assert str(e.value).startswith(f"{tmp_path / 's.yaml'}:{line}") and said in str(e.value), str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("grid:\n  seed: [0, 1]\n  m: {a: {seed: 5}}", "'m' sets seed and so undoes what 'seed' sets at seed"),
+        ("grid:\n  steps.0.rotate: [permute]\n  m: {a: {steps: []}}", "undoes what 'steps.0.rotate' sets at steps.0.rotate"),
+        ("grid: {seed: [0, 1]}\nzip: {seed: [2]}", "'seed' varies twice"),
+        ("grid:\n  ratio: {a: {seed: 5}}", "the results have a column of that name"),
+        ("grid:\n  perplexity.mine: {a: {seed: 5}}", "the results have a column of that name"),
+    ],
+)  # fmt: skip
+def test_factors_that_undo_each_other_or_hide_a_column_are_refused(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    with pytest.raises(InputError) as e:
+        study(tmp_path, text + "\n")
+    assert said in str(e.value), str(e.value)
+
+
+def test_what_comes_later_may_refine_what_came_before(tmp_path: Path) -> None:
+    text = "grid:\n  steps.0.select: {even: {uniform: {keep: 0.5}}}\n  steps.0.select.uniform.keep: [0.5, 0.75]\n"
+    keeps = [v.recipe.steps[0].select.keep for v in study(tmp_path, text).variants()]  # type: ignore[attr-defined]
+    assert keeps == [0.5, 0.75]
 
 
 def test_a_base_that_is_not_there_is_told_with_the_nearest(tmp_path: Path) -> None:

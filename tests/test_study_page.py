@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -114,6 +115,13 @@ def test_charts_stand_alone_as_files_that_load_nothing_and_name_their_series(
     points = ElementTree.fromstring(drawn["front"]).iter("{http://www.w3.org/2000/svg}a")
     assert len(list(points)) == 11
     assert figures(study, [r for r in rows if r["status"] != "done"]) == {}
+
+
+def test_along_a_column_of_the_results_a_curve_joins_all_widths(study: Study, found: Any) -> None:
+    along = replace(study, options=study.options.model_copy(update={"x": "parameters"}))
+    whole, usual = (ElementTree.fromstring(figures(s, found[0])["curves"]) for s in (along, study))
+    for root in (whole, usual):  # a series each of two methods
+        assert len(re.findall("class=.curve thick", ElementTree.tostring(root, encoding="unicode"))) == 2 + 2
 
 
 def test_the_page_loads_nothing_runs_its_own_script_only_and_escapes_all(html: str) -> None:
