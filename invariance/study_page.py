@@ -52,14 +52,13 @@ def page(
 ) -> str:
     """One HTML file that holds everything it shows."""
     done = [r for r in rows if r["status"] == DONE]
-    axis = tables.cost_axis(done)
-    best = tables.front(done, (axis, "perplexity"))
+    best = tables.front(done, (tables.cost_axes(done)[0], "perplexity"))
     looks = _looks(study, done)
     body = [
         el("p", "Ablation study · invariance", class_="soft"),
         el("h1", study.name),
         el("p", _summary(study, rows, best)),
-        *_front(study, done, best, axis, looks),
+        *_fronts(study, done, looks),
         *_curves(study, done, looks),
         *_table(study, rows, best),
         *_layers(study, done, best, reports, spectra, looks),
@@ -119,43 +118,38 @@ def _looks(study: Study, done: Sequence[Row]) -> dict[str, str]:
 def figures(study: Study, rows: Sequence[Row]) -> dict[str, str]:
     """The charts of costs and of curves as SVG files of their own, by name."""
     done = [r for r in rows if r["status"] == DONE]
-    axis = tables.cost_axis(done)
     looks = _looks(study, done)
     drawn = {
-        "front": _scatter(study, done, tables.front(done, (axis, "perplexity")), axis, looks),
+        "front": _front(study, done, tables.cost_axes(done)[0], looks),
         "curves": _lines(study, done, looks),
     }
     return {name: study_charts.alone(chart, looks) for name, chart in drawn.items() if chart is not None}
 
 
-def _scatter(
-    study: Study, done: Sequence[Row], best: set[str], axis: str, looks: Mapping[str, str]
-) -> Element | None:
-    along = _along(study, done)
+def _front(study: Study, done: Sequence[Row], axis: str, looks: Mapping[str, str]) -> Element | None:
+    """Perplexity over one cost, with those runs ringed that no other beats in both."""
+    along, best = _along(study, done), tables.front(done, (axis, "perplexity"))
     points = [
         Point(r["run"], f"{_series_name(study, r)}: {tables.cell(axis, r[axis])} {axis}, perplexity {r['perplexity']:.2f}",
               r[axis], r["perplexity"], looks[_series_name(study, r, along)], r["run"] in best)
-        for r in done if r.get("perplexity") is not None
+        for r in done if r.get("perplexity") is not None and r.get(axis) is not None
     ]  # fmt: skip
     if not points:
         return None
     return study_charts.scatter(f"Perplexity over {axis}", points, axis.replace("_", " "))
 
 
-def _front(
-    study: Study, done: Sequence[Row], best: set[str], axis: str, looks: Mapping[str, str]
-) -> list[Element]:
-    drawn = _scatter(study, done, best, axis, looks)
-    if drawn is None:
+def _fronts(study: Study, done: Sequence[Row], looks: Mapping[str, str]) -> list[Element]:
+    """A chart for each cost that tells the runs apart."""
+    figures = [
+        el("figure", el("figcaption", el("b", "Perplexity"), f" over {axis.replace('_', ' ')}; a point leads to its recipe"),
+           drawn)
+        for axis in tables.cost_axes(done) if (drawn := _front(study, done, axis, looks)) is not None
+    ]  # fmt: skip
+    if not figures:
         return [el("h2", "Cost and loss"), el("p", "No run was measured.", class_="soft")]
-    caption = el(
-        "figcaption", el("b", "Perplexity"), f" over {axis.replace('_', ' ')}; a point leads to its recipe"
-    )
-    return [
-        el("h2", "Cost and loss"),
-        el("figure", caption, drawn),
-        study_charts.legend(looks),
-    ]
+    whole = el("div", *figures, class_="charts") if len(figures) > 1 else figures[0]
+    return [el("h2", "Cost and loss"), whole, study_charts.legend(looks)]
 
 
 def _lines(study: Study, done: Sequence[Row], looks: Mapping[str, str]) -> Element | None:

@@ -90,9 +90,10 @@ def front(rows: Sequence[Row], by: tuple[str, str]) -> set[str]:
     }  # fmt: skip
 
 
-def cost_axis(rows: Sequence[Row]) -> str:
-    """The cost that tells the runs apart: parameters, unless all have the same."""
-    return next((c for c in COSTS if len({r.get(c) for r in rows if r.get(c) is not None}) > 1), COSTS[0])
+def cost_axes(rows: Sequence[Row]) -> list[str]:
+    """The costs that tell the runs apart; parameters where none does."""
+    names = (*COSTS, "seconds_per_token")
+    return [c for c in names if len({r[c] for r in rows if r.get(c) is not None}) > 1] or [COSTS[0]]
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
@@ -144,12 +145,12 @@ def shown(rows: Sequence[Row]) -> list[str]:
 
 def terminal(name: str, factors: Mapping[str, str], rows: Sequence[Row]) -> Table:
     """One line a run by falling cost, those on the Pareto front marked; ``factors`` have their titles."""
-    axis = cost_axis(rows)
+    axis = cost_axes(rows)[0]
     best = front(rows, (axis, "perplexity"))
     title = f"{name}: ● no other run has less {axis} and less perplexity"
     table = Table("", *factors.values(), *(n.replace("_", " ") for n in shown(rows)), title=title)
-    for column in table.columns[1 + len(factors) :]:
-        column.justify = "right"
+    for n, column in enumerate(table.columns):
+        column.justify, column.overflow = ("left", "fold") if n <= len(factors) else ("right", "ellipsis")
     for r in sorted(rows, key=lambda r: (r["status"] != DONE, -(r.get(axis) or 0), r.get("perplexity") or 0)):
         mark = "●" if r["run"] in best else "" if r["status"] == DONE else "✗"
         cells = [Text(str(r.get(f))) for f in factors] + [Text(cell(n, r.get(n))) for n in shown(rows)]

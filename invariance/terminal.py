@@ -49,7 +49,7 @@ def progress(items: Iterable[Any], what: str, total: int) -> Iterator[Any]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as bar:
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as bar:
         yield from bar.track(items, total=total, description=what)
 
 

@@ -17,7 +17,7 @@ from invariance.study import Study, load_study
 from invariance.study_factors import short
 from invariance.study_job import Setting, key
 from invariance.study_plan import Planner, outlook
-from invariance.study_table import arrow, cost_axis, front
+from invariance.study_table import arrow, cost_axes, front
 
 STUDIES = sorted((Path(__file__).parent.parent / "recipes" / "ablations").glob("*.yaml"))
 BASE = """\
@@ -184,14 +184,10 @@ def test_columns_of_several_kinds_become_words_and_none_stays_none() -> None:
     assert table.to_pydict() == {"a": ["1", "x"], "b": [1.0, 0.5], "c": [None, None]}
 
 
-def test_the_axis_is_the_cost_that_tells_runs_apart() -> None:
-    assert (
-        cost_axis(
-            [{"parameters": 1, "flops": 2, "kv_bytes": 3}, {"parameters": 1, "flops": 2, "kv_bytes": 4}]
-        )
-        == "kv_bytes"
-    )
-    assert cost_axis([]) == "parameters"
+def test_the_costs_that_are_drawn_tell_runs_apart() -> None:
+    rows = [{"parameters": 1, "flops": n, "kv_bytes": n, "seconds_per_token": None} for n in (2, 3)]
+    assert cost_axes(rows) == ["flops", "kv_bytes"]
+    assert cost_axes([]) == cost_axes(rows[:1]) == ["parameters"]
 
 
 def test_labels_are_short() -> None:
