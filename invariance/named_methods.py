@@ -41,7 +41,9 @@ def _method(kind: str, value: Any) -> Any:
     if not isinstance(given, dict) or not given:
         raise Problem(f"got {show(value)}; write a method as NAME or {{NAME: {{OPTION: VALUE}}}}")
     (name, options), *others = given.items()
-    if others:
+    if unknown := next((n for n in given if n not in registry(kind)), None):
+        name, options = unknown, None  # which is what has to be told, whatever stands beside it
+    elif others:
         raise Problem(f"'{name}' stands here already; keep one method", others[0][0])
     options = {} if options is None else options
     if not isinstance(options, dict):

@@ -83,6 +83,11 @@ def cluster(setting: Setting, address: str, cpus: float, gpus: float) -> Runner:
         raise InputError(
             f"--ray {address}: {' '.join(str(e).split())[:300]}. Give HOST:PORT of a running cluster, or `local`."
         ) from e
+    for flag, kind, asked in (("--cpus", "CPU", cpus), ("--gpus", "GPU", gpus)):
+        if asked > (there := ray.cluster_resources().get(kind, 0)):
+            raise InputError(
+                f"{flag} {asked:g}: the cluster has {there:g} {kind}s, so a run would wait for ever. Ask for less."
+            )
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(carry_out_alone)
 
     def run(requests: Sequence[Request]) -> Iterator[Answer]:

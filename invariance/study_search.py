@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from .ablate import Ablation
@@ -13,7 +13,7 @@ from .errors import InputError
 from .runners import Runner
 from .study import Variant
 from .study_factors import Alternative, Factor
-from .study_job import PRUNED, carry_out
+from .study_job import PRUNED, Answer, carry_out
 from .study_plan import Job, preparations
 from .walk import Progress
 
@@ -161,12 +161,12 @@ def _measure(ablation: Ablation, pairs: list[tuple[Any, Job | None]], runner: Ru
     assert asked is not None
     if asked.prune:
         (trial, _), *_ = pairs
-        answers = [
+        answers: Iterable[Answer] = [
             carry_out(job.request, ablation.setting, progress, _judge(trial)) for job in wanted.values()
         ]
     else:
-        answers = list(runner([job.request for job in wanted.values()]))
-    for answer in answers:
+        answers = runner([job.request for job in wanted.values()])
+    for answer in answers:  # each kept as soon as it is there
         ablation.keep(wanted[answer.request.name], answer, f"trial {pairs[0][0].number}")
     for trial, job in pairs:
         values = None if job is None else _values(ablation, job, asked.minimize)

@@ -17,6 +17,7 @@ from folders import invoke, save_model, save_tokens
 
 from invariance import calibration, evaluate, fisher, pipeline, study_job, study_log, study_table, walk
 from invariance.data import load_tokens
+from invariance.errors import InputError
 from invariance.interfaces import Statistic, find
 from invariance.memo import Memo
 from invariance.models import load_model
@@ -204,6 +205,8 @@ def elsewhere(request: pytest.FixtureRequest) -> Iterator[Runner]:
         yield several(setting, workers=2)
         return
     ray = pytest.importorskip("ray")
+    with pytest.raises(InputError, match="the cluster has 0 GPUs"):
+        cluster(setting, "local", cpus=1, gpus=1)
     yield cluster(setting, "local", cpus=1, gpus=0)
     ray.shutdown()
 

@@ -154,7 +154,7 @@ def test_an_override_of_one_use_of_an_alias_leaves_the_other() -> None:
         ("steps.2.rotate=pca", "--set steps.2.rotate: steps.2: the key 'spaces' is missing"),
         ("steps.0.rotate.pca.of=norm", "--set steps.0.rotate.pca.of: got 'norm', but it should be 'raw'"),
         ("steps.0.rotate.pca.off=1", "--set steps.0.rotate.pca.off: 'pca' has no option 'off'; did you mean 'of'?"),
-        ("steps.0.rotate.pcs.of=raw", "steps.0.rotate.pcs: 'pca' stands here already"),
+        ("steps.0.rotate.pcs.of=raw", "did you mean 'pca'?"),
         ("steps.1.rotate.pca.of=raw", "'identity' stands above 'pca', and has no keys. Set the key above as a whole"),
         ("steps.0.select.uniform.width=-1", "--set steps.0.select.uniform.width: width must be at least 0"),
         ("steps.0.select.uniform.width=4.5", "--set steps.0.select.uniform.width: got 4.5"),
