@@ -40,7 +40,6 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
     from .study_job import Setting
     from .study_log import check, log
     from .study_table import terminal
-    from .yaml_text import read_text
 
     for name in logger:
         check(name)
@@ -66,7 +65,7 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
             say({"study": found.name, **outlook.to_dict(), "rows": ablation.rows()}, True)
         return
     runner = chosen(setting, progress, workers, ray, 1 if cpus is None else cpus, gpus or 0)
-    write_text(folder / "study.yaml", read_text(study, "study"))
+    write_text(folder / "study.yaml", found.to_yaml())
     try:
         if found.searched:
             from .study_search import search

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -28,7 +27,7 @@ from .parts import Count, Fraction, Part, Seed, Word, as_tuple
 from .recipe_evaluate import Evaluations
 from .recipe_quantize import Quantize
 from .recover_options import Recover
-from .yaml_text import Located, located, parse_mapping, read_text, safe_yaml, show
+from .yaml_text import Located, located, parse_mapping, read_text, show, written
 
 SPACES = {
     "residual": "x",
@@ -305,11 +304,7 @@ class Recipe(Part):
 
     def to_yaml(self) -> str:
         """The recipe in full, as YAML that ``parse_recipe`` reads."""
-        yaml, stream = safe_yaml(), io.StringIO()
-        yaml.default_flow_style, yaml.width = False, 4096
-        yaml.representer.sort_base_mapping_type_on_output = False
-        yaml.dump(self.to_dict(), stream)
-        return stream.getvalue()
+        return written(self.to_dict())
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

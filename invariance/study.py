@@ -18,7 +18,7 @@ from .parts import Part, Words
 from .recipe import Recipe, recipe_of
 from .study_factors import Alternative, Factor, Label, read_factor, read_searched
 from .study_table import NUMBERS, WORDS
-from .yaml_text import Located, parse_mapping, read_text, show
+from .yaml_text import Located, parse_mapping, read_text, show, written
 
 MAX_RUNS = 1000
 
@@ -90,6 +90,11 @@ class Study:
             for path, value in alternative.values:
                 assign(tree, path, copy.deepcopy(value), value.where)
         return Variant({name: a.label for name, a in chosen.items()}, recipe_of(tree))
+
+    def to_yaml(self) -> str:
+        """The study with its base in full and changed as was asked, as YAML that ``load_study`` reads anywhere."""
+        asked = self.options.model_dump(exclude={"base", "set"}, exclude_defaults=True, mode="json")
+        return written({"base": self.base.plain(), **asked})
 
     def choices(self) -> Iterator[dict[str, Alternative]]:
         """All combinations of the grid, each with every item of the zipped lists."""

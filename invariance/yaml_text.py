@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -59,6 +60,15 @@ def safe_yaml() -> YAML:
     yaml = YAML(typ="safe", pure=True)
     yaml.composer.warn_double_anchors = False
     return yaml
+
+
+def written(value: Any) -> str:
+    """Plain data as YAML in blocks, in the order it has."""
+    yaml, stream = safe_yaml(), io.StringIO()
+    yaml.default_flow_style, yaml.width = False, 4096
+    yaml.representer.sort_base_mapping_type_on_output = False
+    yaml.dump(value, stream)
+    return stream.getvalue()
 
 
 def parse(text: str, where: Callable[[int], str]) -> Located | None:

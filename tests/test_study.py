@@ -194,6 +194,18 @@ def test_labels_are_short() -> None:
     assert short({"pca": {"of": "raw"}}) == "pca(of=raw)" and short(0.5) == 0.5 and short([1, 2]) == "1 + 2"
 
 
+@pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.stem)
+def test_a_study_that_is_written_is_read_as_the_same_runs_anywhere(file: Path, tmp_path: Path) -> None:
+    (tmp_path / file.name).write_text(load_study(file, ["seed=3"]).to_yaml())
+    whole = load_study(tmp_path / file.name)
+    expected = [(dict(v.varied), v.recipe.to_dict()) for v in load_study(file, ["seed=3"]).variants()]
+    assert [(dict(v.varied), v.recipe.to_dict()) for v in whole.variants()] == expected
+    assert (
+        whole.options.x == load_study(file).options.x
+        and whole.options.speed == load_study(file).options.speed
+    )
+
+
 def test_a_dry_run_is_one_json_document(tmp_path: Path) -> None:
     AutoConfig.for_model("llama", **SHAPE).save_pretrained(tmp_path / "m")
     text = BASE.replace("model: m", f"model: {tmp_path / 'm'}")
