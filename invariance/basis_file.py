@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import InputError
-from .files import write_tensors
+from .files import beside, write_tensors
 from .layout import Layout
 
 NAME = "basis.safetensors"
@@ -42,8 +42,11 @@ class Basis:
         return cls(encode, {p: p for p in layout.points}, layout.folded)
 
     def write(self, folder: Path, blocks: Sequence[int]) -> None:
-        """Beside a checkpoint that has these blocks of the dense model; nothing where the stream did not change."""
-        if not self.encode:
+        """Beside a checkpoint that has these blocks of the dense model; nothing where all of that is as it was."""
+        depth = max(
+            int(point.split(".")[1]) for point in self.points
+        )  # the last point stands behind the last block
+        if not self.encode and list(blocks) == list(range(depth)):
             return
         first: dict[int, str] = {}  # points that share one basis share one tensor
         for point, E in self.encode.items():
@@ -53,6 +56,7 @@ class Basis:
         told = {
             "points": json.dumps(shared),
             "blocks": json.dumps(list(blocks)),
+            "depth": json.dumps(depth),
             "folded": json.dumps(self.folded),
         }
         write_tensors(folder / NAME, tensors, told)
@@ -63,19 +67,20 @@ def read_basis(model: str, layout: Layout) -> Basis:
 
     ``layout`` is that of the checkpoint. Raises InputError where the file is needed and cannot be read.
     """
-    path = next((p for p in (Path(model) / NAME, Path(model).parent / NAME) if p.is_file()), None)
+    path = beside(model, NAME)
     if path is None:
         if layout.folded:
             raise InputError(
-                f"{model}: its residual stream has a basis of its own, and there is no {NAME} in this folder or above it "
-                "that says which. Copy it from where the checkpoint was made, or train without `kl`, `hidden` and `local`."
+                f"{model}: its residual stream has a basis of its own, and there is no {NAME} in this folder, nor above it where "
+                "that is called model/, that says which. Copy it from where the checkpoint was made, or train without `hidden` "
+                "and `local`."
             )
         return Basis.unchanged(layout)
     try:
         with safe_open(path, "pt") as file:
             told = {key: json.loads(value) for key, value in file.metadata().items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        dense = {p: _renamed(p, told["blocks"]) for p in layout.points}
+        dense = {p: _renamed(p, [*told["blocks"], told["depth"]]) for p in layout.points}
         encode = {ours: tensors[told["points"][p]] for ours, p in dense.items() if p in told["points"]}
         return Basis(encode, dense, bool(told["folded"]))
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as e:
@@ -85,6 +90,6 @@ def read_basis(model: str, layout: Layout) -> Basis:
 
 
 def _renamed(point: str, blocks: Sequence[int]) -> str:
-    """A point of the stream by the number that its block had in the dense model; the last point follows the last."""
+    """A point of the stream by the number that its block had in the dense model."""
     _, n, stage = point.split(".")
-    return f"x.{blocks[int(n)] if int(n) < len(blocks) else blocks[-1] + 1}.{stage}"
+    return f"x.{blocks[int(n)]}.{stage}"

@@ -13,7 +13,7 @@ from .card import card, member, readme
 from .checkpoint import InvarianceForCausalLM
 from .errors import InputError
 from .export import cast
-from .files import replacing, write_json, write_text
+from .files import beside, replacing, write_json, write_text
 from .labels import label
 from .models import licence, load_config, load_model, load_tokenizer
 from .nested import chosen, extract, family
@@ -74,7 +74,7 @@ def run(
 
 def _write_basis(place: Path, model: str, loaded: InvarianceForCausalLM, share: float, stock: bool) -> None:
     """Where the member's stream lies in the dense model's: the first directions of the family's basis, if it has one."""
-    if not any((at / NAME).is_file() for at in (Path(model), Path(model).parent)):
+    if beside(model, NAME) is None:
         return
     now, widths = label(loaded.inner), chosen(loaded.config.nested, share)
     whole = read_basis(model, now)

@@ -32,6 +32,13 @@ def replacing(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def beside(model: str, name: str) -> Path | None:
+    """A file that belongs to a checkpoint: in its folder, or in the one above where a run has put it as ``model/``."""
+    folder = Path(os.path.abspath(model))
+    places = [folder, folder.parent] if folder.name == "model" else [folder]
+    return next((p / name for p in places if folder.is_dir() and (p / name).is_file()), None)
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -179,12 +179,14 @@ class Curve(Callback):
 
     def __init__(self) -> None:
         self.points: list[dict[str, float]] = []
-        self.seconds = 0.0
+        self.seconds = self.clock = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.clock = time.perf_counter() - self.seconds
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:  # before the first step, which is measured already
+            return
         self.seconds = time.perf_counter() - self.clock
         found = {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith(HELD_OUT)}
         self.points.append({"step": trainer.global_step, **found})

@@ -22,6 +22,8 @@ OWNED = {
     "max_epochs": "`recover.epochs` or `recover.tokens` says how long",
     "max_steps": "`recover.epochs` or `recover.tokens` says how long",
     "overfit_batches": "`train.sequences` says on how many windows",
+    "min_epochs": "`recover.epochs` or `recover.tokens` says how long",
+    "min_steps": "`recover.epochs` or `recover.tokens` says how long",
     "plugins": "they are objects, which no recipe can hold",
     "use_distributed_sampler": "windows are shared out so that n processes see what one sees in n batches",
     "val_check_interval": "`recover.checks` says how often",

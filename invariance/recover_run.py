@@ -22,7 +22,7 @@ from .data import Tokens, load_tokens
 from .errors import InputError, InvarianceError
 from .export import cast, stock
 from .families import architecture, check_positions
-from .files import replacing, write_json, write_text
+from .files import beside, replacing, write_json, write_text
 from .labels import label
 from .layout import Layout
 from .models import licence, load_config, load_model, load_tokenizer, weights_digest
@@ -87,9 +87,8 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
         write_text(folder / "model" / "README.md", recovered(document, licence(model), _report(model)))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "model")
-        for path in (Path(model) / NAME, Path(model).parent / NAME):
-            if path.is_file():
-                shutil.copyfile(path, folder / NAME)
+        if (path := beside(model, NAME)) is not None:
+            shutil.copyfile(path, folder / NAME)
         write_json(folder / DOCUMENT, document)
         shutil.copytree(found.logs, folder / "recover")
     shutil.rmtree(found.logs.parent, ignore_errors=True)  # what was kept to resume from
@@ -98,18 +97,13 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
 
 def _report(model: str) -> dict[str, Any] | None:
     """The report of the run that made a checkpoint, where one lies beside it; a file that cannot be read counts as missing."""
-    path = Path(model)
-    for at in (path, path.parent):
-        try:
-            found = json.loads((at / "report.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return (
-            found
-            if isinstance(found, dict) and {"recipe", "parameters", "exactness"} <= found.keys()
-            else None
-        )
-    return None
+    path = beside(model, "report.json")
+    try:
+        found = None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    told = isinstance(found, dict) and {"recipe", "parameters", "exactness"} <= found.keys()
+    return found if told else None
 
 
 def _teacher(teacher: str | None, config: PretrainedConfig, options: Recover, where: str, device: str,

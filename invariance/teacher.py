@@ -54,11 +54,20 @@ class Teacher:
         """The dense stream at each of the student's points that ``tapped`` names, mapped; no logits are computed."""
         with tapped(self.model, self.layout) as found:
             self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        theirs = self.basis.points.items()
+        _, *theirs = self.basis.points.items()  # the first point, the embedding, is not tapped, whatever block follows it
         return {ours: self.mapped(found[dense], ours) for ours, dense in theirs if dense in found}
 
     def check(self, student: PreTrainedModel, layout: Layout) -> None:
         """Raises InputError where the map from the dense stream to the student's is not the student's."""
+        if layout.architecture.embed != self.layout.architecture.embed:
+            raise InputError("the dense model is of another family than this one, so its states could not be compared. Give "
+                             "the model that this one was sliced from.")  # fmt: skip
+        if self.basis.points.get(layout.points[-1]) != self.layout.points[-1]:
+            raise InputError(
+                f"this model has {layout.depth} stages and the dense one {self.layout.depth}, and no basis.safetensors says "
+                "which blocks are left. Copy that from where the checkpoint was made, to beside model/, or train without "
+                "`hidden` and `local`."
+            )
         table, first = f"{layout.architecture.embed[0]}.weight", layout.points[0]
         ours, theirs = student.get_parameter(table).float(), self.model.get_parameter(table)
         mapped = self.mapped(theirs, first) if theirs.shape[0] == ours.shape[0] else theirs

@@ -413,6 +413,19 @@ def test_tensorboard_gets_the_curve(folder: Path) -> None:
     assert HELD_OUT.encode() in events.read_bytes()
 
 
+def test_lightnings_own_checks_before_training_leave_the_curve_as_it_is(folder: Path) -> None:
+    save_model(folder / "dense")
+    options = "weights: norms\nheld_out: 4\nbatch: 2\nchecks: 2\ntrain: {data: tokens.npy}\n"
+    (folder / "options.yaml").write_text(options)
+    curves = []
+    for sanity in (0, 2):
+        status, out, err = invoke("recover", "dense", "--output", f"better{sanity}", "--options", "options.yaml", "--json",
+                                  "--set", f"trainer.num_sanity_val_steps={sanity}")  # fmt: skip
+        assert status == 0, err
+        curves.append(json.loads(out)["recover"]["curve"])
+    assert len(curves[0]) == 3 and curves[0] == curves[1]
+
+
 @pytest.mark.parametrize("kind", STEPS)
 def test_a_checkpoint_is_recovered_alone_towards_the_dense_model(kind: str, folder: Path) -> None:
     save_model(folder / "dense")
@@ -447,6 +460,7 @@ REFUSED = {
     "no teacher": (["train.data=tokens.npy", "loss.kl=1"], "--teacher"),
     "option": (["train.data=tokens.npy", "trainer.precison=64-true"], "did you mean 'precision'?"),
     "owned": (["train.data=tokens.npy", "trainer.max_steps=3"], "recover.epochs"),
+    "steps": (["train.data=tokens.npy", "trainer.min_steps=100"], "recover.tokens"),
     "batches": (["train.data=tokens.npy", "trainer.limit_val_batches=0"], "recover.held_out"),
     "rehearsal": (["train.data=tokens.npy", "trainer.fast_dev_run=true"], "recover.tokens"),
     "value": (["train.data=tokens.npy", "trainer.precision=7-bit"], "recover.trainer"),
