@@ -297,14 +297,15 @@ def recover(model: ModelArgument,
     """
     from .recipe import load_recover
     from .recover_run import run as recover_model
+    from .report_words import best
 
     found = recover_model(model, output, load_recover(options, set_), teacher=teacher, seed=seed,
                           where=str(options) if options else "--set", device=device_named(device),
                           overwrite=overwrite, trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
     what = found["recover"]
     say(found, as_json,
-        f"held-out perplexity {what['held_out']['before']:.3f} → {what['held_out']['after']:.3f}, best after step "
-        f"{what['best_step']} of {what['steps']}; {what['tokens']:,} tokens at {what['tokens_per_second']:,} a second\n"
+        f"held-out perplexity {what['held_out']['before']:.3f} → {what['held_out']['after']:.3f}; "
+        f"{best(what)}; {what['tokens']:,} tokens at {what['tokens_per_second']:,} a second\n"
         f"checkpoint  {found['output']}/model")  # fmt: skip
 
 

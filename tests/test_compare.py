@@ -20,7 +20,7 @@ def runs(tmp_path: Path, report: dict[str, Any]) -> list[Path]:
     other["parameters"]["sliced"]["total"] //= 2
     other["perplexity"]["sotu"] |= {"sliced": 157.5, "recovered": None}
     other["widths"] |= {"mlp.3": 512, "mlp.4": 512}
-    other["samples"][0]["sliced"] = f" {NASTY}"
+    other["samples"][0] |= {"sliced": f" {NASTY}", "recovered": None}
     for name, found in (("a", report), ("b", other)):
         (tmp_path / name / "run").mkdir(parents=True)
         (tmp_path / name / "run" / "report.json").write_text(json.dumps(found))
@@ -38,7 +38,7 @@ def test_numbers_widths_and_texts_stand_side_by_side(runs: list[Path]) -> None:
     assert found["numbers"]["perplexity, sotu, recovered"] == [60.5, None]
     assert found["widths"] == {"mlp": {"mlp.3": [1024, 512], "mlp.4": [1032, 512]}}
     assert found["samples"] == {
-        "The people": {"the dense model": " have a history", "a/run": " have been", "b/run": f" {NASTY}"}
+        "The people": {"the dense model": " have a history", "a/run": " have seen", "b/run": f" {NASTY}"}
     }
 
 

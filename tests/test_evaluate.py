@@ -363,11 +363,24 @@ def test_the_command_measures_what_a_recipe_says(root: Path) -> None:
     [
         (("--data", "a=tokens.npy", "--data", "a=text.txt"), "'a' stands there twice"),
         (("--data", "text.txt", "--tokens", "8", "--sequences", "2", "--stride", "9"), "skips tokens"),
-        (("--data", "tokens.npy", "--against", "wide"), "so their predictions do not compare"),
+        (("--data", "tokens.npy", "--against", "wide"), "it has 50 tokens and sliced has 41"),
+        (
+            ("--data", "tokens.npy", "--against", "shuffled"),
+            "2 of its tokens are others than those of sliced",
+        ),
+        (("--data", "tokens.npy", "--shots", "2"), "--shots: says how a --task is done"),
+        (("--prompt", "The people", "--sequences", "2"), "--sequences: says how the text of --data is read"),
+        (("--data", "tokens.npy", "--set", "seed=1"), "--set seed=1: changes the --recipe"),
+        (("--prompt", " "), "--prompt: an empty text"),
+        (("--data", "first=tokens.npy", "--recipe", "recipe.yaml"), "'first' is what --data measures too"),
     ],
 )
 def test_flags_that_cannot_be_are_refused(root: Path, flags: tuple[str, ...], told: str) -> None:
     save_model(root / "wide", vocab_size=50)
+    written = (save_model(root / "shuffled") / "tokenizer.json").read_text()
+    swapped = written.replace('"people"', '"x"').replace('"States"', '"people"').replace('"x"', '"States"')
+    (root / "shuffled" / "tokenizer.json").write_text(swapped)
+    (root / "recipe.yaml").write_text(RECIPE)
     status, out, err = invoke("evaluate", "sliced", *flags)
     assert status == 2 and out == "" and told in " ".join(err.split())
 

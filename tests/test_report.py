@@ -168,7 +168,8 @@ def test_the_page_states_the_golden_facts(report, spectra):
         "432 to 576 (434 on average) of 576 in 61 spaces (residual stream)",
         "1000 to 1232 (1116 on average) of 1536 in 30 spaces (MLP)",
         "Perplexity on sotu went from 45.50 to 78.75 (1.73×), and to 60.50 after recovery.",
-        "Recovery trained 2.5M parameters (lora) on 262.1k tokens; the best was after step 90 of 128.",
+        "Recovery trained 2.5M parameters (lora) on 262.1k tokens; the best was after step 90 of 128; "
+        "TRAINING DIVERGED by step 64, lower `learning_rate`.",
         "certified exact, to 4.1e-14",
         "within the 7.0e-12 that rounding alone explains",
         "half of a change moves them by 0.87",
