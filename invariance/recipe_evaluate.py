@@ -24,8 +24,8 @@ class HeldOut(Part):
     """Held-out tokens in windows."""
 
     data: Word  # a hub dataset, a local file, packaged:NAME, or token ids in an .npy
-    sequences: Count | None = None  # how many windows; null for all there are
-    tokens: Several | None = None  # how many tokens a window has; null for what the data or the model has
+    sequences: Count | None = None  # how many windows; null for all of an .npy, 64 of text
+    tokens: Several | None = None  # how many tokens a window has; null for those of an .npy, 512 of text
     split: Word = "test"  # which split of the data
     batch: Count = 8  # how many windows pass at a time
     name: Word | None = None  # what the report calls it; null for its data

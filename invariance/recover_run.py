@@ -99,11 +99,11 @@ def _report(model: str) -> dict[str, Any] | None:
     """The report of the run that made a checkpoint, where one lies beside it; a file that cannot be read counts as missing."""
     path = beside(model, "report.json")
     try:
-        found = None if path is None else json.loads(path.read_text(encoding="utf-8"))
+        found: Any = None if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     told = isinstance(found, dict) and {"recipe", "parameters", "exactness"} <= found.keys()
-    return found if told else None
+    return found | {"quantize": None} if told else None  # what is trained and written is not rounded
 
 
 def _teacher(model: str, teacher: str | None, options: Recover, where: str, device: str,
