@@ -120,7 +120,13 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     for assignment in overrides:
         override(base, assignment)
     search = root.child("search")
-    grid, zipped = (tuple(map(read_factor, *_columns(root.child(key)))) for key in ("grid", "zip"))
+    grid, zipped = (
+        tuple(
+            read_factor(name, node, key == "zip")
+            for name, node in zip(*_columns(root.child(key)), strict=True)
+        )
+        for key in ("grid", "zip")
+    )
     searched = tuple(map(read_searched, *_columns(search.child("over") if search else None)))
     study = Study(path.stem, base, grid, zipped, searched, options, str(path))
     _check(study, root)

@@ -71,7 +71,7 @@ def look(n: int, count: int) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """The y axis of a plot, logarithmic where values differ much."""
+    """An axis of a plot, logarithmic where values differ much."""
 
     scale: Scale
     log: bool
@@ -80,12 +80,12 @@ class Axis:
         return self.scale(math.log10(value) if self.log else value)
 
     @classmethod
-    def over(cls, values: Sequence[float]) -> Axis:
+    def over(cls, values: Sequence[float], start: float = HEIGHT - BOTTOM, end: float = TOP) -> Axis:
         low, high = min(values), max(values)
         log = low > 0 and high / low > LOG_FROM
         low, high = (math.log10(low), math.log10(high)) if log else (low, high)
         room = 0.06 * (high - low) or abs(high) * 0.05 or 1.0
-        return cls(Scale(low - room, high + room, HEIGHT - BOTTOM, TOP), log)
+        return cls(Scale(low - room, high + room, start, end), log)
 
     @property
     def ticks(self) -> dict[float, str]:
@@ -143,9 +143,10 @@ def _placed(y: Axis) -> dict[float, str]:
 def curves(title: str, series: Sequence[Series], across: str) -> Element:
     """Means as lines, what lies between the seeds as bands."""
     every = [p for s in series for p in s.points]
-    x, y = _across([p[0] for p in every]), Axis.over([v for p in every for v in p[1:]])
-    xs = {p[0]: f"{p[0]:g}" for p in every}
-    marks = list(axes(x, y.scale, xs if len(xs) <= 8 else ticks(x.low, x.high), _placed(y), across))
+    x, y = Axis.over([p[0] for p in every], LEFT, WIDTH - RIGHT), Axis.over([v for p in every for v in p[1:]])
+    values = sorted({p[0] for p in every})
+    xs = {(math.log10(v) if x.log else v): f"{v:.6g}" for v in values} if len(values) <= 8 else _placed(x)
+    marks = list(axes(x.scale, y.scale, xs, _placed(y), across))
     for s in series:
         lows = [f"{x(a):.1f},{y(low):.1f}" for a, low, _, _ in s.points]
         highs = [f"{x(a):.1f},{y(high):.1f}" for a, _, _, high in s.points]

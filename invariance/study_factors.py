@@ -72,8 +72,11 @@ def read_searched(name: str, node: Located) -> Factor:
     return Factor(name, range=Range(**value, where=node.where))
 
 
-def read_factor(name: str, node: Located) -> Factor:
-    """A key with a list of values, or with labelled ones; or a name of one's own with labelled groups of keys."""
+def read_factor(name: str, node: Located, zipped: bool = False) -> Factor:
+    """A key with a list of values, or with labelled ones; or a name of one's own with labelled groups of keys.
+
+    Values may stand several times where they go together with others' (``zipped``).
+    """
     is_key = name.split(".")[0] in Recipe.model_fields
     if not isinstance(node.value, list | dict) or not node.value:
         raise InputError(
@@ -87,7 +90,7 @@ def read_factor(name: str, node: Located) -> Factor:
     )
     found = tuple(Alternative(label, ((path, child),)) for label, child in pairs)
     labels = [a.label for a in found]
-    if twice := [label for i, label in enumerate(labels) if label in labels[:i]]:
+    if not zipped and (twice := [label for i, label in enumerate(labels) if label in labels[:i]]):
         raise InputError(f"{node.where}: {name}: the value {twice[0]} stands twice. Remove one.")
     return Factor(name, found)
 

@@ -35,7 +35,7 @@ SHOWN = (
 # what columns are called, up to the first dot, of which only some hold numbers
 WORDS = ("run", "status", "reason", "model", "stock", "version")
 NUMBERS = (*COSTS, *(f"{c}_dense" for c in COSTS), *(f"parameters_{p}" for p in PARTS), "perplexity", "ratio", "bytes",
-           "predicted_loss", "measured_loss", "seconds_per_token", "exactness", "seconds")  # fmt: skip
+           "calibration_tokens", "predicted_loss", "measured_loss", "seconds_per_token", "exactness", "seconds")  # fmt: skip
 
 
 def row(
@@ -46,6 +46,9 @@ def row(
     if report is None:
         return found
     found = {"model": report["model"]["name"], "stock": report["model"]["stock"]} | found
+    text = (report.get("recipe") or {}).get("calibrate") or {}
+    known = text.get("sequences") and text.get("tokens")
+    found["calibration_tokens"] = text["sequences"] * text["tokens"] if known else None
     for name, section in zip(COSTS, ("parameters", "flops_per_token", "kv_bytes_per_token"), strict=True):
         for side in ("sliced", "dense"):
             value = report[section][side]
