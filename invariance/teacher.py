@@ -54,9 +54,7 @@ class Teacher:
         """The dense stream at each of the student's points that ``tapped`` names, mapped; no logits are computed."""
         with tapped(self.model, self.layout) as found:
             self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        _, *theirs = (
-            self.basis.points.items()
-        )  # the first point, the embedding, is not tapped, whatever block follows it
+        _, *theirs = self.basis.points.items()  # the embedding is not tapped, whichever block follows it
         return {ours: self.mapped(found[dense], ours) for ours, dense in theirs if dense in found}
 
     def check(self, student: PreTrainedModel, layout: Layout) -> None:
