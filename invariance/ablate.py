@@ -152,7 +152,7 @@ def plan_table(ablation: Ablation, outlook: Outlook) -> Table:
     table.add_row(
         "runs", f"{outlook.runs}{left}" if search is None else f"{search.trials} trials, {search.sampler}"
     )
-    for factor in (*study.grid, *study.zipped, *study.searched):
+    for factor in study.varying:
         labels = [str(a.label) for a in factor.alternatives]
         span = factor.range
         table.add_row(

@@ -43,9 +43,7 @@ class Basis:
 
     def write(self, folder: Path, blocks: Sequence[int]) -> None:
         """Beside a checkpoint that has these blocks of the dense model; nothing where all of that is as it was."""
-        depth = max(
-            int(point.split(".")[1]) for point in self.points
-        )  # the last point stands behind the last block
+        depth = max(int(point.split(".")[1]) for point in self.points)  # the last one is behind all blocks
         if not self.encode and list(blocks) == list(range(depth)):
             return
         first: dict[int, str] = {}  # points that share one basis share one tensor

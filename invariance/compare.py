@@ -98,11 +98,7 @@ def layers(sides: Sequence[Side]) -> dict[str, dict[str, list[int | None]]]:
     return found
 
 
-WRITTEN = (
-    "quantized",
-    "recovered",
-    "sliced",
-)  # of these sides, the first that there is is the one that was written
+WRITTEN = ("quantized", "recovered", "sliced")  # sides; the first that there is was written to disk
 DENSE = "the dense model"  # beside runs, of which one may be called `dense`
 
 

@@ -221,11 +221,8 @@ def width_words(widths: Sequence[Width]) -> str:
 
 def best(trained: Mapping[str, Any]) -> str:
     best, steps = trained["best_step"], trained["steps"]
-    lost = [
-        p["step"]
-        for p in trained["curve"]
-        if p["held_out_loss"] is None or not math.isfinite(p["held_out_loss"])
-    ]
+    losses = {p["step"]: p["held_out_loss"] for p in trained["curve"]}
+    lost = [step for step, loss in losses.items() if loss is None or not math.isfinite(loss)]
     said = f"the best was after step {best} of {steps}" if best else f"none of {steps} steps was better"
     return f"{said}; TRAINING DIVERGED by step {lost[0]}, lower `learning_rate`" if lost else said
 
@@ -239,17 +236,10 @@ def summary(report: Report) -> str:
     cut = [f"{width_words(w)} ({kind_words(kind)})" for kind, w in found if any(s.kept < s.dim for s in w)]
     said.append(f"Directions kept: {'; '.join(cut)}." if cut else "Nothing was cut.")
     for name, row in zip(report.get("perplexity") or {}, perplexities(report)[:3], strict=False):
-        if (
-            row.sliced is None and row.recovered is not None
-        ):  # of a member that was trained with its family alone
-            said.append(
-                f"Perplexity on {name} went from {row.cells[1]} to {plain(row.recovered)} after recovery."
-            )
-            continue
-        after = f", and to {plain(row.recovered)} after recovery" if row.recovered is not None else ""
-        said.append(
-            f"Perplexity on {name} went from {row.cells[1]} to {row.cells[2]} ({row.cells[3]}){after}."
-        )
+        steps = [] if row.recovered is None else [f"to {plain(row.recovered)} after recovery"]
+        if row.sliced is not None or not steps:  # that of a family's member is known after recovery alone
+            steps.insert(0, f"to {row.cells[2]} ({row.cells[3]})")
+        said.append(f"Perplexity on {name} went from {row.cells[1]} {', and '.join(steps)}.")
     if trained := report.get("recover"):
         said.append(
             f"Recovery trained {count(trained['trained_parameters'])} parameters ({trained['weights']}) on "

@@ -17,7 +17,7 @@ from .overrides import assign, override
 from .parts import Part, Words
 from .recipe import Recipe, recipe_of
 from .study_factors import Alternative, Factor, Label, read_factor, read_searched
-from .study_table import NUMBERS, WORDS
+from .study_table import NUMBERS, WORDS, is_number
 from .yaml_text import Located, parse_mapping, read_text, show, written
 
 MAX_RUNS = 1000
@@ -71,8 +71,12 @@ class Study:
     where: str
 
     @property
+    def varying(self) -> tuple[Factor, ...]:
+        return (*self.grid, *self.zipped, *self.searched)
+
+    @property
     def factors(self) -> list[str]:
-        return [f.name for f in (*self.grid, *self.zipped, *self.searched)]
+        return [f.name for f in self.varying]
 
     @property
     def titles(self) -> dict[str, str]:
@@ -121,13 +125,12 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
         override(base, assignment)
     search = root.child("search")
     grid, zipped = (
-        tuple(
-            read_factor(name, node, key == "zip")
-            for name, node in zip(*_columns(root.child(key)), strict=True)
-        )
+        tuple(read_factor(name, node, key == "zip") for name, node in _entries(root.child(key)))
         for key in ("grid", "zip")
     )
-    searched = tuple(map(read_searched, *_columns(search.child("over") if search else None)))
+    searched = tuple(
+        read_searched(name, node) for name, node in _entries(search.child("over") if search else None)
+    )
     study = Study(path.stem, base, grid, zipped, searched, options, str(path))
     _check(study, root)
     return study
@@ -171,7 +174,7 @@ def _line(root: Located, *keys: str) -> str:
 def _check_factors(study: Study) -> None:
     """Raises InputError where one factor would undo what another one sets, or hide a column of the results."""
     earlier: dict[tuple[str, ...], str] = {}
-    for factor in (*study.grid, *study.zipped, *study.searched):
+    for factor in study.varying:
         name = factor.name
         if name in earlier.values():
             raise InputError(f"{study.where}: '{name}' varies twice. Let each key vary in one place.")
@@ -191,10 +194,7 @@ def _check_factors(study: Study) -> None:
 
 def _check_columns(study: Study, root: Located) -> None:
     """Raises InputError for columns to draw along or to minimize that the results do not have, or not as numbers."""
-    labels = {
-        f.name: [a.label for a in f.alternatives] for f in (*study.grid, *study.zipped, *study.searched)
-    }
-    numbers = [n for n, found in labels.items() if all(isinstance(v, int | float) for v in found)]
+    numbers = [f.name for f in study.varying if all(is_number(a.label) for a in f.alternatives)]
     search = study.options.search
     asked = [] if study.options.x is None else [(study.options.x, "x", numbers)]
     asked += [(name, "search.minimize", []) for name in (search.minimize if search else ())]
@@ -225,8 +225,3 @@ def _base(root: Located, path: Path) -> Located:
 
 def _entries(node: Located | None) -> list[tuple[str, Located]]:
     return list(node.value.items()) if node is not None and isinstance(node.value, dict) else []
-
-
-def _columns(node: Located | None) -> tuple[list[str], list[Located]]:
-    found = _entries(node)
-    return [key for key, _ in found], [value for _, value in found]

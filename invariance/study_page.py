@@ -92,10 +92,7 @@ def _x(study: Study, done: Sequence[Row]) -> str | None:
 def _numbers(study: Study, done: Sequence[Row]) -> list[str]:
     """The factors whose values are numbers; seeds are none."""
     values = {f: {r.get(f) for r in done} for f in study.factors if f != "seed"}
-    return [
-        f for f, found in values.items()
-        if found and all(isinstance(v, int | float) and not isinstance(v, bool) for v in found)
-    ]  # fmt: skip
+    return [f for f, found in values.items() if found and all(map(tables.is_number, found))]
 
 
 def _along(study: Study, done: Sequence[Row]) -> list[str]:

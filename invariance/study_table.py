@@ -82,6 +82,10 @@ def row(
     return found | {f"version.{name}": value for name, value in report["versions"].items()}
 
 
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def front(rows: Sequence[Row], by: tuple[str, str]) -> set[str]:
     """The runs that no other beats: none is at most as large in both columns, and smaller in one."""
     known = [
@@ -129,7 +133,7 @@ def cell(name: str, value: Any) -> str:
     """A value as the tables show it."""
     if value is None:
         return words.NONE
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if not is_number(value):
         return str(value)
     if name in ("parameters", "flops"):
         return words.count(value)

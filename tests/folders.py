@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,16 @@ def save_model(folder: Path, family: str = "llama", **options: Any) -> Path:
     model_of(family, **options).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def workplace(root: Path, sequences: int) -> Iterator[None]:
+    """Within ``root``, with a cache of its own there and tokens."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("INVARIANCE_CACHE", str(root / "cache"))
+        patch.chdir(root)
+        save_tokens(root / "tokens.npy", sequences=sequences)
+        yield
 
 
 def save_tokens(path: Path, sequences: int = 16, tokens: int = 16, seed: int = 0) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import VOCABULARY, model_of, save_tokens
+from folders import VOCABULARY, model_of, workplace
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -31,11 +31,7 @@ ROUNDING = 1e-12  # of sums of a few hundred float64 products, relative
 
 @pytest.fixture(scope="module", autouse=True)
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    root = tmp_path_factory.mktemp("sliced")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INVARIANCE_CACHE", str(root / "cache"))
-        patch.chdir(root)
-        save_tokens(root / "tokens.npy", sequences=32)
+    with workplace(tmp_path_factory.mktemp("sliced"), sequences=32):
         yield
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import VOCABULARY, invoke, model_of, save_model, save_tokens, stored_numbers
+from folders import VOCABULARY, invoke, model_of, save_model, stored_numbers, workplace
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -46,11 +46,7 @@ STREAM = {"spaces": "residual", "rotate": "pca", "select": "uniform", "widths": 
 
 @pytest.fixture(scope="module", autouse=True)
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    root = tmp_path_factory.mktemp("nested")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INVARIANCE_CACHE", str(root / "cache"))
-        patch.chdir(root)
-        save_tokens(root / "tokens.npy", sequences=32)
+    with workplace(tmp_path_factory.mktemp("nested"), sequences=32):
         yield
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from folders import VOCABULARY, model_of, save_tokens, stored_numbers
+from folders import VOCABULARY, model_of, stored_numbers, workplace
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import canonical_copy, elements, rotations, seeds
@@ -50,11 +50,7 @@ MOVED = 1000  # tolerances that a control must differ by
 
 @pytest.fixture(scope="module", autouse=True)
 def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    root = tmp_path_factory.mktemp("shortcuts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INVARIANCE_CACHE", str(root / "cache"))
-        patch.chdir(root)
-        save_tokens(root / "tokens.npy", sequences=16)
+    with workplace(tmp_path_factory.mktemp("shortcuts"), sequences=16):
         yield
 
 
