@@ -65,12 +65,15 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
             say({"study": found.name, **outlook.to_dict(), "rows": ablation.rows()}, True)
         return
     runner = chosen(setting, progress, workers, ray, 1 if cpus is None else cpus, gpus or 0)
+    trials = None
+    if found.searched:
+        from .study_search import opened, search
+
+        trials = opened(ablation, workers)
     write_text(folder / "study.yaml", found.to_yaml())
     try:
-        if found.searched:
-            from .study_search import search
-
-            search(ablation, runner, workers, progress)
+        if trials is not None:
+            search(ablation, trials, runner, workers, progress)
         else:
             ablation.run(runner)
     finally:

@@ -21,11 +21,8 @@ STORAGE = "search.db"
 FIRST = 8  # trials that are drawn at random before the sampler has an opinion
 
 
-def search(ablation: Ablation, runner: Runner, workers: int, progress: Progress) -> None:
-    """Carry out trials until there are as many as the study asks for; those of an earlier call count.
-
-    The sampler's seed follows from how many trials there were, so a search that was interrupted goes on as if it had not been.
-    """
+def opened(ablation: Ablation, workers: int) -> Any:
+    """The trials that are there, of this very search. Raises InputError, before anything is written, where it cannot go on."""
     optuna = _optuna()
     asked = ablation.study.options.search
     assert asked is not None
@@ -39,6 +36,17 @@ def search(ablation: Ablation, runner: Runner, workers: int, progress: Progress)
         directions=["minimize"] * len(asked.minimize), pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
     )  # fmt: skip
     _same(ablation, found)
+    return found
+
+
+def search(ablation: Ablation, found: Any, runner: Runner, workers: int, progress: Progress) -> None:
+    """Carry out trials until there are as many as the study asks for; those that were ``opened`` count.
+
+    The sampler's seed follows from how many trials there were, so a search that was interrupted goes on as if it had not been.
+    """
+    optuna = _optuna()
+    asked = ablation.study.options.search
+    assert asked is not None
     states = optuna.trial.TrialState
     for trial in found.get_trials(deepcopy=False, states=(states.RUNNING,)):  # of a process that was killed
         found.enqueue_trial(trial.params, user_attrs=trial.user_attrs)

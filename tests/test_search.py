@@ -82,8 +82,12 @@ def test_trials_of_another_search_are_not_taken_for_this_ones(root: Path, change
         "base": text,
     }[changed]
     arguments = ("--set", "seed=7") if changed == "base" else ()
+    kept = {
+        name: (root / changed / name).read_bytes() for name in ("study.yaml", "results.csv", "study.html")
+    }
     with pytest.raises(AssertionError, match="are of another search"):
         ablate(root, other, changed, *arguments)
+    assert kept == {name: (root / changed / name).read_bytes() for name in kept}
     more, _ = ablate(root, text.replace("trials: 2", "trials: 3"), changed)  # this may change
     assert facts(more)[: len(rows)] == facts(rows)
 
