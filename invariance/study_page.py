@@ -171,7 +171,9 @@ def _curves(study: Study, done: Sequence[Row], looks: Mapping[str, str]) -> list
     if drawn is None:
         return []
     caption = el(
-        "figcaption", el("b", "Perplexity"), f" over {_said(study, _x(study, done))}; bands span the seeds"
+        "figcaption",
+        el("b", "Perplexity"),
+        f" over {_said(study, _x(study, done))}; a band spans runs at one place, such as seeds",
     )
     return [el("h2", "Curves"), el("figure", caption, drawn), study_charts.legend(looks)]
 
