@@ -46,6 +46,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoRA, KL": {"loss": KL},
     "full, KL": {"weights": "full", "learning_rate": 1e-4, "loss": KL},
     "LoRA, KL and text": {"loss": {"next_token": 1.0, "kl": 1.0}},
+    "full, KL and text": {"weights": "full", "learning_rate": 1e-4, "loss": {"next_token": 1.0, "kl": 1.0}},
     "LoRA, KL and hidden": {"loss": KL | {"hidden": 0.1}},
     "LoRA, stages first, KL": {"loss": KL, "local": {"epochs": 1, "sequences": 32}},
 }
