@@ -18,7 +18,7 @@ from transformers import DynamicCache, PreTrainedModel
 from .checkpoint import layout_of_config
 from .errors import InvarianceError
 from .layout import Layout
-from .models import load_model, stored_bytes
+from .models import is_rounded, load_model, stored_bytes
 from .walk import Progress, quiet
 
 COPIED, SQUARE = {"cpu": 2**28, "cuda": 2**30}, {"cpu": 2048, "cuda": 8192}  # bytes; rows of a matrix
@@ -102,6 +102,7 @@ def bench(names: Sequence[str], settings: Sequence[Setting], repeats: int, *, de
         costs.append(
             {
                 "name": name,
+                "rounded": is_rounded(name, trust_remote_code=trust_remote_code),
                 "parameters": layout.parameters({}).total,
                 "flops_per_token": layout.flops({}),
                 "kv_bytes_per_token": dtype.itemsize * layout.kv_entries({}),

@@ -11,6 +11,7 @@ from .grid import Grid
 from .report_charts import el
 from .report_words import count, ratio, size
 
+ROUNDED = " *"  # behind the name of a model whose file holds few bits
 LONGEST = 32  # letters of a name above a bar
 PHASES = {"first_token": "time to the first token", "decode": "tokens per second after it"}
 
@@ -26,13 +27,16 @@ def _costs(found: Mapping[str, Any]) -> Grid:
              "peak_memory_bytes": size}  # fmt: skip
     rows = []
     for each in found["models"]:
-        cells = [each["name"]]
+        cells = [each["name"] + ROUNDED * each["rounded"]]
         for key, show in shown.items():
             part = "" if each is first else f" ({ratio(first[key], each[key])})"
             cells.append(show(each[key], first[key]) + part)
         rows.append(cells)
     columns = ["model", "parameters", "FLOPs per token", "KV cache per token", "weight files", "peak memory"]
-    return Grid(f"Costs, in {found['dtype']}.", columns, rows)
+    caption = f"Costs, in {found['dtype']}."
+    if any(each["rounded"] for each in found["models"]):
+        caption += f"{ROUNDED} Stored in few bits; run, timed and measured as full numbers."
+    return Grid(caption, columns, rows)
 
 
 def _phase(found: Mapping[str, Any], phase: str) -> Grid:

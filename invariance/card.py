@@ -26,7 +26,7 @@ def card(report: Report) -> str:
         " ".join([words.summary(report), *quantize_words.summary(report)]),
         "## Load",
         words.checkpoint(report) + quantize_words.checkpoint(report),
-        f"```python\n{loading(report)}\n```",
+        f"```python\n{loading(report['model'])}\n```",
         "## What it costs",
         _costs(report).markdown(),
         *(_section(g) for g in evaluate_words.members(report)),
@@ -46,39 +46,42 @@ def card(report: Report) -> str:
 
 def recovered(document: Report, licence: str | None, sliced: Report | None = None) -> str:
     """The README.md of a checkpoint that was trained on: metadata, then Markdown. ``document`` is its recover.json,
-    ``sliced`` the report of the run that made the model which was trained, where it lies beside that."""
+    ``sliced`` the report of the run that made the model which was trained, where that is known."""
     trained, held = document["recover"], document["recover"]["held_out"]
-    made_from = {"name": document["model"], "licence": licence}
+    model = {"name": document["model"], "licence": licence} | document["exported"]
+    stages = f", after stages one by one on {words.count(n)} tokens" if (n := trained["local_tokens"]) else ""
     said = (
-        f"{document['model']}, trained on {words.count(trained['tokens'])} tokens ({trained['weights']}, "
-        f"{words.count(trained['trained_parameters'])} parameters, {trained['steps']} steps); shapes and size are as they were. "
-        f"Perplexity on {held['tokens']:,} held-out tokens of the training text went from {words.plain(held['before'])} to "
-        f"{words.plain(held['after'])}; {words.best(trained)}."
+        f"{document['model']}, trained on {words.count(trained['tokens'])} tokens{stages} ({trained['weights']}, "
+        f"{words.count(trained['trained_parameters'])} parameters, {trained['steps']} steps); shapes and size are as they were: "
+        f"{model['parameters']:,} stored parameters."
     )
+    rows = [[name, words.plain(held[when])] for name, when in (("before", "before"), ("recovered", "after"))]
     parts = [
-        f"---\n{_yaml(_metadata({'model': made_from}))}---",
+        f"---\n{_yaml(_metadata({'model': model}))}---",
         f"# {Path(document['model']).name}, recovered",
         said,
+        "## Load",
+        words.checkpoint({"model": model}),
+        f"```python\n{loading(model)}\n```",
+        *([] if sliced is None else ["## What it costs", _costs(sliced).markdown()]),
+        "## What it is worth",
+        f"Perplexity on {held['tokens']:,} held-out tokens of the training text; {words.best(trained)}.",
+        Grid("", ["", "perplexity"], rows).markdown(),
         "## Training",
         f"`invariance recover` with invariance {document['version']}"
         + (f", towards {document['teacher']}" if document["teacher"] else "")
         + ", and these options:",
         f"```yaml\n{_yaml(document['options'])}```",
-        *([] if sliced is None else _before(sliced)),
+        *([] if sliced is None else _slice(sliced)),
         "## Licence",
-        _licence({"model": made_from}),
+        _licence({"model": model}),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _before(sliced: Report) -> list[str]:
-    """What training has left as the run made it that sliced the model."""
+def _slice(sliced: Report) -> list[str]:
+    """How it was sliced, which training has left as it was."""
     return [
-        "## Load",
-        words.checkpoint(sliced),
-        f"```python\n{loading(sliced)}\n```",
-        "## What it costs",
-        _costs(sliced).markdown(),
         "## Exactness, before it was cut",
         words.exactness(sliced),
         "## Recipe of the slice",
@@ -133,10 +136,9 @@ How to load it, what it costs and what it is worth: [model/README.md](model/READ
 """
 
 
-def loading(report: Report) -> str:
-    """The lines of Python that load the checkpoint."""
-    stock = report["model"]["stock"]
-    first = "" if stock else "import invariance  # registers the model type\n"
+def loading(model: Mapping[str, Any]) -> str:
+    """The lines of Python that load the checkpoint; ``model`` is what a report says of it."""
+    first = "" if model["stock"] else "import invariance  # registers the model type\n"
     return f'{first}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("model")'
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -131,7 +132,8 @@ def bench(models: Annotated[list[str], typer.Argument(metavar="A B …", help="M
           repeats: Annotated[int, typer.Option(help="Rounds, behind one that warms up.", min=1)] = 5,
           dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16. auto is float32 on a CPU, bfloat16 on "
                                              "CUDA.")] = "auto",
-          output: Annotated[Path | None, typer.Option(help="A folder for bench.json and bench.html.")] = None,
+          output: Annotated[Path | None, typer.Option(help="The folder to write, for bench.json and bench.html.")] = None,
+          overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier benchmark's folder.")] = False,
           device: Device = "auto", trust_remote_code: Trust = False, as_json: Json = False) -> None:  # fmt: skip
     """Set models side by side: size, memory, time to the first token, tokens per second after it.
 
@@ -146,8 +148,9 @@ def bench(models: Annotated[list[str], typer.Argument(metavar="A B …", help="M
     from .bench_report import grids, page
     from .checkpoint import layout_of_config
     from .families import check_positions
-    from .files import write_json, write_text
+    from .files import replacing, write_json, write_text
     from .models import load_config
+    from .run import check_output
 
     if dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--dtype {dtype}: not a dtype that is known. Say auto, float32 or bfloat16.")
@@ -156,10 +159,8 @@ def bench(models: Annotated[list[str], typer.Argument(metavar="A B …", help="M
             f"{models[0]}: a model stands there twice. Name each once; the first is the reference."
         )
     if output is not None:
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise InputError(f"--output {output}: {e.strerror}. Name a folder that can be written.") from None
+        output = Path(os.path.abspath(output))
+        check_output(output, overwrite, "bench.json")
     where = device_named(device)
     for name in models:
         config = load_config(name, trust_remote_code=trust_remote_code)
@@ -170,6 +171,8 @@ def bench(models: Annotated[list[str], typer.Argument(metavar="A B …", help="M
     document = benchmark.bench(models, settings, repeats, device=where, dtype=getattr(torch, kind),
                                trust_remote_code=trust_remote_code, progress=progress)  # fmt: skip
     if output is not None:
-        write_json(output / "bench.json", document)
-        write_text(output / "bench.html", page(document))
+        with replacing(output) as folder:
+            folder.mkdir()
+            write_json(folder / "bench.json", document)
+            write_text(folder / "bench.html", page(document))
     say(document, as_json, *([] if as_json else [g.table() for g in grids(document)]))

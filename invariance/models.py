@@ -82,6 +82,12 @@ def load_model(
     return loaded.to(device).eval()
 
 
+def is_rounded(model: str, *, trust_remote_code: bool = False) -> bool:
+    """Whether the weights are stored in few bits; ``load_model`` makes them the numbers that they stand for."""
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    return Path(model).suffix == ".gguf" or getattr(config, "quantization_config", None) is not None
+
+
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any | None:
     """The tokenizer beside a model's weights; None for a local folder that holds none."""
     source = _source(model)

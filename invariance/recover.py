@@ -57,33 +57,12 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
     Raises InputError, with nothing changed, for options that cannot be; InvarianceError where training diverges.
     """
     train, held = split(tokens, options, where)
-    keys = {
-        "format": FORMAT,
-        "options": options.model_dump(mode="json"),
-        "tokens": tokens.digest(),
-        "seed": seed,
-        "nested": nested if options.nested else None,
-        **identity,
-    }
-    work = cache_dir("recover", hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32])
+    work = _work(tokens, options, seed, nested, identity)
     student = copy_in(torch.float32, model)
     layout = label(student)
-    teacher = None
-    if options.needs_streams:
-        assert dense is not None and basis is not None
-        teacher = Teacher.of(dense, basis)
-        teacher.check(student, layout)
+    teacher = _teacher(student, layout, basis, dense, options)
     names = _names(nested or {}, options, where)
-    what = "held-out perplexity before recovery"
-    losses = [math.log(perplexity(student, held, options.batch, progress, what))]
-    narrower: list[Member] = []
-    for name in names[1:]:
-        member = Member(student, layout, (nested or {})[name])
-        losses.append(math.log(perplexity(member.twin, held, options.batch, progress, what)))
-        member.adapt(options, seed)
-        narrower.append(member)
-    first = {HELD_OUT: sum(losses) / len(losses), **dict(zip(map(of_member, names), losses, strict=False))}
-    before = math.exp(first[HELD_OUT])
+    narrower, before = _members(student, layout, names, nested or {}, held, options, seed, progress)
     adapt(student, layout, options, seed)
     count = trained(student)
     stages: list[dict[str, Any]] = []
@@ -100,26 +79,22 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
     trainer.val_check_interval = max(steps // options.checks, 1) * options.accumulate
     tutor = teacher if options.loss.hidden else None
     module = Recovery(student, layout, options, tutor, seed, names, narrower)
-    begun = _step(work / LAST)
-    text = Text(Windows(train, kept), Windows(held), options, steps, seed, begun)
+    text = Text(Windows(train, kept), Windows(held), options, steps, seed, begun=_step(work / LAST))
     if not _finished(work / LAST, steps):
         fit(trainer, module, text, work / LAST)
-    if not (work / LAST).is_file():
-        raise InvarianceError(
-            f"{where}: training ended before its first check, so there is nothing to keep. Allow more `trainer.max_time`, or "
-            "more `checks`. Nothing is written."
-        )
-    end = torch.load(work / LAST, weights_only=True, map_location="cpu")
-    curve = [{"step": 0, **first}, *end["callbacks"]["Curve"]["points"]]
+    end = _end(work / LAST, where)
+    curve = [{"step": 0, **before}, *end["callbacks"]["Curve"]["points"]]
     chosen = _best(curve, where)
     if chosen["step"]:
-        state = torch.load(work / BEST, weights_only=True, map_location="cpu")["state_dict"]
-        own = "student."  # narrower members hold its weights
         learned = copy_in(torch.float32, model)  # the student's own may lie in parts by now
         adapt(learned, layout, options, seed)
-        put_back(learned, {n.removeprefix(own): t for n, t in state.items() if n.startswith(own)})
+        put_back(learned, _weights(work / BEST))
         put_back(model, settle(learned, layout, options))
     ran = end["global_step"]
+
+    def gained(key: str) -> dict[str, float]:
+        return {"before": math.exp(before[key]), "after": math.exp(chosen[key])}
+
     report = {
         "weights": options.weights,
         "trained_parameters": count,
@@ -127,16 +102,61 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
         "tokens": ran * per_step,
         "best_step": chosen["step"],
         "stopped_early": ran < steps,
-        "held_out": {"before": before, "after": math.exp(chosen[HELD_OUT]), "tokens": held.ids.numel()},
-        "members": {
-            n: {"before": math.exp(first[of_member(n)]), "after": math.exp(chosen[of_member(n)])}
-            for n in names
-        },
+        "held_out": gained(HELD_OUT) | {"tokens": held.ids.numel()},
+        "members": {name: gained(of_member(name)) for name in names},
         "tokens_per_second": round(ran * per_step / end["callbacks"]["Curve"]["seconds"], 1),
         "curve": curve,
         "local": stages,
+        "local_tokens": options.local.tokens(train) if stages and options.local else 0,
     }
     return Recovered(work / "logs", report)
+
+
+def _work(
+    tokens: Tokens, options: Recover, seed: int, nested: Members | None, identity: Mapping[str, Any]
+) -> Path:
+    """The folder in the cache that belongs to this run and no other, from which it is resumed."""
+    keys = {
+        "format": FORMAT,
+        "options": options.model_dump(mode="json"),
+        "tokens": tokens.digest(),
+        "seed": seed,
+        "nested": nested if options.nested else None,
+        **identity,
+    }
+    return cache_dir("recover", hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32])
+
+
+def _teacher(student: PreTrainedModel, layout: Layout, basis: Basis | None, dense: PreTrainedModel | None,
+             options: Recover) -> Teacher | None:  # fmt: skip
+    """The dense model's stream in the student's basis, where options ask for it."""
+    if not options.needs_streams:
+        return None
+    assert dense is not None and basis is not None
+    teacher = Teacher.of(dense, basis)
+    teacher.check(student, layout)
+    return teacher
+
+
+def _members(student: PreTrainedModel, layout: Layout, names: list[str], nested: Members, held: Tokens, options: Recover,
+             seed: int, progress: Progress) -> tuple[list[Member], dict[str, float]]:  # fmt: skip
+    """The narrower members, ready for training, and held-out losses before it by the names that they have in it, of which
+    the first is the mean."""
+
+    def loss(model: PreTrainedModel) -> float:
+        return math.log(
+            perplexity(model, held, options.batch, progress, "held-out perplexity before recovery")
+        )
+
+    losses, narrower = [loss(student)], list[Member]()
+    for name in names[1:]:
+        narrower.append(Member(student, layout, nested[name]))
+        losses.append(loss(narrower[-1].twin))
+        narrower[-1].adapt(options, seed)  # which lets its weights go before the next one is made
+    return narrower, {
+        HELD_OUT: sum(losses) / len(losses),
+        **dict(zip(map(of_member, names), losses, strict=False)),
+    }
 
 
 def _names(nested: Members, options: Recover, where: str) -> list[str]:
@@ -161,20 +181,40 @@ def _best(curve: list[dict[str, float]], where: str) -> dict[str, float]:
     return chosen
 
 
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return found
+
+
 def _step(last: Path) -> int:
     """How many steps an interrupted run had made."""
-    return (
-        int(torch.load(last, weights_only=True, map_location="cpu")["global_step"]) if last.is_file() else 0
-    )
+    return int(_read(last)["global_step"]) if last.is_file() else 0
 
 
 def _finished(last: Path, steps: int) -> bool:
     """Whether an interrupted run had trained to its end, or until it was stopped early, and only its result is missing."""
     if not last.is_file():
         return False
-    found = torch.load(last, weights_only=True, map_location="cpu")
+    found = _read(last)
     waits = [s for name, s in found["callbacks"].items() if name.startswith("EarlyStopping")]
     return found["global_step"] >= steps or any(s["wait_count"] >= s["patience"] for s in waits)
+
+
+def _end(last: Path, where: str) -> dict[str, Any]:
+    """What training had come to at its last check. Raises InvarianceError where there was none."""
+    if not last.is_file():
+        raise InvarianceError(
+            f"{where}: training ended before its first check, so there is nothing to keep. Allow more `trainer.max_time`, or "
+            "more `checks`. Nothing is written."
+        )
+    return _read(last)
+
+
+def _weights(best: Path) -> dict[str, Tensor]:
+    """The student's weights at the best check; narrower members hold its weights, and none of their own."""
+    own = "student."
+    state = _read(best)["state_dict"]
+    return {name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
 
 
 @torch.no_grad()
@@ -228,7 +268,7 @@ def _local(path: Path, student: PreTrainedModel, teacher: Teacher, layout: Layou
            progress: Progress) -> list[dict[str, Any]]:  # fmt: skip
     """Train the stages one by one, or take over what an interrupted run had of that."""
     if path.is_file():
-        kept = torch.load(path, weights_only=True)
+        kept = _read(path)
         student.load_state_dict(kept["state_dict"], strict=False)
         return list(kept["stages"])
     stages = reconstruct(student, teacher, layout, train, options, progress)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from .complaints import Problem
-from .data import DEFAULT_TOKENS
+from .data import DEFAULT_TOKENS, Tokens
 from .errors import did_you_mean
 from .parts import Count, Part, Positive, Several, Share, Weight, Word
 from .yaml_text import show
@@ -68,6 +68,10 @@ class Local(Part):
 
     epochs: Count = 1  # how often each stage sees the windows
     sequences: Count = 32  # how many windows, from the start
+
+    def tokens(self, train: Tokens) -> int:
+        """How many tokens each stage is trained on."""
+        return self.epochs * train.ids[: self.sequences].numel()
 
 
 class Recover(Part):

@@ -33,6 +33,7 @@ from .verify import double_copy
 from .walk import Progress, quiet
 
 DOCUMENT = "recover.json"
+SLICED = "sliced.json"  # the report of the run that sliced what was trained
 PACKAGES = ("invariance", "torch", "transformers", "lightning", "peft")
 
 
@@ -75,6 +76,11 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
         "model": model,
         "teacher": teacher if options.needs_teacher else None,
         "output": str(output),
+        "exported": {
+            "stock": not isinstance(loaded, InvarianceForCausalLM),
+            "exported_as": made.config.model_type,
+            "parameters": sum(p.numel() for p in made.parameters()),
+        },
         "options": options.model_dump(mode="json", exclude_none=True),
         "recover": found.report,
         "seconds": round(time.perf_counter() - start, 3),
@@ -84,7 +90,9 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
     with replacing(output) as folder:
         folder.mkdir()
         made.save_pretrained(folder / "model")
-        write_text(folder / "model" / "README.md", recovered(document, licence(model), _report(model)))
+        if (sliced := _sliced(model)) is not None:
+            write_json(folder / SLICED, sliced)
+        write_text(folder / "model" / "README.md", recovered(document, licence(model), sliced))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "model")
         if (path := beside(model, NAME)) is not None:
@@ -95,9 +103,10 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
     return document
 
 
-def _report(model: str) -> dict[str, Any] | None:
-    """The report of the run that made a checkpoint, where one lies beside it; a file that cannot be read counts as missing."""
-    path = beside(model, "report.json")
+def _sliced(model: str) -> dict[str, Any] | None:
+    """The report of the run that sliced a checkpoint, where it lies beside it or was handed on by an earlier recovery; a file
+    that cannot be read counts as missing."""
+    path = beside(model, "report.json") or beside(model, SLICED)
     try:
         found: Any = None if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 
 from invariance import bench
 from invariance.bench import Machine, Setting, Spread, Work, interleaved
+from invariance.bench_report import grids
 from invariance.checkpoint import layout_of_config
 
 FAMILIES = ("llama", "opt", "phi")
@@ -144,6 +146,27 @@ def test_the_command_writes_a_page_that_loads_nothing(root: Path, document: dict
     assert "dense, batch 2, prompt 8" in html
 
 
+def test_an_earlier_benchmark_is_replaced_when_asked_and_not_else(root: Path, document: dict) -> None:
+    shutil.copytree(root / "out", root / "earlier")
+    flags = ("--batch", 1, "--prompt", 4, "--new", 2, "--repeats", 1, "--output", "earlier")
+    status, out, err = invoke("bench", "dense", *flags)
+    assert status == 2 and out == "" and "say --overwrite" in " ".join(err.split())
+    assert json.loads((root / "earlier/bench.json").read_text()) == document
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.COPIED, "cpu", 2**20)
+        patch.setitem(bench.SQUARE, "cpu", 64)
+        assert invoke("bench", "dense", *flags, "--overwrite")[0] == 0
+    assert len(json.loads((root / "earlier/bench.json").read_text())["models"]) == 1
+
+
+def test_weights_of_few_bits_are_said_to_run_as_full_numbers(document: dict) -> None:
+    assert [each["rounded"] for each in document["models"]] == [False, False]
+    assert "few bits" not in grids(document)[0].caption
+    few = document | {"models": [document["models"][0], document["models"][1] | {"rounded": True}]}
+    told = grids(few)[0]
+    assert "| sliced * |" in told.markdown() and "| dense |" in told.markdown() and "few bits" in told.caption
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -152,6 +175,7 @@ def test_the_command_writes_a_page_that_loads_nothing(root: Path, document: dict
         (("gone/gone/gone",), "there is no such file or folder"),
         (("opt", "--prompt", "400"), "the model has 320 positions"),
         (("dense", "--output", "file"), "Name a folder"),
+        (("dense", "--output", "sliced", "--overwrite"), "no run's output"),
     ],
 )
 def test_what_cannot_be_is_refused(root: Path, arguments: tuple[str, ...], told: str) -> None:

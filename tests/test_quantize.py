@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from invariance import compress, load
 from invariance.data import Tokens
+from invariance.models import is_rounded
 from invariance.outliers import Outliers, of_stream, of_weights
 from invariance.quantize import SCALE, packed_bytes, quantized, rounded, rounding_error, scheme
 from invariance.recipe_quantize import Quantize
@@ -198,6 +199,7 @@ def test_a_quantised_checkpoint_is_read_as_the_numbers_that_its_weights_stand_fo
     read.save_pretrained(tmp_path / "again")  # floating point now, and nothing says otherwise
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
     assert torch.equal(logits(load(str(tmp_path / "again")), ids), logits(model, ids))
+    assert [is_rounded(str(tmp_path / name)) for name in ("first", "again")] == [True, False]
 
 
 def test_a_tied_table_is_stored_once(tmp_path: Path) -> None:

@@ -453,6 +453,27 @@ def test_a_checkpoint_is_recovered_alone_towards_the_dense_model(kind: str, fold
     for part in ("## What it costs", "## Exactness", "## Recipe of the slice", "steps:", "from_pretrained"):
         assert part in card  # of the run beside it
     assert "learning_rate: 0.01" in card and "towards dense" in card  # as asked
+    assert document["recover"]["local_tokens"] == 2 * tokens().ids.shape[1]
+    assert "after stages one by one" in card
+    assert f"{stored(after):,} stored parameters" in card
+
+
+def test_what_is_recovered_twice_still_tells_how_it_was_sliced_and_how_it_is_loaded(folder: Path) -> None:
+    save_model(folder / "dense")
+    text = recipe(*STEPS["ours"]()).to_yaml().replace("model: m", f"model: {folder / 'dense'}")
+    (folder / "recipe.yaml").write_text(text)
+    run(folder / "recipe.yaml", folder / "out", [])
+    options = "weights: norms\nheld_out: 4\nbatch: 2\nchecks: 2\ntrain: {data: tokens.npy}\n"
+    (folder / "options.yaml").write_text(options)
+    for model, after in (("out/model", "once"), ("once/model", "twice"), ("dense", "plain")):
+        status, _, err = invoke("recover", model, "--output", after, "--options", "options.yaml")
+        assert status == 0, err
+        card = (folder / after / "model/README.md").read_text()
+        sections = {line for line in card.splitlines() if line.startswith("## ")}
+        assert {"## Load", "## What it is worth", "## Training", "## Licence"} <= sections
+        slicing = {"## What it costs", "## Exactness, before it was cut", "## Recipe of the slice"}
+        assert sections & slicing == (slicing if after != "plain" else set())
+        assert ("import invariance" in card) == (after != "plain")
 
 
 REFUSED = {
