@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -140,8 +141,9 @@ def tables(sides: Sequence[Side]) -> list[Any]:
     found: list[Any] = [sizes]
     for kind, spaces in layers(sides).items():
         table = _table(["space", *names], f"widths that differ: {words.kind_words(kind)}")
-        for space, kept in spaces.items():
-            table.add_row(space, *(words.NONE if k is None else str(k) for k in kept))
+        for first, last in _spans(sides, kind, spaces):
+            span = first if first == last else f"{first} – {last}"
+            table.add_row(span, *(words.NONE if k is None else str(k) for k in spaces[first]))
         found.append(table)
     for prompt, texts in samples(sides).items():
         table = _table(list(texts), prompt)
@@ -151,6 +153,17 @@ def tables(sides: Sequence[Side]) -> list[Any]:
         table.add_row(*(Text(t.strip()) for t in texts.values()))
         found.append(table)
     return found
+
+
+def _spans(sides: Sequence[Side], kind: str, spaces: dict[str, list[int | None]]) -> list[tuple[str, str]]:
+    """First and last of spaces that follow each other, with none between that is left out, and have the same widths."""
+    every = {width.name for side in sides for width in words.spaces(side.report).get(kind, [])}
+    places = {name: n for n, name in enumerate(sorted(every, key=words.order))}
+    listed = enumerate(spaces)
+    groups = [
+        [name for _, name in g] for _, g in groupby(listed, lambda e: (spaces[e[1]], places[e[1]] - e[0]))
+    ]
+    return [(names[0], names[-1]) for names in groups]
 
 
 def _table(columns: Sequence[str], title: str) -> Table:

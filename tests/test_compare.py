@@ -47,6 +47,17 @@ def test_the_terminal_shows_ratios_to_the_first(runs: list[Path]) -> None:
     assert status == 0 and "157.50  2.00×" in out and "mlp.3" in out and "mlp.5" not in out and NASTY in out
 
 
+def test_neighbours_alike_share_a_line_and_those_with_others_between_do_not(runs: list[Path]) -> None:
+    for run, narrow in ((runs[0], ()), (runs[1], (0, 1, 2, 4, 6, 7))):
+        found = json.loads((run / "report.json").read_text())
+        found["widths"] |= {f"mlp.{n}": 8 if n in narrow else 16 for n in range(9)}
+        (run / "report.json").write_text(json.dumps(found))
+    status, out, err = invoke("compare", *runs)
+    assert status == 0, err
+    spans = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│ mlp.")]
+    assert spans == ["mlp.0 – mlp.2", "mlp.4", "mlp.6 – mlp.7"]
+
+
 def test_the_page_holds_the_same_and_loads_nothing(runs: list[Path], tmp_path: Path) -> None:
     assert invoke("compare", *runs, "--html", tmp_path / "both.html")[0] == 0
     html = (tmp_path / "both.html").read_text()
