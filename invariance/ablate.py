@@ -159,9 +159,10 @@ def plan_table(ablation: Ablation, outlook: Outlook) -> Table:
             Text(f"  {factor.name}"), Text(f"{span.low} to {span.high}" if span else "; ".join(labels))
         )
     if search is None:
-        for name, count in (("calibrations", outlook.calibrations), ("bases", outlook.bases),
-                            ("dense evaluations", outlook.evaluations)):  # fmt: skip
-            table.add_row(name, f"{count}, each made once" if count else "none")
+        for name, count, where in (("calibrations", outlook.calibrations, ""),
+                                   ("bases", outlook.bases, " in a process"),  # of --workers and --ray
+                                   ("dense evaluations", outlook.evaluations, "")):  # fmt: skip
+            table.add_row(name, f"{count}, each made once{where}" if count else "none")
         table.add_row("expected", f"about {duration(outlook.seconds)} and {words.size(outlook.disk)} of disk")
     return table
 

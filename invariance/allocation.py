@@ -151,6 +151,7 @@ def _bill(chart: Plan, demands: list[Demand], kept: Widths, allowed: Mapping[Spa
         loss=None if loss is None else lambda w: loss(named(w)),
         influence=None if influence is None else {d.space: d.mean(influence) for d in demands},
         dense=dense,
+        protected=frozenset(d.space for d in demands if d.protected(chart.blocks)),
     )
 
 

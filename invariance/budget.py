@@ -43,7 +43,7 @@ class Bill:
     and the limit is 1. Spaces left out of ``widths`` keep what they have. ``widths[space]`` are the widths that the
     recipe's constraints allow, ascending. ``loss`` measures a choice on held-out tokens (nats per token), for selectors
     that declare ``measures``; ``influence`` is 1 - E[cos(stream into, out of)] of each space's block, for those that
-    need Statistic.COSINE.
+    need Statistic.COSINE. ``protected`` spaces stay whole because the recipe says so: their only width is that.
     """
 
     amounts: Mapping[str, Callable[[Chosen], float]]
@@ -52,6 +52,7 @@ class Bill:
     loss: Callable[[Chosen], float] | None = None
     influence: Mapping[Space, float] | None = None
     dense: Mapping[str, float] = field(default_factory=dict)
+    protected: frozenset[Space] = frozenset()
 
     def __call__(self, widths: Chosen) -> float:
         if len(self.amounts) == 1:

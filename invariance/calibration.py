@@ -222,6 +222,7 @@ class Calibration:
         return 3 * kept * sum(batch.x.nbytes for batch in batches) <= free
 
     def _gradients(self, keys: list[Key]) -> Moments:
-        assert self.tokens is not None
+        assert self.tokens is not None and self.plan.recipe.calibrate is not None
         points, queries = ([n for n, s in keys if s is of] for of in (Statistic.FISHER, Statistic.TAYLOR))
-        return fisher.measure(self.model, self.layout, points, self.tokens, self.progress, queries=queries)
+        return fisher.measure(self.model, self.layout, points, self.tokens, self.progress, queries=queries,
+                              skip=self.plan.recipe.calibrate.skip)  # fmt: skip

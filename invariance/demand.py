@@ -99,13 +99,7 @@ class Demand:
                 f"spaces '{self.space.name}' and '{other.name}' have {d} and {other.dim} directions, so they cannot get "
                 "the `same` width. Give them steps of their own."
             )
-        protected = [m for m in self.members if _protected(m, blocks, c)]
-        if protected and len(protected) < len(self.members):
-            raise InputError(
-                f"`protect` keeps '{protected[0]}' whole, and it gets one width with spaces that it does not protect. "
-                "Protect all of them or none, or let each have its own width."
-            )
-        if protected:
+        if self.protected(blocks):
             return (d,)
         multiple = lcm(c.multiple_of, self.select.multiple_of if self.select else 1)
         if multiple > d:
@@ -122,7 +116,9 @@ class Demand:
                 "the step to `mlp` and `heads`."
             )
         found = {k for k in range(0, d + 1, multiple) if low <= k <= high and (k or c.min == 0)}
-        found = {k for k in found if all(u.space.fits(k) for u in self.units)} | ({d} if high == d else set())
+        found = {k for k in found if all(u.space.fits(k) for u in self.units)}
+        if high == d and self.space.kind == "edge":
+            found |= {d}  # the matrix itself, which has no rank to be a multiple
         if low > high:
             raise InputError(
                 f"`min` asks for {low} of the {d} directions of space '{self.space.name}' at least, and `max` for {high} at most. "
@@ -135,6 +131,16 @@ class Demand:
                 f"{low} and {high}. Widen `widths`."
             )
         return tuple(sorted(found))
+
+    def protected(self, blocks: int) -> bool:
+        """Whether the recipe keeps its spaces whole. Raises InputError where that holds for some of them only."""
+        found = [m for m in self.members if _protected(m, blocks, self.constraints)]
+        if found and len(found) < len(self.members):
+            raise InputError(
+                f"`protect` keeps '{found[0]}' whole, and it gets one width with spaces that it does not protect. "
+                "Protect all of them or none, or let each have its own width."
+            )
+        return bool(found)
 
     def check(self, k: object, most: int | None = None) -> None:
         """Raises InputError for a width that a selector may not give; ``most`` is that of the next wider member."""

@@ -33,6 +33,7 @@ def measure(
     *,
     queries: Iterable[str] = (),
     seed: int = SEED,
+    skip: int = 0,
 ) -> Moments:
     """FISHER, E[g gᵀ], at points of the stream or where branches write (``Edge.written``).
 
@@ -48,6 +49,8 @@ def measure(
     to second order and with other tokens' queries whole. Turning by positions leaves q_j g_j of a pair's two dims
     together as it is.
 
+    The first ``skip`` tokens of a sequence pass the model, and no moment sees them.
+
     Source: Martens 2020, arXiv:1412.1193: the true Fisher, by labels that the model itself draws; Theis et al. 2018,
     arXiv:1801.05787, equation 8, for what is left out.
     """
@@ -58,6 +61,8 @@ def measure(
     sequences = list(Tokens(tokens.ids[:SEQUENCES], tokens.mask[:SEQUENCES]).batches(1))
     with _signals(twin, layout, points) as signals, _queries(twin, layout, queries) as asked:
         for ids, real in progress(sequences, "measure the Fisher", len(sequences)):
+            seen = real.clone()
+            seen[:, :skip] = False
             padded = None if bool(real.all()) else real.long().to(twin.device)
             with torch.enable_grad():
                 logits = twin(input_ids=ids.to(twin.device), attention_mask=padded, use_cache=False).logits
@@ -68,7 +73,7 @@ def measure(
                 found = [*(signals[p] for p in points), *(asked[n] for n in queries)]
                 gradients = torch.autograd.grad(logits, found, by_logits)
             for point, gradient in zip(points, gradients, strict=False):
-                moments.add((point, Statistic.FISHER), real_tokens(gradient, real))
+                moments.add((point, Statistic.FISHER), real_tokens(gradient, seen))
             for name, gradient in zip(queries, gradients[len(points) :], strict=True):
                 copies = layout.spaces[name].copies
                 m = rearrange(
@@ -78,7 +83,7 @@ def measure(
                     d=layout.spaces[name].dim,
                 )
                 moments.add(
-                    (name, Statistic.TAYLOR), real_tokens(m.sum(-2).flatten(-2), real), copies, copies
+                    (name, Statistic.TAYLOR), real_tokens(m.sum(-2).flatten(-2), seen), copies, copies
                 )
     return moments.cpu()
 

@@ -110,7 +110,7 @@ class Protect(Part):
 class Constraints(Part):
     """Which widths a selector may choose."""
 
-    multiple_of: Count = 1  # widths are multiples of it, or whole
+    multiple_of: Count = 1  # widths are multiples of it; protected spaces are whole
     min: Size = 1  # the narrowest: a number of directions, or a fraction of them; 0 lets a branch go
     max: Size = 1.0  # the widest: a number of directions, or a fraction of them
     protect: Protect = Protect()  # blocks that stay whole, as in {first: 2, last: 1}

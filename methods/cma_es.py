@@ -32,7 +32,7 @@ class CMAES(Selector, name="cma_es"):
     Source: Hansen 2016, "The CMA evolution strategy: a tutorial", arXiv:1604.00772, as the package `cma` does it.
     """
 
-    evaluations: int = 100  # how many choices are measured at most, in whole generations; one at least
+    evaluations: int = 100  # how many choices are measured at most, where it begins and then whole generations
     sigma: float = 0.1  # the standard deviation of the first sparsities around those of global_energy
     seed: int | None = None  # of what is random; null for the recipe's
     needs_spectra = True
@@ -66,7 +66,7 @@ class CMAES(Selector, name="cma_es"):
         loss(start)
         if len(spaces) > 1 and start != cost.whole:  # else the budget leaves nothing to search
             search = _strategy([1 - s.fraction(start[s]) for s in spaces], self.sigma, self.seed or 0)
-            for _ in range(max((self.evaluations - 1) // search.popsize, 1)):
+            for _ in range((self.evaluations - 1) // search.popsize):
                 if search.stop():
                     break
                 points = search.ask()

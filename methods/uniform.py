@@ -48,14 +48,18 @@ class Uniform(Selector, name="uniform"):
         self, spectra: Mapping[Space, Float64[Tensor, "c d"] | None], cost: Bill, budget: float | None
     ) -> Mapping[Space, int]:
         if self.width is not None:
-            return {space: self._exact(space, cost.widths[space], self.width) for space in spectra}
+            return {
+                space: space.dim
+                if space in cost.protected
+                else self._exact(space, cost.widths[space], self.width)
+                for space in spectra
+            }
         if self.keep is not None:
             return _share(cost, self.keep)
         assert budget is not None
-        steps = max(space.dim for space in spectra)
-        tried = range(steps, -1, -1)
-        n = bisect_left(tried, True, key=lambda step: cost(_share(cost, step / steps)) <= budget)
-        return _share(cost, tried[min(n, steps)] / steps)
+        tried = sorted({s.fraction(k) for s, allowed in cost.widths.items() for k in allowed}, reverse=True)
+        n = bisect_left(tried, True, key=lambda fraction: cost(_share(cost, fraction)) <= budget)
+        return _share(cost, tried[min(n, len(tried) - 1)])
 
     def _exact(self, space: Space, allowed: tuple[int, ...], width: int) -> int:
         """The width asked for. Raises InputError, with the nearest that there are, where it is not allowed."""
@@ -68,9 +72,9 @@ class Uniform(Selector, name="uniform"):
         if n < len(allowed) and allowed[n] == width:
             return width
         near = " or ".join(str(k) for k in allowed[max(n - 1, 0) : n + 1])
-        what = (
-            "rotary positions turn dims in pairs" if space.rotary else "it is no width that the step allows"
-        )
+        what = "it is no width that the step allows"
+        if not space.fits(width):
+            what = "rotary positions turn dims in pairs" if space.rotary else "two factors would store no less"
         raise InputError(
             f"space '{space.name}' cannot have width {width}, because {what}. Take {near}, or let `widths` allow it."
         )
