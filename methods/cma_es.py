@@ -32,7 +32,9 @@ class CMAES(Selector, name="cma_es"):
     Source: Hansen 2016, "The CMA evolution strategy: a tutorial", arXiv:1604.00772, as the package `cma` does it.
     """
 
-    evaluations: int = 100  # how many choices are measured at most, where it begins and then whole generations
+    evaluations: int = (
+        100  # how many choices are measured at most, where it begins and then whole generations
+    )
     sigma: float = 0.1  # the standard deviation of the first sparsities around those of global_energy
     seed: int | None = None  # of what is random; null for the recipe's
     needs_spectra = True

@@ -307,6 +307,27 @@ def test_no_moment_sees_the_tokens_that_are_skipped(root: Path) -> None:
     assert counts == [16 * 16, 16 * 14]
 
 
+def test_no_gradient_of_skipped_tokens_is_in_the_fisher(root: Path) -> None:
+    model, ids = load_model(str(root / "model")), load_tokens(str(root / "tokens.npy"), None, vocab_size=41)
+    steps = [{"spaces": "qk", "rotate": {"rope_pairs": {"metric": "fisher"}}, "select": {"uniform": {"width": 4}}},
+             {"spaces": "mlp", "rotate": {"permute": {"metric": "fisher"}}, "select": {"uniform": {"width": 8}}}]  # fmt: skip
+    found = {}
+    for skip in (0, 6, 15):
+        calibrate = {"data": str(root / "tokens.npy"), "dtype": "float32", "skip": skip}
+        recipe = Recipe.from_dict({"model": str(root / "model"), "calibrate": calibrate, "steps": steps})
+        store = root / f"gradients {skip}"
+        calibration.calibrate(model, [plan(recipe, model.config)], ids, store=store)
+        keys = [("x.1.0", Statistic.FISHER), ("qk.0", Statistic.TAYLOR)]
+        found[skip] = [
+            known.known[k] for k in keys for folder in store.iterdir() for known in [Store(folder).load([k])]
+        ]
+    for first, some, last in zip(*found.values(), strict=True):
+        assert [m.count / last.count for m in (first, some)] == [16, 10]
+        for more, fewer in ((first, some), (some, last)):  # what is left out was a sum of squares
+            assert torch.linalg.eigvalsh(more.total[0] - fewer.total[0]).min() > -1e-9 * more.total[0].trace()
+            assert more.total[0].trace() > fewer.total[0].trace() > 0
+
+
 def test_axes_found_in_float32_are_exact_all_the_same() -> None:
     space = Space("x.0.0", "residual", 48, Group.ORTHOGONAL)
     x = torch.randn(400, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.arange(

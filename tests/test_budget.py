@@ -18,7 +18,7 @@ from invariance.budget import Bill, spendable
 from invariance.demand import Demand
 from invariance.errors import InputError
 from invariance.interfaces import Selector, find
-from invariance.plan import plan
+from invariance.plan import Plan, plan
 from invariance.recipe import Constraints, Recipe
 from invariance.space import Space
 
@@ -127,3 +127,44 @@ def test_shares_of_a_width_are_limits_to_the_letter() -> None:
     (unit, *_) = plan(recipe, model_of("llama").config).units
     for share, least in ((0.73, 47), (0.99, 64), (0.5, 32)):  # of 64
         assert Demand((unit,), Constraints(min=share)).allowed(2, ())[0] == least
+
+
+def chart(**widths: Any) -> Plan:
+    """A plan that gives all MLPs but the protected ones of a model of four blocks 32 of 64 channels."""
+    step = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"width": 32}}, "widths": widths}
+    recipe = Recipe.from_dict({"model": "m", "calibrate": {"data": "tokens.npy"}, "steps": [step]})
+    return plan(recipe, model_of("llama", num_hidden_layers=4).config)
+
+
+@pytest.mark.parametrize(
+    ("protect", "whole"),
+    [
+        ({"first": 1}, {0}),
+        ({"last": 2}, {2, 3}),
+        ({"first": 2, "last": 1}, {0, 1, 3}),
+        ({"last": 4}, {0, 1, 2, 3}),
+    ],
+)
+def test_protected_blocks_stay_whole_at_both_ends_and_the_others_get_their_width(
+    protect: Any, whole: Any
+) -> None:
+    widths = chart(protect=protect).allocate(None)
+    assert widths is not None
+    assert {n: widths[f"mlp.{n}"] for n in range(4)} == {n: 64 if n in whole else 32 for n in range(4)}
+
+
+def test_the_point_before_the_head_is_protected_with_the_last_block() -> None:
+    step = {"spaces": "residual", "segments": "stage", "rotate": "pca", "select": {"uniform": {"width": 24}}}
+    step |= {"widths": {"protect": {"last": 1}}}
+    recipe = Recipe.from_dict({"model": "m", "calibrate": {"data": "tokens.npy"}, "steps": [step]})
+    widths = plan(recipe, model_of("llama").config).allocate(None)
+    assert widths is not None
+    assert {p: widths[p] for p in ("x.0.1", "x.1.0", "x.1.1", "x.2.0")} == {
+        "x.0.1": 24, "x.1.0": 32, "x.1.1": 32, "x.2.0": 32
+    }  # fmt: skip
+
+
+def test_a_width_that_is_whole_is_a_multiple_as_well() -> None:
+    (unit, *_) = chart().units
+    assert Demand((unit,), Constraints(multiple_of=24)).allowed(4, ()) == (24, 48)  # of 64
+    assert Demand((unit,), Constraints(multiple_of=16)).allowed(4, ()) == (16, 32, 48, 64)

@@ -263,7 +263,9 @@ def test_a_run_measures_the_dense_model_once_and_the_store_keeps_it(
     calls: list[tuple[list[str], list[str]]] = []
     measure = fisher.measure
 
-    def counted(model: Any, layout: Any, points: list[str], *rest: Any, queries: list[str], skip: int) -> Moments:
+    def counted(
+        model: Any, layout: Any, points: list[str], *rest: Any, queries: list[str], skip: int
+    ) -> Moments:
         calls.append((points, queries))
         return measure(model, layout, points, *rest, queries=queries, skip=skip)
 

@@ -133,9 +133,21 @@ def test_a_search_asks_for_no_more_than_its_evaluations_and_leaves_numpys_seed()
 
     np.random.seed(7)
     before = np.random.get_state()[1].tolist()  # type: ignore[index,union-attr]
-    spend(find("select", "cma_es")(evaluations=30, seed=1), 0, bill(0.7, loss=loss))
-    assert 8 <= len(asked) <= 30
+    for most, least in ((30, 8), (5, 1), (1, 1)):  # a generation takes seven
+        asked.clear()
+        spend(find("select", "cma_es")(evaluations=most, seed=1), 0, bill(0.7, loss=loss))
+        assert least <= len(asked) <= most
     assert np.random.get_state()[1].tolist() == before  # type: ignore[index,union-attr]
+
+
+@given(share=st.floats(0.45, 1))
+def test_one_fraction_for_all_is_the_largest_that_stays_within_the_budget(share: float) -> None:
+    cost = bill(share)
+    found = spend(find("select", "uniform")(), 0, cost)
+    fractions = np.linspace(0, 1, 12 * 9 * 6 * 4 + 1)
+    tried = [{s: max(int(f * s.dim + 1e-9), 1) for s in SPACES} for f in fractions]
+    fitting = [widths for widths in tried if cost(widths) <= cost.limit]  # type: ignore[operator]
+    assert found == fitting[-1]
 
 
 @given(epsilon=st.sampled_from([0.02, 0.1, 1.0]), share=st.floats(0.6, 0.98))
