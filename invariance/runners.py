@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
 
 from .errors import InputError
 from .study_job import Answer, Request, Setting, carry_out, carry_out_alone
@@ -28,42 +29,80 @@ def here(setting: Setting, progress: Progress = quiet) -> Runner:
     return run
 
 
-def several(setting: Setting, workers: int) -> Runner:
-    """``workers`` at a time, in processes of their own that keep their model from run to run."""
+class Several:
+    """``workers`` at a time, in processes of their own that keep their model from run to run.
 
-    def run(requests: Sequence[Request]) -> Iterator[Answer]:
-        left = list(requests)
-        while left:
-            left = yield from _until_broken(left, setting, workers)
+    A process that dies takes all that ran beside it along. Each of those is tried again alone, so that only the one whose
+    process dies once more is said to have failed.
+    """
 
-    return run
+    def __init__(self, setting: Setting, workers: int) -> None:
+        self.setting, self.workers = setting, workers
+        self.pool = self._pool(workers)
 
+    def __call__(self, requests: Sequence[Request]) -> Iterator[Answer]:
+        waiting = list(requests)
+        while waiting:
+            for request in (yield from self._until_broken(waiting)):
+                yield self._alone(request)
 
-def _until_broken(requests: list[Request], setting: Setting, workers: int) -> Any:
-    """Answers of one pool; a process that dies takes the pool along, and what had not begun is returned."""
-    spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=spawn)
-    waiting, running = list(requests), dict[Future[Answer], Request]()
-    try:
-        while waiting or running:
-            while (
-                waiting and len(running) < workers
-            ):  # no more than run: what waits here survives a broken pool
-                request = waiting.pop(0)
-                running[pool.submit(carry_out_alone, request, setting)] = request
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                request = running.pop(future)
+    def _until_broken(self, waiting: list[Request]) -> Generator[Answer, None, list[Request]]:
+        """Answers, until a process dies: then what ran at that time is returned, and what had not begun is still waiting."""
+        running: dict[Future[Answer], Request] = {}
+        try:
+            while waiting or running:
+                while (
+                    waiting and len(running) < self.workers
+                ):  # no more: what waits here survives a broken pool
+                    running[self.pool.submit(carry_out_alone, waiting[0], self.setting)] = waiting[0]
+                    del waiting[0]
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    answer = future.result()
+                    del running[future]
+                    yield answer
+        except BrokenProcessPool:
+            self.pool = self._pool(self.workers)
+            whole = [f for f in running if f.done() and f.exception() is None]
+            lost = [request for future, request in running.items() if future not in whole]
+            running.clear()
+            for future in whole:
                 yield future.result()
-    except BrokenProcessPool:
-        yield Answer(request, reason=DIED)
-        for future, other in running.items():
-            lost = future.exception() is not None
-            yield Answer(other, reason=DIED) if lost else future.result()
-    finally:
-        for process in (pool._processes or {}).values() if running else ():
-            process.terminate()  # left early: nobody waits for what is still running
-        pool.shutdown(cancel_futures=True)
-    return waiting
+            return lost
+        finally:
+            if running:  # left early: nobody waits for what is still running
+                _end(self.pool)
+                self.pool = self._pool(self.workers)
+        return []
+
+    def _alone(self, request: Request) -> Answer:
+        pool = self._pool(1)
+        try:
+            return pool.submit(carry_out_alone, request, self.setting).result()
+        except BrokenProcessPool:
+            return Answer(request, reason=DIED)
+        finally:
+            _end(pool)
+
+    def _pool(self, workers: int) -> ProcessPoolExecutor:
+        return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), end_with_parent)
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it does, even by kill -9: nobody else waits for it."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _end(pool: ProcessPoolExecutor) -> None:
+    for process in (pool._processes or {}).values():
+        process.terminate()
+    pool.shutdown(cancel_futures=True)
 
 
 def cluster(setting: Setting, address: str, cpus: float, gpus: float) -> Runner:
@@ -109,4 +148,4 @@ def chosen(
     """The runner that the command line asks for."""
     if ray is not None:
         return cluster(setting, ray, cpus, gpus)
-    return several(setting, workers) if workers > 1 else here(setting, progress)
+    return Several(setting, workers) if workers > 1 else here(setting, progress)

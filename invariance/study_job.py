@@ -70,23 +70,31 @@ class Pruned(Exception):
 
 
 def key(recipe: Recipe, setting: Setting) -> str:
-    """What a run hangs on, hashed: its recipe, the local files that it names, methods that do not ship, our version."""
-    named = [recipe.model, *(part["data"] for part in _parts(recipe.to_dict()))]
+    """What a run hangs on, hashed: its recipe, the local files that it names, methods that do not ship, our version, the
+    kind of device."""
     identity = [
         recipe.to_dict(),
-        [_stamp(Path(n)) for n in named],
+        [_stamp(Path(name)) for name in _named(recipe.to_dict())],
         _sources(recipe),
         [platform.python_version(), version("invariance")],
         setting.speed,
+        setting.device,
     ]
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _parts(value: Any) -> list[dict[str, Any]]:
-    """The mappings of a recipe that name data."""
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    own = [value] if isinstance(value, dict) and isinstance(value.get("data"), str) else []
-    return own + [part for child in children for part in _parts(child)]
+def _named(value: Any, key: str = "") -> list[str]:
+    """What may be local files in a recipe: its model, data, and tasks."""
+    if isinstance(value, str):
+        return [value] if key in ("model", "data", "names") else []
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else ((key, v) for v in value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [name for k, child in inside for name in _named(child, k)]
 
 
 def _stamp(path: Path) -> list[Any]:

@@ -24,7 +24,7 @@ from invariance.models import load_model
 from invariance.moments import Moment, Moments, Store
 from invariance.plan import plan
 from invariance.recipe import Recipe, load_recipe
-from invariance.runners import Runner, cluster, several
+from invariance.runners import Runner, Several, cluster
 from invariance.space import Group, Space
 from invariance.study_table import NUMBERS, WORDS
 from invariance.verify import relative_error, tolerance
@@ -202,7 +202,7 @@ def elsewhere(request: pytest.FixtureRequest) -> Iterator[Runner]:
     """Carries requests out in processes of their own."""
     setting = study_job.Setting(threads=1)
     if request.param == "several":
-        yield several(setting, workers=2)
+        yield Several(setting, workers=2)
         return
     ray = pytest.importorskip("ray")
     with pytest.raises(InputError, match="the cluster has 0 GPUs"):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from invariance.errors import InputError
+from invariance.recipe import Recipe
 from invariance.study import Study, load_study
 from invariance.study_factors import short
 from invariance.study_job import Setting, key
@@ -160,11 +161,18 @@ def test_a_run_is_keyed_by_its_recipe_and_the_files_that_it_names(tmp_path: Path
     keys = [key(v.recipe, Setting()) for v in first]
     assert keys[0] == keys[2] != keys[1]
     assert key(first[0].recipe, Setting(speed=True)) != keys[0]
+    assert key(first[0].recipe, Setting("cuda")) != keys[0]  # where numbers have other types
     assert (
         key(first[0].recipe, Setting(processes=2, threads=1)) == keys[0]
     )  # how it is computed changes nothing
     data.write_bytes(b"22")
     assert key(first[0].recipe, Setting()) != keys[0]
+    task = tmp_path / "task.yaml"
+    task.write_text("task: sums\n")
+    asked = first[0].recipe.to_dict() | {"evaluate": [{"tasks": {"names": ["arc_easy", str(task)]}}]}
+    before = key(Recipe.from_dict(asked), Setting())
+    task.write_text("task: other sums\n")
+    assert key(Recipe.from_dict(asked), Setting()) != before
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))
