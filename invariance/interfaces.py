@@ -89,6 +89,9 @@ class WidthLimit(Protocol):
     def __call__(self, width: int, /) -> str | None: ...
 
 
+NATS = "nats"
+
+
 class Rotator(Method, ABC):
     """Which exact basis a space gets."""
 
@@ -102,9 +105,14 @@ class Rotator(Method, ABC):
     refits: ClassVar[bool] = False  # whether energies suppose that the readers are refit
 
     @property
+    def unit(self) -> str:
+        """What its energies are in: ``NATS`` a token, or whatever else, by default what no other rotator's are in."""
+        return f"units of '{self.name}'"
+
+    @property
     def nats(self) -> bool:
         """Whether its energies are losses in nats per token."""
-        return False
+        return self.unit == NATS
 
     @property
     def joint(self) -> bool:

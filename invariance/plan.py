@@ -325,13 +325,13 @@ def plan(recipe: Recipe, config: PretrainedConfig, *, device: str | torch.device
             f"{recipe.where('steps', max(spending.values()), 'select')}: two different selectors would spend the one "
             "budget. Use the same one, with the same options, in every step, or give one of them a width."
         )
-    compared = {u.rotate.nats: u for u in units if u.select is not None and u.select.compares}
+    compared = {u.rotate.unit: u for u in units if u.select is not None and u.select.compares}
     if len(compared) > 1:
-        other = compared[False]
+        first, *_, last = sorted(compared.values(), key=lambda u: u.step)
         raise InputError(
-            f"{recipe.where('steps', other.step, 'rotate')}: the selector compares the energies of all its spaces as they are, "
-            f"and those of '{other.rotate.name}' are not in nats here, as those of '{compared[True].rotate.name}' are. Give "
-            "every rotator `metric: fisher`, or none, or the selector `of: share`."
+            f"{recipe.where('steps', last.step, 'rotate')}: the selector compares the energies of all its spaces as they are, "
+            f"and those of '{last.rotate.name}' are in {last.rotate.unit} here, those of '{first.rotate.name}' in "
+            f"{first.rotate.unit}. Give every rotator that has it `metric: fisher`, or the selector `of: share`."
         )
     if spending and recipe.budget is None:
         raise InputError(

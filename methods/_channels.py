@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from invariance.interfaces import Rotator, Statistic
+from invariance.interfaces import NATS, Rotator, Statistic
 from invariance.moments import Moments
 from invariance.space import Basis, Space
 
@@ -31,8 +31,8 @@ class Weighing(Rotator):
         return frozenset({Statistic.SEEN, Statistic.READERS})
 
     @property
-    def nats(self) -> bool:  # type: ignore[override]
-        return self.metric == "fisher"
+    def unit(self) -> str:
+        return NATS if self.metric == "fisher" else "energy behind the readers"
 
     def weighed(
         self, space: Space, moments: Moments

@@ -10,7 +10,7 @@ from einops import rearrange
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from invariance.interfaces import Rotator, Statistic
+from invariance.interfaces import NATS, Rotator, Statistic
 from invariance.moments import Moments
 from invariance.space import Basis, Group, Space
 
@@ -47,8 +47,8 @@ class RopePairs(Rotator, name="rope_pairs"):
         return frozenset({Statistic.TAYLOR} if self.nats else {Statistic.RAW, Statistic.QUERIES})
 
     @property
-    def nats(self) -> bool:
-        return self.metric == "fisher"
+    def unit(self) -> str:
+        return NATS if self.metric == "fisher" else super().unit
 
     @property
     def nested(self) -> bool:  # type: ignore[override]

@@ -131,10 +131,14 @@ CASES = [
     Case("widths that cannot be, from an override", "is a multiple of 7 between 60 and 61",
          edits=((RECIPE.splitlines()[3], "  - {spaces: mlp, rotate: permute, select: {uniform: {keep: 0.9}}}"),),
          **flags("--set", "steps.0.widths={multiple_of: 7, min: 60, max: 61}")),
-    Case("energies of two currencies", "those of 'head_svd' are not in nats here, as those of 'obs' are",
+    Case("energies in two units", "those of 'head_svd' are in energy behind the readers here, those of 'obs' in nats",
          edits=((RECIPE.splitlines()[3], "  - {spaces: mlp, rotate: {obs: {metric: fisher}}, "
                  "select: {global_energy: {of: absolute}}}\n"
                  "  - {spaces: vo, rotate: head_svd, select: {global_energy: {of: absolute}}}"),
+                ("steps:", "budget: {parameters: 0.9}\nsteps:")), at="6"),
+    Case("energies in units of their own", "those of 'rope_pairs' are in units of 'rope_pairs' here, those of 'permute' in energy",
+         edits=((RECIPE.splitlines()[3], "  - {spaces: mlp, rotate: permute, select: {global_energy: {of: absolute}}}\n"
+                 "  - {spaces: qk, rotate: rope_pairs, select: {global_energy: {of: absolute}}}"),
                 ("steps:", "budget: {parameters: 0.9}\nsteps:")), at="6"),
     Case("two selectors that spend", "two different selectors would spend the one budget",
          edits=((RECIPE.splitlines()[3], "  - {spaces: mlp, rotate: permute, select: uniform}\n"
