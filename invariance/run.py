@@ -27,7 +27,7 @@ from .export import cast, stock
 from .families import check_positions, positions
 from .files import replacing, write_json, write_text
 from .memo import Memo
-from .models import cache_dir, licence, load_config, load_model, load_tokenizer, stored_bytes
+from .models import cache_dir, licence, load_config, load_model, load_tokenizer, stored_bytes, weights_digest
 from .nested import Members
 from .nested_report import costs, measure_members, members_of
 from .pipeline import Sliced, slice_model
@@ -145,7 +145,7 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
                 before, _ = _exported(kept, chart, recipe, model, stored, shared)
         with timed(sliced.seconds, "recover"):
             recovered = recover(sliced.model, basis, model, data.training, recipe.recover, seed=recipe.seed,
-                                identity={"dense": memo.weights(model), "recipe": recipe.to_dict()},
+                                identity={"student": weights_digest(sliced.model), "dense": memo.weights(model)},
                                 where=recipe.where("recover"), nested=shared, progress=progress)  # fmt: skip
     with timed(sliced.seconds, "export"):
         small, why = _exported(sliced, chart, recipe, model, stored, shared)

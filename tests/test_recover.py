@@ -316,6 +316,33 @@ def test_a_run_that_was_killed_goes_on_along_the_same_curve(monkeypatch: pytest.
     assert all(torch.equal(learned[n], p) for n, p in again.items())
 
 
+@pytest.mark.parametrize("what", ["calibration", "evaluate"])
+def test_a_run_that_was_stopped_resumes_where_it_would_train_the_same_student(
+    what: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_tokens(folder / "calibration.npy", seed=1)
+    seen: list[int] = []
+    real = recover_module.Recovery.on_train_batch_end
+
+    def stopped(module: Any, outputs: Any, batch: Any, index: int) -> None:
+        seen.append(index)
+        if len(seen) == 8:
+            raise KeyboardInterrupt
+        real(module, outputs, batch, index)
+
+    monkeypatch.setattr(recover_module.Recovery, "on_train_batch_end", stopped)
+    train = {"train": {"data": "tokens.npy"}, "held_out": 4, "batch": 2, "checks": 2, "learning_rate": 1e-2}
+    keys: dict[str, Any] = {"calibrate": {"data": "calibration.npy", "dtype": "float32"}, "recover": train}
+    with pytest.raises(KeyboardInterrupt):
+        outcome(model_of("llama"), recipe(RESIDUAL, **keys), evaluate=False)
+    if what == "calibration":
+        save_tokens(folder / "calibration.npy", seed=2)
+    else:
+        keys["evaluate"] = [{"perplexity": {"data": "tokens.npy"}}]
+    outcome(model_of("llama"), recipe(RESIDUAL, **keys), evaluate=False)
+    assert seen[8] == (0 if what == "calibration" else 5)  # behind the first check
+
+
 @pytest.mark.parametrize("early", [True, False])
 def test_a_run_whose_training_had_ended_is_not_trained_further(
     early: bool, monkeypatch: pytest.MonkeyPatch
