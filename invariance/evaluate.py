@@ -16,12 +16,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from . import recipe_evaluate as parts
 from .data import Tokens, load_tokens
 from .errors import InputError
-from .families import FAMILIES, check_positions
+from .families import FAMILIES, check_positions, positions
 from .losses import Each, Mean, check_windows, divergence, perplexity, scored, token_losses
 from .memo import Memo
 from .walk import Progress, quiet
 
-__all__ = ["Evaluation", "measure", "peak_memory", "perplexity", "prepare", "sample"]
+__all__ = ["Evaluation", "measure", "peak_memory", "perplexity", "prepare", "sample", "unasked"]
 
 Models = Mapping[str, PreTrainedModel]  # by side; the others are compared with the first
 
@@ -122,13 +122,12 @@ class Samples(Evaluation):
 
 def prepare(part: Any, kind: str, config: PretrainedConfig, tokenizer: Any, where: str) -> Evaluation:
     """An entry with its data read and its tasks found. Raises InputError."""
+    text = config.get_text_config()
     if isinstance(part, parts.HeldOut):
         overlap = part.stride if isinstance(part, parts.Perplexity) else None
-        text = config.get_text_config()
         found = load_tokens(part.data, tokenizer, vocab_size=text.vocab_size, split=part.split, stride=overlap,
                             sequences=part.sequences, tokens=part.tokens, where=where)  # fmt: skip
-        if text.model_type in FAMILIES:
-            check_positions(text, found.ids.shape[1], where)
+        _check_room(text, found.ids.shape[1], where)
         check_windows(found, where)
         if isinstance(part, parts.Divergence):
             return Divergence(part, found)
@@ -139,10 +138,32 @@ def prepare(part: Any, kind: str, config: PretrainedConfig, tokenizer: Any, wher
             f"{where}: {kind} are text, and the model comes without a tokenizer. Save the tokenizer beside the model."
         )
     if isinstance(part, parts.Samples):
+        longest = max(prompt_tokens(tokenizer, prompt) for prompt in part.prompts)
+        _check_room(text, longest + part.tokens, where)
         return Samples(part, tokenizer)
     from . import tasks
 
     return Tasks(part, tasks.load(part, where), tokenizer)
+
+
+def _check_room(config: PretrainedConfig, tokens: int, where: str) -> None:
+    """Raises InputError for sequences that are longer than the positions of a model whose family is known."""
+    if config.model_type in FAMILIES:
+        check_positions(config, tokens, where)
+
+
+def unasked(config: PretrainedConfig, tokenizer: Any) -> Samples | None:
+    """One text, as long as the model's positions allow; None where the prompt leaves no room."""
+    part = parts.Samples(prompts=parts.PROMPTS[:1])
+    limit = positions(config)
+    room = part.tokens if limit is None else limit - prompt_tokens(tokenizer, *part.prompts)
+    clipped = part.model_copy(update={"tokens": min(part.tokens, room)})
+    return Samples(clipped, tokenizer) if room > 0 else None
+
+
+def prompt_tokens(tokenizer: Any, prompt: str) -> int:
+    """How many tokens a prompt has."""
+    return len(tokenizer(prompt).input_ids)
 
 
 def measure(evaluations: Iterable[Evaluation], models: Models, progress: Progress = quiet,

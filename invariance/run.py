@@ -22,7 +22,7 @@ from .calibration import timed
 from .checkpoint import InvarianceForCausalLM, wrap
 from .data import Tokens, load_tokens
 from .errors import InputError
-from .evaluate import Evaluation, Models, Samples, measure, peak_memory, prepare
+from .evaluate import Evaluation, Models, Samples, measure, peak_memory, prepare, unasked
 from .export import cast, stock
 from .families import check_positions, positions
 from .files import replacing, write_json, write_text
@@ -35,8 +35,6 @@ from .plan import Plan, plan
 from .quantize import check_installed
 from .quantize_run import quantize_both
 from .recipe import Recipe, load_recipe
-from .recipe_evaluate import PROMPTS
-from .recipe_evaluate import Samples as SamplesPart
 from .verify import copy_in
 from .walk import Progress, quiet
 
@@ -260,9 +258,9 @@ def _extras(report: dict[str, Any], seconds: dict[str, float], models: Models, d
             progress: Progress) -> None:  # fmt: skip
     """What a single run shows unasked: a text of each model, and the speed of the dense and the sliced one."""
     if tokenizer is not None and not any(isinstance(e, Samples) for e in data.evaluations):
-        unasked = Samples(SamplesPart(prompts=PROMPTS[:1]), tokenizer)
         with timed(seconds, "evaluate"):
-            report["samples"] = unasked.measure(models, progress)
+            text = unasked(models["dense"].config, tokenizer)
+            report["samples"] = text.measure(models, progress) if text else []
     with timed(seconds, "speed"):
         report["tokens_per_second"] = speed(models["dense"], models["sliced"])
 

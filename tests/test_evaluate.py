@@ -332,6 +332,26 @@ def test_a_run_reports_every_evaluation_of_its_recipe(root: Path) -> None:
     assert "window 20, stride 5" in page and "Predictions, token by token" in page
 
 
+def test_a_text_that_is_longer_than_the_models_positions_is_refused_before_anything_is_computed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(root / "short", "opt", max_position_embeddings=40)
+    recipe = RECIPE.replace("model: dense", "model: short")
+    (root / "short.yaml").write_text(recipe.replace("tokens: 3}", "tokens: 39}"))
+    with monkeypatch.context() as patch:
+        patch.setattr("invariance.run.load_model", lambda *_a, **_k: pytest.fail("read the weights"))
+        status, _, err = invoke("run", "short.yaml", "--output", "long")
+    said = " ".join(err.split())
+    assert status == 2 and "short.yaml:8" in said and "41 tokens, and the model has 40 positions" in said
+    status, _, err = invoke("evaluate", "short", "--prompt", "The people")
+    assert status == 2 and "40 positions" in err
+    (root / "short.yaml").write_text(recipe.replace("  - samples: {prompts: The people, tokens: 3}\n", ""))
+    status, out, err = invoke("run", "short.yaml", "--output", "fits", "--json")
+    assert status == 0, err  # the sample that nobody asked for takes the room that there is
+    (text,) = json.loads(out)["samples"]
+    assert len(text["prompt"].split()) + len(text["dense"].split()) <= 40
+
+
 def test_the_command_sets_a_model_against_another(root: Path) -> None:
     flags = ("--against", "dense", "--data", "a=tokens.npy", "--data", "tokens.npy", "--prompt", "The people")
     status, out, err = invoke("evaluate", "sliced", *flags, "--json")
