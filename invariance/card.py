@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from ruamel.yaml import YAML
 from . import evaluate_words, quantize_words
 from . import report_words as words
 from .grid import Grid
-from .models import origin
 
 Report = Mapping[str, Any]
 
@@ -44,29 +44,28 @@ def card(report: Report) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def recovered(document: Report, licence: str | None, sliced: Report | None = None) -> str:
+def recovered(document: Report, source: Mapping[str, Any], sliced: Report | None = None) -> str:
     """The README.md of a checkpoint that was trained on: metadata, then Markdown. ``document`` is its recover.json,
-    ``sliced`` the report of the run that made the model which was trained, where that is known."""
-    trained, held = document["recover"], document["recover"]["held_out"]
-    model = {"name": document["model"], "licence": licence} | document["exported"]
+    ``source`` the ``name``, ``origin`` and ``licence`` of what its weights come from, ``sliced`` the report of the run that
+    made the model which was trained, where that is known."""
+    trained = document["recover"]
+    model = {**source, "why_not_stock": None} | document["exported"]
     stages = f", after stages one by one on {words.count(n)} tokens" if (n := trained["local_tokens"]) else ""
     said = (
         f"{document['model']}, trained on {words.count(trained['tokens'])} tokens{stages} ({trained['weights']}, "
         f"{words.count(trained['trained_parameters'])} parameters, {trained['steps']} steps); shapes and size are as they were: "
         f"{model['parameters']:,} stored parameters."
     )
-    rows = [[name, words.plain(held[when])] for name, when in (("before", "before"), ("recovered", "after"))]
     parts = [
         f"---\n{_yaml(_metadata({'model': model}))}---",
-        f"# {Path(document['model']).name}, recovered",
+        f"# {_title(document['model'])}, recovered",
         said,
         "## Load",
         words.checkpoint({"model": model}),
         f"```python\n{loading(model)}\n```",
         *([] if sliced is None else ["## What it costs", _costs(sliced).markdown()]),
         "## What it is worth",
-        f"Perplexity on {held['tokens']:,} held-out tokens of the training text; {words.best(trained)}.",
-        Grid("", ["", "perplexity"], rows).markdown(),
+        _section(gain(trained["held_out"], trained)),
         "## Training",
         f"`invariance recover` with invariance {document['version']}"
         + (f", towards {document['teacher']}" if document["teacher"] else "")
@@ -89,24 +88,41 @@ def _slice(sliced: Report) -> list[str]:
     ]
 
 
-def member(document: Report, licence: str | None) -> str:
-    """The README.md of a member of a nested family that no report tells of. ``document`` is its extract.json."""
-    made_from = {"name": document["family"], "licence": licence}
-    why = document["why_not_stock"]
-    how = (
-        f"It needs `import invariance` before it is loaded: {why}."
-        if why
-        else "It loads in plain transformers."
-    )
+def member(
+    document: Report, source: Mapping[str, Any], sliced: Report | None = None, gained: Grid | None = None
+) -> str:
+    """The README.md of a member of a nested family that no report of its own tells of. ``document`` is its extract.json,
+    ``source`` as in ``recovered``, ``sliced`` the report of the run that made the family, of this member, where it was
+    trained since, and ``gained`` what that has brought."""
+    model = {**source, **document, "stock": not document["why_not_stock"], "name": source["name"]}
     parts = [
-        f"---\n{_yaml(_metadata({'model': made_from}))}---",
-        f"# {Path(document['family']).name}, member {document['share']:g}",
+        f"---\n{_yaml(_metadata({'model': model}))}---",
+        f"# {_title(document['family'])}, member {document['share']:g}",
         f"The member of share {document['share']:g} of the nested family {document['family']}, cut out by `invariance extract` "
-        f"with invariance {document['version']}: {document['parameters']:,} parameters. {how}",
+        f"with invariance {document['version']}: {document['parameters']:,} parameters.",
+        "## Load",
+        words.checkpoint({"model": model}),
+        f"```python\n{loading(model)}\n```",
+        *([] if sliced is None else ["## What it costs", _costs(sliced).markdown()]),
+        *([] if gained is None else ["## What it is worth", _section(gained)]),
+        *([] if sliced is None else _slice(sliced)),
         "## Licence",
-        _licence({"model": made_from}),
+        _licence({"model": model}),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def gain(held: Mapping[str, float], trained: Report) -> Grid:
+    """Perplexities ``before`` and ``after`` recovery; ``trained`` is the section ``recover`` of a recover.json."""
+    caption = f"Perplexity on {trained['held_out']['tokens']:,} held-out tokens of the training text; {words.best(trained)}."
+    rows = [[name, words.plain(held[when])] for name, when in (("before", "before"), ("recovered", "after"))]
+    return Grid(caption, ["", "perplexity"], rows)
+
+
+def _title(model: str) -> str:
+    """What a checkpoint is called: as its folder, or that of the run where it lies in one as ``model``."""
+    path = Path(os.path.abspath(model))
+    return path.parent.name if path.name == "model" else path.name
 
 
 FILES = {
@@ -149,7 +165,7 @@ def _again(report: Report) -> str:
 def _metadata(report: Report) -> dict[str, Any]:
     found = {
         "license": report["model"].get("licence"),
-        "base_model": origin(report["model"]["name"]),
+        "base_model": report["model"].get("origin"),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["invariance", "compression"],

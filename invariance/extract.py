@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from .basis_file import NAME, Basis, read_basis
-from .card import card, member, readme
+from .card import card, gain, member, readme
 from .checkpoint import InvarianceForCausalLM
 from .errors import InputError
 from .export import cast
 from .files import beside, replacing, write_json, write_text
+from .grid import Grid
 from .labels import label
 from .models import licence, load_config, load_model, load_tokenizer
 from .nested import chosen, extract, family
 from .nested_report import of_member
 from .recipe import Recipe
 from .report import page
-from .run import check_output, stored_dtype
+from .run import RECOVERED, SLICED, check_output, stored_dtype
 from .walk import Progress, quiet
 
 DOCUMENT = "extract.json"
@@ -43,7 +44,9 @@ def run(
         chosen(family(config, str(folder)), share)
     except InputError as e:
         raise InputError(f"--width {share:g}: {e}") from None
-    told = _told(model.parent)
+    told = _told(model.parent / "report.json")
+    sliced = _told(model.parent / SLICED) if told is None else None
+    gained = _gained(model.parent / RECOVERED, share) if sliced is not None else None
     tokenizer = load_tokenizer(str(model))
     loaded = load_model(str(model))
     assert isinstance(loaded, InvarianceForCausalLM)
@@ -66,7 +69,12 @@ def run(
             tokenizer.save_pretrained(place / "model")
         _write_basis(place, str(model), loaded, share, stock=not why)
         write_json(place / DOCUMENT, document)
-        write_text(place / "model" / "README.md", member(document, licence(str(model))))
+        mine = None if sliced is None else of_member(sliced, share, made, why)
+        source = {"name": str(folder)} if mine is None else mine["model"]
+        source = {**source, "licence": source.get("licence") or licence(str(model))}
+        write_text(place / "model" / "README.md", member(document, source, mine, gained))
+        if mine is not None:
+            write_json(place / SLICED, mine)
         if told is not None:
             _write_report(place, of_member(told, share, made, why) | {"output": str(output)}, model.parent)
     return document
@@ -83,9 +91,8 @@ def _write_basis(place: Path, model: str, loaded: InvarianceForCausalLM, share: 
     Basis(encode, whole.points, whole.folded).write(place, left)
 
 
-def _told(folder: Path) -> dict[str, Any] | None:
-    """The family's report, where there is one beside its checkpoint. Raises InputError where it cannot be read."""
-    path = folder / "report.json"
+def _told(path: Path) -> dict[str, Any] | None:
+    """A family's report, where there is one. Raises InputError where it cannot be read."""
     if not path.is_file():
         return None
     try:
@@ -97,6 +104,21 @@ def _told(folder: Path) -> dict[str, Any] | None:
             "or move it away to extract without a report."
         ) from e
     return found if shares else None
+
+
+def _gained(path: Path, share: float) -> Grid | None:
+    """What recovery brought a member, where it was trained with its family. Raises InputError where that cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        trained = json.loads(path.read_text(encoding="utf-8"))["recover"]
+        held = next((each for name, each in trained["members"].items() if float(name) == share), None)
+        return None if held is None else gain(held, trained)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise InputError(
+            f"{path}: cannot be read as what recovery says ({type(e).__name__}: {e}). Copy it again from where it was made, "
+            "or move it away to extract without it."
+        ) from e
 
 
 def _write_report(place: Path, report: dict[str, Any], family: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,21 @@ from .families import architecture, check_positions
 from .files import beside, replacing, write_json, write_text
 from .labels import label
 from .layout import Layout
-from .models import check_same_tokens, licence, load_config, load_model, load_tokenizer, weights_digest
+from .models import (
+    check_same_tokens,
+    licence,
+    load_config,
+    load_model,
+    load_tokenizer,
+    origin,
+    weights_digest,
+)
 from .recover import check, recover
 from .recover_options import Recover
-from .run import check_output, stored_dtype
+from .run import RECOVERED, SLICED, check_output, stored_dtype
 from .verify import double_copy
 from .walk import Progress, quiet
 
-DOCUMENT = "recover.json"
-SLICED = "sliced.json"  # the report of the run that sliced what was trained
 PACKAGES = ("invariance", "torch", "transformers", "lightning", "peft")
 
 
@@ -46,7 +53,7 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
     """
     start = time.perf_counter()
     output = Path(os.path.abspath(output))
-    check_output(output, overwrite, DOCUMENT)
+    check_output(output, overwrite, RECOVERED)
     config = load_config(model, trust_remote_code=trust_remote_code)
     if config.model_type != "invariance":
         architecture(config)
@@ -92,12 +99,12 @@ def run(model: str, output: Path, options: Recover, *, teacher: str | None = Non
         made.save_pretrained(folder / "model")
         if (sliced := _sliced(model)) is not None:
             write_json(folder / SLICED, sliced)
-        write_text(folder / "model" / "README.md", recovered(document, licence(model), sliced))
+        write_text(folder / "model" / "README.md", recovered(document, _source(model, sliced), sliced))
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "model")
         if (path := beside(model, NAME)) is not None:
             shutil.copyfile(path, folder / NAME)
-        write_json(folder / DOCUMENT, document)
+        write_json(folder / RECOVERED, document)
         shutil.copytree(found.logs, folder / "recover")
     shutil.rmtree(found.logs.parent, ignore_errors=True)  # what was kept to resume from
     return document
@@ -113,6 +120,12 @@ def _sliced(model: str) -> dict[str, Any] | None:
         return None
     told = isinstance(found, dict) and {"recipe", "parameters", "exactness"} <= found.keys()
     return found | {"quantize": None} if told else None  # what is trained and written is not rounded
+
+
+def _source(model: str, sliced: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Whose weights they were: as the run says that sliced them, else what the model's own name and card do."""
+    told = {"name": model, "origin": origin(model)} if sliced is None else sliced["model"]
+    return {**told, "licence": told.get("licence") or licence(model)}
 
 
 def _teacher(model: str, teacher: str | None, options: Recover, where: str, device: str,

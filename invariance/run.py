@@ -27,7 +27,16 @@ from .export import cast, stock
 from .families import check_positions, positions
 from .files import replacing, write_json, write_text
 from .memo import Memo
-from .models import cache_dir, licence, load_config, load_model, load_tokenizer, stored_bytes, weights_digest
+from .models import (
+    cache_dir,
+    licence,
+    load_config,
+    load_model,
+    load_tokenizer,
+    origin,
+    stored_bytes,
+    weights_digest,
+)
 from .nested import Members
 from .nested_report import costs, measure_members, members_of
 from .pipeline import Sliced, slice_model
@@ -39,6 +48,8 @@ from .verify import copy_in
 from .walk import Progress, quiet
 
 PACKAGES = ("invariance", "torch", "transformers", "safetensors", "numpy", "scipy")
+RECOVERED = "recover.json"  # what `invariance recover` says of its training
+SLICED = "sliced.json"  # the report of the run that sliced what was trained
 
 
 @dataclass
@@ -211,6 +222,7 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
             "stock": is_stock,
             "dtype": str(stored).removeprefix("torch."),
             "why_not_stock": why or None,
+            "origin": None,
             "licence": None,
         },
         "output": None,
@@ -342,7 +354,7 @@ def run(path: Path, output: Path, overrides: list[str], *, device: str = "cpu", 
     result = outcome(
         model, recipe, tokenizer=tokenizer, data=data, stored=stored_dtype(config), progress=progress
     )
-    result.report["model"]["licence"] = licence(recipe.model)
+    result.report["model"] |= {"origin": origin(recipe.model), "licence": licence(recipe.model)}
     write(output, result, recipe, tokenizer)
     return result.report
 

@@ -105,6 +105,19 @@ def test_the_base_model_is_a_hub_id_or_nothing(root: Path, name: str, found: str
     assert origin(name) == found
 
 
+def test_the_card_tells_the_base_model_that_was_known_when_it_was_loaded(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_model(root / "sub/tiny")
+    (root / "sub.yaml").write_text(RECIPE.replace("model: dense", "model: sub/tiny"))
+    assert invoke("run", "sub.yaml", "--output", "sub-made")[0] == 0
+    report = json.loads((root / "sub-made/report.json").read_text())
+    monkeypatch.chdir(root / "sub")  # from where sub/tiny looks like a hub id
+    assert report["model"]["origin"] is None and "base_model" not in card(report)
+    report["model"]["origin"] = "owner/name"
+    assert "base_model: owner/name" in card(report)
+
+
 def test_the_folder_says_where_to_read_on(root: Path) -> None:
     said = (root / "made/README.md").read_text()
     assert "(model/README.md)" in said

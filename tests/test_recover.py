@@ -489,7 +489,9 @@ def test_what_is_recovered_twice_still_tells_how_it_was_sliced_and_how_it_is_loa
     save_model(folder / "dense")
     text = recipe(*STEPS["ours"]()).to_yaml().replace("model: m", f"model: {folder / 'dense'}")
     (folder / "recipe.yaml").write_text(text)
-    run(folder / "recipe.yaml", folder / "out", [])
+    report = run(folder / "recipe.yaml", folder / "out", [])
+    report["model"] |= {"name": "owner/name", "origin": "owner/name", "licence": "mit"}
+    (folder / "out/report.json").write_text(json.dumps(report))  # as if it had been sliced from the hub
     options = "weights: norms\nheld_out: 4\nbatch: 2\nchecks: 2\ntrain: {data: tokens.npy}\n"
     (folder / "options.yaml").write_text(options)
     for model, after in (("out/model", "once"), ("once/model", "twice"), ("dense", "plain")):
@@ -501,6 +503,9 @@ def test_what_is_recovered_twice_still_tells_how_it_was_sliced_and_how_it_is_loa
         slicing = {"## What it costs", "## Exactness, before it was cut", "## Recipe of the slice"}
         assert sections & slicing == (slicing if after != "plain" else set())
         assert ("import invariance" in card) == (after != "plain")
+        assert f"# {model.removesuffix('/model')}, recovered" in card
+        whose = {"base_model: owner/name", "license: mit", "owner/name is under the licence `mit`"}
+        assert {told for told in whose if told in card} == (whose if after != "plain" else set())
 
 
 REFUSED = {

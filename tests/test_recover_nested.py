@@ -290,6 +290,14 @@ def test_a_recipe_trains_a_family_and_its_members_are_extracted_and_trained_agai
         rounding = math.log(VOCABULARY) * tolerance(F32, 4)
         assert math.isclose(perplexity(found, held), told[share_]["after"], rel_tol=rounding)
         assert math.isclose(more[share_]["before"], told[share_]["after"], rel_tol=rounding)
+        card = Path(f"more-{share_}/model/README.md").read_text()
+        assert f"| recovered | {more[share_]['after']:.2f} |" in card and "AutoModelForCausalLM" in card
+        for part in ("## What it costs", "## Exactness, before it was cut", "## Recipe of the slice"):
+            assert part in card
+    again = document("recover", "more-0.5/model", "--output", "again", "--set", "train.data=tokens.npy",
+                     "--set", "held_out=4", "--set", "batch=2")  # fmt: skip
+    assert again["recover"]["members"] == {}
+    assert "## Recipe of the slice" in Path("again/model/README.md").read_text()
     member = json.loads(Path("family-0.5/report.json").read_text())["perplexity"]["tokens"]
     assert (
         member["sliced"] is None
