@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ def members(report: Mapping[str, Any]) -> list[Grid]:
 
 def signed(value: float | None, error: float | None, factor: float = 1, digits: int = 3) -> str:
     """A value with its sign and its standard error."""
-    if value is None:
+    if value is None or math.isnan(value):
         return NONE
     return f"{factor * value:+.{digits}f}{_error(error, factor, digits)}"
 
@@ -151,7 +152,8 @@ def tasks(report: Mapping[str, Any]) -> list[Grid]:
 
 
 def _score(found: Mapping[str, Any]) -> str:
-    return NONE if found["value"] is None else f"{found['value']:.3f}{_error(found['standard_error'])}"
+    value = found["value"]
+    return NONE if value is None or math.isnan(value) else f"{value:.3f}{_error(found['standard_error'])}"
 
 
 def _verdict(significant: bool | None) -> str:

@@ -41,7 +41,7 @@ FORMS = (
 class Difference:
     """What one model scores above another on the same questions."""
 
-    difference: float
+    difference: float | None  # None where either has none
     standard_error: float | None
     p: float | None  # two-sided: exact where an answer is right or wrong, else of a paired t-test
 
@@ -147,6 +147,7 @@ def rows(found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
             if not chosen or metric.endswith("_stderr"):
                 continue
             each = {side: _each(f["samples"].get(task, []), metric, chosen) for side, f in found.items()}
+            whole = {side: _score(f["results"][task], metric, chosen) for side, f in found.items()}
             made.append(
                 {
                     "task": task,
@@ -154,8 +155,13 @@ def rows(found: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
                     "filter": chosen,
                     "questions": found[reference]["n-samples"][task]["effective"],
                     "shots": found[reference]["n-shot"].get(task),
-                    **{side: _score(f["results"][task], metric, chosen) for side, f in found.items()},
-                    "difference": {side: vars(paired(each[reference], each[side])) for side in others},
+                    **whole,
+                    "difference": {
+                        side: vars(
+                            paired(each[reference], each[side]) or of_all(whole[reference], whole[side])
+                        )
+                        for side in others
+                    },
                 }
             )
     mark([row["difference"][side] for row in made for side in others])
@@ -176,13 +182,20 @@ def _each(samples: Sequence[Mapping[str, Any]], metric: str, chosen: str) -> dic
     return {n: float(v) for n, v in found.items() if isinstance(v, PLAIN)}
 
 
-def paired(before: Mapping[Any, float], after: Mapping[Any, float]) -> Difference:
-    """The mean difference on the questions that both have: sign test where all are 0 or 1, else a paired t-test."""
+def of_all(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> Difference:
+    """The difference of two scores that are of all questions at once, where nothing tells chance apart."""
+    a, b = (np.nan if each["value"] is None else each["value"] for each in (before, after))
+    return Difference(float(b - a) if np.isfinite(b - a) else None, None, None)
+
+
+def paired(before: Mapping[Any, float], after: Mapping[Any, float]) -> Difference | None:
+    """The mean difference on the questions that both have: sign test where all are 0 or 1, else a paired t-test. None
+    where there are no such questions."""
     both = sorted(before.keys() & after.keys())
     a, b = (np.array([values[n] for n in both]) for values in (before, after))
     d = b - a
     if not len(d):
-        return Difference(float("nan"), None, None)
+        return None
     error = float(d.std(ddof=1) / len(d) ** 0.5) if len(d) > 1 else None
     moved = int((d != 0).sum())
     if not moved:

@@ -19,13 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from invariance import losses, tasks
+from invariance import evaluate_words, losses, tasks
 from invariance.data import Tokens, load_tokens
 from invariance.errors import InputError
 from invariance.evaluate import Evaluation, measure, prepare
 from invariance.losses import Mean, buckets, divergence, scored, token_losses
 from invariance.recipe import parse_recipe
 from invariance.recipe_evaluate import Tasks
+from invariance.report_words import NONE
 from invariance.verify import tolerance
 
 TASKS = Path(__file__).parent / "tasks"
@@ -168,17 +169,38 @@ def test_right_and_wrong_answers_are_compared_by_an_exact_sign_test() -> None:
     before = dict(enumerate([1.0] * 9 + [0.0] * 3 + [1.0] * 20))
     after = dict(enumerate([0.0] * 9 + [1.0] * 3 + [1.0] * 20))
     found = tasks.paired(before, after)
+    assert found is not None
     assert found.difference == -6 / 32
     assert found.p == pytest.approx(2 * sum(math.comb(12, k) for k in range(4)) / 2**12)
-    assert tasks.paired(before, before).p == 1.0
+    same = tasks.paired(before, before)
+    assert same is not None and same.p == 1.0
 
 
 def test_other_scores_are_compared_by_a_paired_t_test_on_the_questions_that_both_have() -> None:
     g = np.random.default_rng(0)
     a, b = g.normal(size=20), g.normal(size=20)
     found = tasks.paired(dict(enumerate(a)), {**dict(enumerate(b)), 99: 7.0})
+    assert found is not None
     assert found.p == pytest.approx(stats.ttest_rel(b, a).pvalue)
     assert found.standard_error == pytest.approx(stats.sem(b - a))
+
+
+def test_scores_of_all_questions_at_once_differ_by_what_lies_between_them() -> None:
+    def found(perplexity: float) -> dict[str, Any]:
+        sample = {"doc_id": 0, "filter": "none", "metrics": ["word_perplexity"], "word_perplexity": (-9.0, 4)}
+        results = {"alias": "t", "word_perplexity,none": perplexity, "word_perplexity_stderr,none": "N/A"}
+        return {"results": {"t": results}, "samples": {"t": [sample]}, "n-shot": {"t": 0},
+                "n-samples": {"t": {"effective": 1}}}  # fmt: skip
+
+    def told(after: float) -> tuple[dict[str, Any], list[str]]:
+        rows = tasks.rows({"dense": found(8.0), "sliced": found(after)})
+        (grid,) = evaluate_words.tasks({"tasks": rows})
+        return rows[0]["difference"]["sliced"], list(grid.rows[0])
+
+    known, words = told(9.5)
+    assert known == {"difference": 1.5, "standard_error": None, "p": None, "significant": None}
+    assert words[4:] == ["8.000", "9.500", "+1.500", NONE, NONE]
+    assert told(math.nan)[1][4:] == ["8.000", NONE, NONE, NONE, NONE]
 
 
 def test_significance_is_decided_over_all_rows() -> None:
