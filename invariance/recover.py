@@ -76,7 +76,7 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
             student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainer = make(options, model.device, where, work, bar=progress is not quiet)
     steps, per_step = _steps(options, train, trainer, where)
-    trainer.val_check_interval = max(steps // options.checks, 1) * options.accumulate
+    trainer.val_check_interval = math.ceil(steps / options.checks) * options.accumulate
     tutor = teacher if options.loss.hidden else None
     module = Recovery(student, layout, options, tutor, seed, names, narrower)
     text = Text(Windows(train, kept), Windows(held), options, steps, seed, begun=_step(work / LAST))

@@ -15,6 +15,7 @@ from .yaml_text import show
 
 OWNED = {
     "callbacks": "they are objects, which no recipe can hold",
+    "enable_checkpointing": "the best weights, and those to resume from, are kept in checkpoints",
     "fast_dev_run": "`recover.tokens` says how long",
     "limit_train_batches": "`recover.epochs` or `recover.tokens` says how long",
     "limit_val_batches": "`recover.held_out` says how many windows are measured",
@@ -29,6 +30,7 @@ OWNED = {
     "val_check_interval": "`recover.checks` says how often",
     "check_val_every_n_epoch": "`recover.checks` says how often",
 }
+PROFILERS = ("simple", "advanced", "pytorch")
 RATES = {"lora": 3e-4, "full": 3e-5, "norms": 1e-3}
 
 
@@ -107,6 +109,8 @@ class Recover(Part):
                 raise Problem(f"Lightning's Trainer has no option '{key}'{did_you_mean(key, known)}", key)
             if key == "accumulate_grad_batches" and not (type(given) is int and given > 0):
                 raise Problem(f"got {show(given)}, but it should be a whole number from 1", key)
+            if key == "profiler" and given not in (None, *PROFILERS):
+                raise Problem(f"got {show(given)}, but it should be one of {', '.join(PROFILERS)}", key)
         return value
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from . import recover_sharded
 from .errors import InputError
@@ -54,7 +55,7 @@ def make(
                         save_on_train_epoch_end=False, enable_version_counter=False),
         ModelCheckpoint(work, Path(LAST).stem, save_top_k=1, save_on_train_epoch_end=False, enable_version_counter=False),
     ]  # fmt: skip
-    if bar:
+    if bar and options.trainer.get("enable_progress_bar", True):
         callbacks.append(RichProgressBar(console_kwargs={"stderr": True}))
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     asked = {
@@ -70,6 +71,8 @@ def make(
         "use_distributed_sampler": False,
         "default_root_dir": str(work),
     } | options.trainer
+    if logger is not None and (name := asked.get("profiler")):
+        asked["profiler"] = _profiler(name, work / "logs")
     if asked.get("strategy") == recover_sharded.NAME:
         asked["strategy"] = recover_sharded.strategy(options.trainer, where)
     try:
@@ -92,6 +95,12 @@ def _logger(name: str, folder: Path) -> Logger:
         1 for _ in folder.glob("csv*")
     )  # a logger of its own for each start: it clears what it finds
     return CSVLogger(folder, name="", version=f"csv-{started}")
+
+
+def _profiler(name: str, folder: Path) -> Profiler:
+    """One that writes beside the curves, rather than to Lightning's log, which is silent here."""
+    kinds = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+    return kinds[name](dirpath=folder, filename=f"{name}-profile")
 
 
 def fit(trainer: Trainer, module: Recovery, text: Text, last: Path) -> None:

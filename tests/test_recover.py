@@ -245,6 +245,12 @@ def test_no_gain_for_a_while_ends_training() -> None:
     assert found["stopped_early"] and found["steps"] < 40
 
 
+@pytest.mark.parametrize(("checks", "steps"), [(4, [0, 3, 6, 9, 10]), (6, [0, 2, 4, 6, 8, 10])])
+def test_held_out_windows_are_measured_no_more_often_than_asked(checks: int, steps: list[int]) -> None:
+    found = train(restructured()[0], options(checks=checks, patience=20)).report["curve"]
+    assert [point["step"] for point in found] == steps
+
+
 def test_training_that_diverges_is_told_and_changes_nothing() -> None:
     model, _ = restructured()
     before = weights(model)
@@ -440,6 +446,19 @@ def test_tensorboard_gets_the_curve(folder: Path) -> None:
     assert HELD_OUT.encode() in events.read_bytes()
 
 
+@pytest.mark.parametrize("profiler", ["simple", "advanced", "pytorch"])
+def test_what_a_profiler_finds_lies_beside_the_curves_and_the_bar_can_be_left_out(
+    profiler: str, folder: Path
+) -> None:
+    save_model(folder / "dense")
+    sets = ["train.data=tokens.npy", "held_out=4", "batch=10", "weights=norms", f"trainer.profiler={profiler}",
+            "trainer.enable_progress_bar=false"]  # fmt: skip
+    status, _, err = invoke("recover", "dense", "--output", "out", *[a for s in sets for a in ("--set", s)])
+    assert status == 0, err
+    (found,) = (folder / "out/recover").glob(f"fit-{profiler}-profile*.txt")
+    assert "FIT Profiler Report" in found.read_text()
+
+
 def test_lightnings_own_checks_before_training_leave_the_curve_as_it_is(folder: Path) -> None:
     save_model(folder / "dense")
     options = "weights: norms\nheld_out: 4\nbatch: 2\nchecks: 2\ntrain: {data: tokens.npy}\n"
@@ -517,6 +536,8 @@ REFUSED = {
     "batches": (["train.data=tokens.npy", "trainer.limit_val_batches=0"], "recover.held_out"),
     "rehearsal": (["train.data=tokens.npy", "trainer.fast_dev_run=true"], "recover.tokens"),
     "value": (["train.data=tokens.npy", "trainer.precision=7-bit"], "recover.trainer"),
+    "checkpoints": (["train.data=tokens.npy", "trainer.enable_checkpointing=false"], "resume from"),
+    "profiler": (["train.data=tokens.npy", "trainer.profiler=xla"], "simple, advanced, pytorch"),
     "logger": (["train.data=tokens.npy", "logger=mlflow"], "pip install mlflow-absent"),
     "held out": (["train.data=tokens.npy", "held_out=24"], "24 windows"),
     "both": (["epochs=1", "tokens=1"], "Keep one"),
