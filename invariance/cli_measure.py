@@ -47,6 +47,7 @@ def evaluate(model: ModelArgument,
 
     invariance evaluate runs/best/model --against packaged:smollm2-135m-instruct --task article
     """
+    from .data import has_splits
     from .evaluate import measure, prepare
     from .evaluate_words import grids, samples
     from .models import check_same_tokens, load_config, load_model, load_tokenizer
@@ -63,14 +64,20 @@ def evaluate(model: ModelArgument,
     given = _entries(data, against is not None, task, prompt, recipe is not None, split=split or "test", batch=batch,
                      windows={"sequences": sequences, "tokens": tokens, "stride": stride}, shots=shots, limit=limit,
                      run_code=run_code)  # fmt: skip
+    if data and not any(has_splits(part.data) for part, kind, _ in given if kind == "perplexity"):
+        _unused({"--split": split}, "chooses of a hub dataset or a packaged text, and no --data is one")
+    written = None if recipe is None else load_recipe(recipe, set_)
+    if written is not None and not written.evaluate:
+        raise InputError(
+            f"--recipe {recipe}: it has no `evaluate`, so it says nothing to measure. Add one, or leave it out."
+        )
     config = load_config(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if against is not None:
         check_same_tokens(model, against, "--against", trust_remote_code=trust_remote_code)
     found = [prepare(part, kind, config, tokenizer, where) for part, kind, where in given]
-    if recipe is not None:
+    if written is not None:
         names = {(kind, part.label) for part, kind, _ in given if kind in ("perplexity", "divergence")}
-        written = load_recipe(recipe, set_)
         for n, e in enumerate(written.evaluate):
             place = written.where("evaluate", n, e.kind, "data")
             if e.kind in ("perplexity", "divergence") and (e.kind, e.part.label) in names:
@@ -154,10 +161,8 @@ def bench(models: Annotated[list[str], typer.Argument(metavar="A B …", help="M
 
     if dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(f"--dtype {dtype}: not a dtype that is known. Say auto, float32 or bfloat16.")
-    if len(set(models)) < len(models):
-        raise InputError(
-            f"{models[0]}: a model stands there twice. Name each once; the first is the reference."
-        )
+    if twice := next((name for name in models if models.count(name) > 1), None):
+        raise InputError(f"{twice}: a model stands there twice. Name each once; the first is the reference.")
     if output is not None:
         output = Path(os.path.abspath(output))
         check_output(output, overwrite, "bench.json")

@@ -124,6 +124,11 @@ def _array(path: Path, sequences: int | None, tokens: int | None, where: str) ->
     return np.asarray(ids[:sequences, :tokens])
 
 
+def has_splits(data: str) -> bool:
+    """Whether there are splits to choose among: of packaged texts and hub datasets, and not of files."""
+    return Path(data).suffix not in (".npy", *FILE_KINDS)
+
+
 def _documents(data: str, split: str, where: str) -> Iterator[str]:
     path, kind = Path(data).expanduser(), FILE_KINDS.get(Path(data).suffix)
     if data.startswith("packaged:"):

@@ -170,7 +170,7 @@ def test_weights_of_few_bits_are_said_to_run_as_full_numbers(document: dict) -> 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("dense", "dense"), "a model stands there twice"),
+        (("dense", "sliced", "sliced"), "sliced: a model stands there twice"),
         (("dense", "--dtype", "int8"), "not a dtype that is known"),
         (("gone/gone/gone",), "there is no such file or folder"),
         (("opt", "--prompt", "400"), "the model has 320 positions"),

@@ -413,6 +413,11 @@ def test_the_command_measures_what_a_recipe_says(root: Path) -> None:
         (("--data", "tokens.npy", "--shots", "2"), "--shots: says how a --task is done"),
         (("--prompt", "The people", "--sequences", "2"), "--sequences: says how the text of --data is read"),
         (("--data", "tokens.npy", "--set", "seed=1"), "--set seed=1: changes the --recipe"),
+        (
+            ("--data", "tokens.npy", "--data", "a=text.txt", "--split", "train"),
+            "--split: chooses of a hub dataset",
+        ),
+        (("--recipe", "recipe.yaml", "--set", "evaluate=[]"), "--recipe recipe.yaml: it has no `evaluate`"),
         (("--prompt", " "), "--prompt: an empty text"),
         (("--data", "first=tokens.npy", "--recipe", "recipe.yaml"), "'first' is what --data measures too"),
     ],
