@@ -23,6 +23,7 @@ from .evaluate import perplexity
 from .files import replacing
 from .labels import label
 from .layout import Layout
+from .losses import scored
 from .models import cache_dir
 from .nested import Members
 from .recover_local import reconstruct
@@ -34,7 +35,7 @@ from .teacher import Teacher, predictions
 from .verify import copy_in
 from .walk import Progress, quiet
 
-FORMAT = "2"  # counts up when a checkpoint to resume from would be read otherwise
+FORMAT = "3"  # counts up when a checkpoint to resume from would be read otherwise
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def recover(model: PreTrainedModel, basis: Basis | None, dense: PreTrainedModel 
         "tokens": ran * per_step,
         "best_step": chosen["step"],
         "stopped_early": ran < steps,
-        "held_out": gained(HELD_OUT) | {"tokens": held.ids.numel()},
+        "held_out": gained(HELD_OUT) | {"tokens": int(scored(held).sum())},
         "members": {name: gained(of_member(name)) for name in names},
         "tokens_per_second": round(ran * per_step / end["callbacks"]["Curve"]["seconds"], 1),
         "curve": curve,

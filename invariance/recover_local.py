@@ -23,7 +23,7 @@ def reconstruct(student: PreTrainedModel, teacher: Teacher, layout: Layout, toke
 
     A stage takes the stream as the stages before it leave it, already trained, and is trained towards the dense stream
     behind it in the student's basis: ‖x − y‖²/‖y‖² of a token, the mean over tokens. Of each stage the result says
-    what that was in the first pass and in the last.
+    what that was before its training and after it.
     """
     local = options.local
     assert local is not None
@@ -48,8 +48,10 @@ def reconstruct(student: PreTrainedModel, teacher: Teacher, layout: Layout, toke
         weights = [p for p in stage.parameters() if p.requires_grad]
         targets = [teacher.mapped(goal.x, edge.target) for goal in goals]
         if weights:
-            passes = _train(stage, edge, weights, batches, targets, options.rate, local.epochs)
-            stages.append({"stage": edge.stage, "first": passes[0], "last": passes[-1]})
+            before = _off(batches, targets, stage, edge)
+            _train(stage, edge, weights, batches, targets, options.rate, local.epochs)
+            after = _off(batches, targets, stage, edge)
+            stages.append({"stage": edge.stage, "before": before, "after": after})
         with torch.no_grad():
             for batch in batches:
                 batch.x = batch.through(stage, edge)
@@ -57,18 +59,23 @@ def reconstruct(student: PreTrainedModel, teacher: Teacher, layout: Layout, toke
 
 
 def _train(stage: Stage, edge: Edge, weights: list[nn.Parameter], batches: list[Batch], targets: list[Tensor], rate: float,
-           epochs: int) -> list[float]:  # fmt: skip
-    """The mean loss of each pass over the batches."""
+           epochs: int) -> None:  # fmt: skip
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
-    passes = []
     for _ in range(epochs):
-        total = 0.0
         for batch, target in zip(batches, targets, strict=True):
-            off = distance(batch.through(stage, edge), target)
-            loss = off.mean() if batch.mask is None else off[batch.mask].mean()
             optimizer.zero_grad()
-            loss.backward()
+            _loss(batch.through(stage, edge), target, batch.mask).backward()
             optimizer.step()
-            total += loss.item()
-        passes.append(total / len(batches))
-    return passes
+
+
+@torch.no_grad()
+def _off(batches: list[Batch], targets: list[Tensor], stage: Stage, edge: Edge) -> float:
+    """How far streams are from their targets behind a stage, the mean over batches."""
+    pairs = zip(batches, targets, strict=True)
+    losses = [_loss(batch.through(stage, edge), target, batch.mask).item() for batch, target in pairs]
+    return sum(losses) / len(losses)
+
+
+def _loss(x: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    off = distance(x, target)
+    return off.mean() if mask is None else off[mask].mean()
