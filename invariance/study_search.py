@@ -36,6 +36,7 @@ def opened(ablation: Ablation, workers: int) -> Any:
         directions=["minimize"] * len(asked.minimize), pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
     )  # fmt: skip
     _same(ablation, found)
+    _restore(ablation, found, optuna.trial.TrialState)
     return found
 
 
@@ -51,12 +52,11 @@ def search(ablation: Ablation, found: Any, runner: Runner, workers: int, progres
     for trial in found.get_trials(deepcopy=False, states=(states.RUNNING,)):  # of a process that was killed
         found.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
         found.tell(trial.number, state=states.FAIL)
-    _restore(ablation, found, states)
     prepared: set[str] = set()
-    while (left := asked.trials - _counted(found, states)) > 0:
+    while (left := asked.trials - len(_over(found, states))) > 0:
         trials = []
         for n in range(min(workers, left)):
-            number = _counted(found, states) + n  # not the trial's own, which those given back have raised
+            number = len(_over(found, states)) + n  # not the trial's own, which those given back have raised
             found.sampler = _sampler(optuna, asked, number)
             trials.append(found.ask())
         jobs = [_job(ablation, trial) for trial in trials]
@@ -100,20 +100,28 @@ def _sampler(optuna: Any, asked: Any, number: int) -> Any:
     return optuna.samplers.TPESampler(seed=asked.seed + number, n_startup_trials=FIRST)
 
 
-def _counted(found: Any, states: Any) -> int:
+def _over(found: Any, states: Any) -> list[Any]:
     """Trials that are over, one way or another; those of a killed process were given back."""
-    again = sum(t.state is states.FAIL and "reason" not in t.user_attrs for t in found.trials)
-    return len([t for t in found.trials if t.state.is_finished()]) - again
+    over = [t for t in found.get_trials(deepcopy=False) if t.state.is_finished()]
+    return [t for t in over if t.state is not states.FAIL or "reason" in t.user_attrs]
 
 
 def _restore(ablation: Ablation, found: Any, states: Any) -> None:
-    """The runs of earlier trials, as rows of the results."""
-    for trial in found.trials:
-        if trial.state.is_finished() and "run" in trial.user_attrs:
-            variant = ablation.study.variant(_chosen(ablation.study.searched, trial.params))
-            _add(ablation, ablation.planner.job([variant]), variant)
-            if reason := trial.user_attrs.get("reason"):
-                ablation.failures[trial.user_attrs["run"]] = reason
+    """The runs of earlier trials, as rows of the results. Raises InputError where they would not be the same runs now."""
+    for trial in _over(found, states):
+        if "run" not in trial.user_attrs:
+            continue
+        variant = ablation.study.variant(_chosen(ablation.study.searched, trial.params))
+        job = ablation.planner.job([variant])
+        if job.key != trial.user_attrs["run"]:
+            raise InputError(
+                f"{ablation.study.where}: the trials in {ablation.output} were measured otherwise: `speed`, a local file "
+                "that recipes name, a method that does not ship, or a package's version has changed since. Name another "
+                "--output, or undo the change; what is there stays as it is."
+            )
+        _add(ablation, job, variant)
+        if reason := trial.user_attrs.get("reason"):
+            ablation.failures[job.key] = reason
 
 
 def _add(ablation: Ablation, job: Job, variant: Variant) -> None:

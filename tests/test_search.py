@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from folders import save_tokens
 from test_ablate import BASE, ablate, no_model_in_memory, root, write
 
 from invariance import study_job, study_search
@@ -90,6 +91,22 @@ def test_trials_of_another_search_are_not_taken_for_this_ones(root: Path, change
     assert kept == {name: (root / changed / name).read_bytes() for name in kept}
     more, _ = ablate(root, text.replace("trials: 2", "trials: 3"), changed)  # this may change
     assert facts(more)[: len(rows)] == facts(rows)
+
+
+@pytest.mark.parametrize("changed", ["data", "speed"])
+def test_trials_that_would_be_measured_otherwise_now_are_refused_and_stay(root: Path, changed: str) -> None:
+    text = f"{BASE}search: {{{OVER}, trials: 2}}\n".replace("test.npy", "touched.npy")
+    save_tokens(root / "touched.npy", seed=1)
+    folder = root / f"otherwise {changed}"
+    ablate(root, text, folder.name)
+    kept = {p: p.read_bytes() for p in folder.iterdir() if p.is_file() and p.suffix != ".db"}
+    if changed == "data":
+        save_tokens(root / "touched.npy", seed=2)
+    else:
+        text += "speed: true\n"
+    with pytest.raises(AssertionError, match="were measured otherwise"):
+        ablate(root, text, folder.name)
+    assert len(kept) >= 4 and kept == {p: p.read_bytes() for p in kept}
 
 
 def test_steps_of_a_range_are_kept_to(root: Path) -> None:
