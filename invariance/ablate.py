@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ from .errors import InputError
 from .files import replacing, write_json, write_text
 from .runners import Runner
 from .study import Study, Variant
+from .study_factors import Alternative
 from .study_job import PRUNED, Answer, Setting
-from .study_plan import Job, Outlook, Planner, finished, outlook, preparations, told
+from .study_plan import Job, Outlook, Planner, finished, outlook, preparations, sample, told
 from .study_table import Row
 from .walk import Progress, quiet
 
@@ -37,6 +38,7 @@ class Ablation:
     variants: list[Variant] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)  # fewer: variants of one recipe are one
     failures: dict[str, str] = field(default_factory=dict)  # run → reason
+    refused: list[Row] = field(default_factory=list)  # what a search proposed and no run can have
 
     def __post_init__(self) -> None:
         self.planner = Planner(self.setting)
@@ -59,6 +61,9 @@ class Ablation:
         return [key for key, reason in self.failures.items() if not reason.startswith(PRUNED)]
 
     def outlook(self) -> Outlook:
+        """What is going to be done. Raises InputError where no run of a search can be."""
+        if search := self.study.options.search:
+            return outlook([sample(self.planner, self.study)], {}, search.trials)
         done = finished(self.runs, self.jobs)
         return outlook(self.jobs, {key: _json(folder / "report.json") for key, folder in done.items()})
 
@@ -99,15 +104,21 @@ class Ablation:
         self.tell(f"{count}  {varied}: perplexity {tables.cell('perplexity', found.get('perplexity'))}, "
                   f"{tables.cell('parameters', found['parameters'])} parameters, {found['seconds']:.1f} s")  # fmt: skip
 
+    def refuse(self, chosen: Mapping[str, Alternative], reason: str) -> None:
+        """Keep why what a search proposed cannot be run."""
+        row = tables.row("", {name: a.label for name, a in chosen.items()}, None, tables.FAILED, reason)
+        if row not in self.refused:
+            self.refused.append(row)
+
     def rows(self) -> list[Row]:
-        """One row a variant, in the study's order."""
+        """One row a variant, in the study's order; behind them those that cannot be run."""
         done = finished(self.runs, self.jobs)
         rows = {
             variant: self._row(job, variant, done.get(job.key))
             for job in self.jobs
             for variant in job.variants
         }
-        return [rows[variant] for variant in self.variants]
+        return [*(rows[variant] for variant in self.variants), *self.refused]
 
     def _row(self, job: Job, variant: Variant, folder: Path | None) -> Row:
         if folder is not None:
@@ -163,7 +174,7 @@ def plan_table(ablation: Ablation, outlook: Outlook) -> Table:
                                    ("bases", outlook.bases, " in a process"),  # of --workers and --ray
                                    ("dense evaluations", outlook.evaluations, "")):  # fmt: skip
             table.add_row(name, f"{count}, each made once{where}" if count else "none")
-        table.add_row("expected", f"about {duration(outlook.seconds)} and {words.size(outlook.disk)} of disk")
+    table.add_row("expected", f"about {duration(outlook.seconds)} and {words.size(outlook.disk)} of disk")
     return table
 
 

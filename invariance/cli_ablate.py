@@ -39,7 +39,7 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
     from .study import load_study
     from .study_job import Setting
     from .study_log import check, log
-    from .study_table import terminal
+    from .study_table import DONE, terminal
 
     for name in logger:
         check(name)
@@ -86,11 +86,10 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
         table,
         f"page  {folder / 'study.html'}",
     )
-    if failed := len(ablation.failed):
-        err.print(
-            f"{failed} of {len(ablation.jobs)} runs failed; their reasons stand above and in results.csv",
-            highlight=False,
-        )
+    failed = len(ablation.failed)
+    if failed or not any(r["status"] == DONE for r in rows):
+        said = f"{failed} of {len(ablation.jobs)} runs failed" if failed else "no trial could be run"
+        err.print(f"{said}; their reasons stand above and in results.csv", highlight=False)
         raise typer.Exit(1)
 
 

@@ -35,6 +35,12 @@ class Range:
     def whole(self) -> bool:
         return all(isinstance(n, int) for n in (self.low, self.high, self.step or 0))
 
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The least and the greatest number."""
+        step = self.step
+        return self.low, self.high if step is None else self.low + (self.high - self.low) // step * step
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -43,6 +49,11 @@ class Factor:
     name: str
     alternatives: tuple[Alternative, ...] = ()
     range: Range | None = None
+
+    @property
+    def samples(self) -> tuple[Alternative, ...]:
+        """The alternatives, or those at the ends of the range."""
+        return self.alternatives if self.range is None else tuple(map(self.at, self.range.ends))
 
     def at(self, value: Any) -> Alternative:
         """The alternative that a searched number is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from .errors import InputError
 from .models import load_config
 from .plan import MEASURED, Plan, plan
 from .space import Group
-from .study import Variant
+from .study import Study, Variant
+from .study_factors import Alternative
 from .study_job import Request, Setting, key
 from .walk import Progress, quiet
 
@@ -26,6 +28,9 @@ PASSES = {
     "sequential": 1.5,
     "dense_target": 2.5,
 }  # forward passes that a run makes of its own
+
+
+TRIES = 63  # how many combinations of a search are tried beside the first before none is held possible
 
 
 @dataclass(frozen=True)
@@ -70,22 +75,28 @@ class Planner:
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
-        self.configs: dict[str, PretrainedConfig] = {}
+        self.configs: dict[str, PretrainedConfig | InputError] = {}
 
     def job(self, variants: Sequence[Variant]) -> Job:
         """The run of variants of one recipe. Raises InputError, with the varied values, where no run can be."""
         first = variants[0]
         try:
-            model = first.recipe.model
-            if model not in self.configs:
-                self.configs[model] = load_config(model, trust_remote_code=self.setting.trust_remote_code)
-            return Job(
-                key(first.recipe, self.setting),
-                tuple(variants),
-                plan(first.recipe, self.configs[model], device=self.setting.device),
-            )
+            config = self._config(first.recipe.model)
+            made = plan(first.recipe, config, device=self.setting.device)
+            return Job(key(first.recipe, self.setting), tuple(variants), made)
         except InputError as e:
             raise InputError(f"{e} (in the run with {told(first.varied)})") from None
+
+    def _config(self, model: str) -> PretrainedConfig:
+        if model not in self.configs:
+            try:
+                self.configs[model] = load_config(model, trust_remote_code=self.setting.trust_remote_code)
+            except InputError as e:
+                self.configs[model] = e
+        found = self.configs[model]
+        if isinstance(found, InputError):
+            raise found
+        return found
 
     def jobs(self, variants: Iterable[Variant], progress: Progress = quiet) -> list[Job]:
         """One a recipe, those that share a calibration together."""
@@ -95,6 +106,33 @@ class Planner:
         jobs = [self.job(same) for same in progress(found.values(), "plan", len(found))]
         order = list(dict.fromkeys(job.calibration for job in jobs))
         return sorted(jobs, key=lambda job: order.index(job.calibration))
+
+
+def sample(planner: Planner, study: Study) -> Job:
+    """A run that a search may propose, its ranges at their ends.
+
+    Raises InputError where none of several can be, all told or with one of the alternatives; what goes with some
+    of the others only is left to the search.
+    """
+    every = [f.samples for f in study.searched]
+    narrowed = [
+        [*every[:n], (a,), *every[n + 1 :]] for n, f in enumerate(study.searched) for a in f.alternatives
+    ]
+    found, *_ = [_possible(planner, study, choices) for choices in (every, *narrowed)]
+    return found
+
+
+def _possible(planner: Planner, study: Study, choices: Sequence[Sequence[Alternative]]) -> Job:
+    """A run of one of each; the first of each, if it can be."""
+    draw, problems = random.Random(0), list[InputError]()
+    tries = [tuple(draw.randrange(len(c)) for c in choices) for _ in range(TRIES)]
+    for numbers in dict.fromkeys([(0,) * len(choices), *tries]):
+        chosen = {f.name: c[n] for f, c, n in zip(study.searched, choices, numbers, strict=True)}
+        try:
+            return planner.job([study.variant(chosen)])
+        except InputError as e:
+            problems.append(e)
+    raise problems[0]
 
 
 def told(varied: Mapping[str, Any]) -> str:
@@ -112,8 +150,11 @@ def preparations(jobs: Sequence[Job]) -> list[Request]:
     ]
 
 
-def outlook(jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]]) -> Outlook:
-    """Counted from the plans; seconds from the runs that are done, or else from how fast this machine multiplies."""
+def outlook(jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]], times: int = 1) -> Outlook:
+    """Counted from the plans; seconds from the runs that are done, or else from how fast this machine multiplies.
+
+    Runs ``times`` as many as the jobs, of which those beyond them share all that can be shared.
+    """
     left = [job for job in jobs if job.key not in done]
     walks = {job.calibration: job for job in left if job.plan.reads_tokens}
     dense = {
@@ -144,8 +185,8 @@ def outlook(jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]]) -> Outlo
     }
     moments = sum(8 * u.space.copies * u.space.seen**2 for u in kept.values())
     return Outlook(
-        len(jobs), len(jobs) - len(left), len(walks), len(bases), len(dense), shared / rate + own,
-        moments + REPORT_BYTES * len(left),
+        times * len(jobs), len(jobs) - len(left), len(walks), len(bases), len(dense), shared / rate + times * own,
+        moments + times * REPORT_BYTES * len(left),
     )  # fmt: skip
 
 

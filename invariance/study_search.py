@@ -50,7 +50,7 @@ def search(ablation: Ablation, found: Any, runner: Runner, workers: int, progres
     assert asked is not None
     states = optuna.trial.TrialState
     for trial in found.get_trials(deepcopy=False, states=(states.RUNNING,)):  # of a process that was killed
-        found.enqueue_trial(trial.params, user_attrs=trial.user_attrs)
+        found.enqueue_trial(trial.params)
         found.tell(trial.number, state=states.FAIL)
     prepared: set[str] = set()
     while (left := asked.trials - len(_over(found, states))) > 0:
@@ -109,9 +109,11 @@ def _over(found: Any, states: Any) -> list[Any]:
 def _restore(ablation: Ablation, found: Any, states: Any) -> None:
     """The runs of earlier trials, as rows of the results. Raises InputError where they would not be the same runs now."""
     for trial in _over(found, states):
+        chosen = _chosen(ablation.study.searched, trial.params)
         if "run" not in trial.user_attrs:
+            ablation.refuse(chosen, trial.user_attrs["reason"])
             continue
-        variant = ablation.study.variant(_chosen(ablation.study.searched, trial.params))
+        variant = ablation.study.variant(chosen)
         job = ablation.planner.job([variant])
         if job.key != trial.user_attrs["run"]:
             raise InputError(
@@ -157,11 +159,13 @@ def _job(ablation: Ablation, trial: Any) -> Job | None:
     """The run of a trial, or None where its recipe cannot be; the study learns of it either way."""
     for factor in ablation.study.searched:
         _suggest(trial, factor)
+    chosen = _chosen(ablation.study.searched, trial.params)
     try:
-        variant = ablation.study.variant(_chosen(ablation.study.searched, trial.params))
+        variant = ablation.study.variant(chosen)
         job = ablation.planner.job([variant])
     except InputError as e:  # not all that a search proposes can be run: a budget that no widths meet
         trial.set_user_attr("reason", str(e))
+        ablation.refuse(chosen, str(e))
         ablation.tell(f"trial {trial.number}: {e}")
         return None
     trial.set_user_attr("run", job.key)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import save_tokens
+from folders import invoke, save_tokens
 from test_ablate import BASE, ablate, no_model_in_memory, root, write
 
 from invariance import study_job, study_search
 from invariance.study import load_study
+from invariance.study_plan import Planner, sample
 
 optuna = pytest.importorskip("optuna")
 
@@ -49,14 +50,50 @@ def test_a_search_that_is_interrupted_goes_on_as_if_it_had_not_been(
 
 
 def test_trials_whose_recipe_cannot_be_count_and_do_not_stop_the_search(root: Path) -> None:
-    text = (
-        BASE
-        + "search: {over: {steps.0.select.uniform.width: [24, 99]}, trials: 4, sampler: nsga2, minimize: [perplexity]}\n"
-    )
+    over = "over: {steps.0.select.uniform.width: {low: 24, high: 40}}"
+    text = f"{BASE}search: {{{over}, trials: 7, sampler: nsga2, seed: 1, minimize: [perplexity]}}\n"
     rows, said = ablate(root, text, "impossible")
-    assert [r["steps.0.select.uniform.width"] for r in rows] == [
-        24
-    ] and "width 99 is more than the 32 directions" in said
+    found = {r["steps.0.select.uniform.width"]: r for r in rows}
+    assert {width <= 32 for width in found} == {True, False} and "is more than the 32 directions" in said
+    for width, row in found.items():
+        assert row["status"] == ("done" if width <= 32 else "failed")
+        assert width <= 32 or f"width {width} is more than the 32 directions" in row["reason"]
+    assert "is more than the 32 directions" in (root / "impossible" / "results.csv").read_text()
+    assert ablate(root, text, "impossible")[0] == rows
+
+
+def test_a_search_of_which_no_trial_can_be_run_fails(root: Path) -> None:
+    over = "over: {steps.0.select.uniform.width: {low: 32, high: 100000}}"
+    text = f"{BASE}search: {{{over}, trials: 1, seed: 2, minimize: [perplexity]}}\n"
+    (row,), said = ablate(root, text, "nothing", status=1)
+    assert row["status"] == "failed" and "is more than the 32 directions" in row["reason"]
+    assert "no trial could be run" in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("[pca, random_orthogonal]", "[pca, hadamrd]"), "did you mean 'hadamard'?"),
+        (("[pca, random_orthogonal]", "[pca, head_svd]"), "steps.0.rotate = head_svd"),
+        (("ROOT/model", "ROOT/absent"), "absent"),
+        (("low: 8, high: 32", "low: 33, high: 40"), "width 33 is more than the 32 directions"),
+    ],
+)
+def test_what_no_trial_can_have_is_refused_before_anything_runs(
+    root: Path, wrong: tuple[str, str], said: str
+) -> None:
+    text = f"{BASE}search: {{{OVER}, trials: 2}}\n".replace(*wrong)
+    folder = root / said[:8]
+    for flags in ([], ["--dry-run"]):
+        status, _, err = invoke("ablate", write(root, text), "--output", folder, *flags)
+        assert status == 2 and said in " ".join(err.split()) and not folder.exists(), err
+
+
+def test_alternatives_that_go_with_some_others_only_are_left_to_the_search(root: Path) -> None:
+    over = "over: {steps.0.spaces: [mlp, residual], steps.0.rotate: [pca, permute]}"
+    (root / "some.yaml").write_text(f"{BASE}search: {{{over}, trials: 2}}\n".replace("ROOT", str(root)))
+    job = sample(Planner(study_job.Setting()), load_study(root / "some.yaml"))
+    assert [*job.variants[0].varied.values()] != ["mlp", "pca"]
 
 
 def test_a_trial_that_is_worse_than_the_median_early_is_stopped(
