@@ -29,6 +29,11 @@ def test_the_tutorial_leads_from_one_file_to_a_plot(sandbox: Path) -> None:
     assert status == 0 and "15" in out and not (sandbox / "runs").exists(), err
     status, out, err = invoke(*real)
     assert status == 0, err
+    for depth in ("0.0", "-1.0", "3.0"):  # whatever the option is, the loop ends where the budget is met
+        (sandbox / "deep.yaml").write_text(study.replace("depth: 0.1", f"depth: {depth}"))
+        deep = [word.replace("valley.yaml", "deep.yaml") for word in dry]
+        status, out, err = invoke(*deep)
+        assert status == 0 and "15" in out, err
     with (sandbox / "runs/valley/results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 15 and {r["status"] for r in rows} == {"done"}
