@@ -16,10 +16,10 @@ from . import study_table as tables
 from .errors import InputError
 from .files import replacing, write_json, write_text
 from .runners import Runner
-from .study import Study, Variant
+from .study import Study, Variant, check_measured
 from .study_factors import Alternative
 from .study_job import PRUNED, Answer, Setting
-from .study_plan import Job, Outlook, Planner, finished, outlook, preparations, sample, told
+from .study_plan import Job, Outlook, Planner, finished, outlook, preparations, samples, told
 from .study_table import Row
 from .walk import Progress, quiet
 
@@ -42,9 +42,13 @@ class Ablation:
 
     def __post_init__(self) -> None:
         self.planner = Planner(self.setting)
-        if not self.study.searched:
+        self.samples: list[Job] = []  # of what a search may propose
+        if self.study.searched:
+            self.samples = samples(self.planner, self.study)
+        else:
             self.variants = self.study.variants()
             self.jobs = self.planner.jobs(self.variants, self.progress)
+        check_measured(self.study, [job.recipe for job in self.samples or self.jobs])
 
     @property
     def runs(self) -> Path:
@@ -61,9 +65,9 @@ class Ablation:
         return [key for key, reason in self.failures.items() if not reason.startswith(PRUNED)]
 
     def outlook(self) -> Outlook:
-        """What is going to be done. Raises InputError where no run of a search can be."""
+        """What is going to be done."""
         if search := self.study.options.search:
-            return outlook([sample(self.planner, self.study)], {}, search.trials)
+            return outlook(self.samples[:1], {}, search.trials)
         done = finished(self.runs, self.jobs)
         return outlook(self.jobs, {key: _json(folder / "report.json") for key, folder in done.items()})
 

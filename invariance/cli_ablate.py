@@ -16,7 +16,8 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
            output: Annotated[Path | None, typer.Option(help="The study's folder; by default runs/STUDY's name. Runs that "
                                                             "are there already are not repeated.")] = None,
            set_: Set = [], dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
-           workers: Annotated[int, typer.Option(help="How many runs at a time, each in a process of its own.", min=1)] = 1,
+           workers: Annotated[int, typer.Option(help="How many runs at a time, each in a process of its own. With "
+                                                 "--ray: how many trials of a search; a grid sends all.", min=1)] = 1,
            processes: Annotated[int, typer.Option(help="How many processes calibrate together.", min=1)] = 1,
            ray: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Send runs to this Ray cluster (HOST:PORT, or "
                                                    "`local`), a process each.")] = None,
@@ -53,7 +54,7 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
     folder = Path(os.path.abspath(output or Path("runs") / study.stem))
     studies.check_output(folder)
     setting = Setting(device_named(device), trust_remote_code, tuple(plugin), found.options.speed, processes,
-                      max((os.cpu_count() or 1) // workers, 1) if workers > 1 else None)  # fmt: skip
+                      max((os.cpu_count() or 1) // workers, 1) if workers > 1 and ray is None else None)  # fmt: skip
     ablation = studies.Ablation(
         found, folder, setting, lambda line: err.print(line, highlight=False, markup=False)
     )
@@ -69,7 +70,7 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
     if found.searched:
         from .study_search import opened, search
 
-        trials = opened(ablation, workers)
+        trials = opened(ablation, workers, ray is not None)
     write_text(folder / "study.yaml", found.to_yaml())
     try:
         if trials is not None:

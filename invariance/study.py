@@ -17,7 +17,7 @@ from .overrides import assign, override
 from .parts import Part, Words
 from .recipe import Recipe, recipe_of
 from .study_factors import Alternative, Factor, Label, read_factor, read_searched
-from .study_table import NUMBERS, WORDS, is_number
+from .study_table import NUMBERS, WORDS, is_number, measured
 from .yaml_text import Located, parse_mapping, read_text, show, written
 
 MAX_RUNS = 1000
@@ -119,10 +119,13 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     root = parse_mapping(read_text(path, "study"), str(path), "study", "`base` and `grid`")
     options = validate(StudyFile, root)
     base = _base(root, path)
+    given = {f"{value.where}: set: {key}": key for key, value in _entries(root.child("set"))}
     for key, value in _entries(root.child("set")):
         assign(base, key.split("."), value, value.where)
     for assignment in overrides:
         override(base, assignment)
+        key = assignment.partition("=")[0]
+        given[f"--set {key}"] = key
     search = root.child("search")
     grid, zipped = (
         tuple(read_factor(name, node, key == "zip") for name, node in _entries(root.child(key)))
@@ -133,6 +136,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     )
     study = Study(path.stem, base, grid, zipped, searched, options, str(path))
     _check(study, root)
+    _check_given(study, given)
     return study
 
 
@@ -182,14 +186,39 @@ def _check_factors(study: Study) -> None:
             raise InputError(
                 f"{study.where}: '{name}' varies, and the results have a column of that name. Call it otherwise."
             )
-        paths = {path for a in factor.alternatives for path, _ in a.values} or {tuple(name.split("."))}
-        for path in paths:
+        for path in factor.paths:
             if lost := next((p for p in earlier if p[: len(path)] == path), None):
                 raise InputError(
                     f"{study.where}: '{name}' sets {'.'.join(path)} and so undoes what '{earlier[lost]}' sets at "
                     f"{'.'.join(lost)}. Let each key vary in one place, or put '{name}' first."
                 )
-        earlier |= dict.fromkeys(paths, name)
+        earlier |= dict.fromkeys(factor.paths, name)
+
+
+def _check_given(study: Study, given: Mapping[str, str]) -> None:
+    """Raises InputError where a factor varies what is set for all runs, or what is set is a part of what varies."""
+    for factor, (where, key) in itertools.product(study.varying, given.items()):
+        for path in factor.paths:
+            if all(a == b for a, b in zip(path, key.split("."), strict=False)):
+                raise InputError(
+                    f"{where}: '{factor.name}' varies {'.'.join(path)}, so runs would not have what is set here. Leave it "
+                    f"out, or remove '{factor.name}' from what varies."
+                )
+
+
+def check_measured(study: Study, recipes: Sequence[Recipe]) -> None:
+    """Raises InputError for columns to draw along or to minimize that the results of none of these recipes will have."""
+    search, x = study.options.search, study.options.x
+    asked = [("x", x)] if x is not None and x not in study.factors else []
+    asked += [("search.minimize", name) for name in (search.minimize if search else ())]
+    known = measured(recipes)
+    for key, name in asked:
+        if name not in known and not name.startswith("seconds."):
+            none = ", as none evaluates perplexity (add `evaluate` to the base)"
+            why = "" if "perplexity" in known else none
+            raise InputError(
+                f"{study.where}: {key}: no run will have numbers called '{name}'{why}{did_you_mean(name, known)}"
+            )
 
 
 def _check_columns(study: Study, root: Located) -> None:

@@ -55,6 +55,11 @@ class Factor:
         """The alternatives, or those at the ends of the range."""
         return self.alternatives if self.range is None else tuple(map(self.at, self.range.ends))
 
+    @property
+    def paths(self) -> list[tuple[str, ...]]:
+        """Where it sets something in the recipe."""
+        return list(dict.fromkeys(path for a in self.samples for path, _ in a.values))
+
     def at(self, value: Any) -> Alternative:
         """The alternative that a searched number is."""
         assert self.range is not None

@@ -108,8 +108,8 @@ class Planner:
         return sorted(jobs, key=lambda job: order.index(job.calibration))
 
 
-def sample(planner: Planner, study: Study) -> Job:
-    """A run that a search may propose, its ranges at their ends.
+def samples(planner: Planner, study: Study) -> list[Job]:
+    """Runs that a search may propose, its ranges at their ends: any, and one with each of the alternatives.
 
     Raises InputError where none of several can be, all told or with one of the alternatives; what goes with some
     of the others only is left to the search.
@@ -118,8 +118,7 @@ def sample(planner: Planner, study: Study) -> Job:
     narrowed = [
         [*every[:n], (a,), *every[n + 1 :]] for n, f in enumerate(study.searched) for a in f.alternatives
     ]
-    found, *_ = [_possible(planner, study, choices) for choices in (every, *narrowed)]
-    return found
+    return [_possible(planner, study, choices) for choices in (every, *narrowed)]
 
 
 def _possible(planner: Planner, study: Study, choices: Sequence[Sequence[Alternative]]) -> Job:

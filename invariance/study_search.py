@@ -14,21 +14,22 @@ from .runners import Runner
 from .study import Variant
 from .study_factors import Alternative, Factor
 from .study_job import PRUNED, Answer, carry_out
-from .study_plan import Job, preparations
+from .study_plan import Job, finished, preparations
 from .walk import Progress
 
 STORAGE = "search.db"
 FIRST = 8  # trials that are drawn at random before the sampler has an opinion
 
 
-def opened(ablation: Ablation, workers: int) -> Any:
+def opened(ablation: Ablation, workers: int, elsewhere: bool = False) -> Any:
     """The trials that are there, of this very search. Raises InputError, before anything is written, where it cannot go on."""
     optuna = _optuna()
     asked = ablation.study.options.search
     assert asked is not None
-    if asked.prune and workers > 1:
+    if asked.prune and (workers > 1 or elsewhere):
         raise InputError(
-            f"{ablation.study.where}: a search that prunes runs one trial at a time. Leave out --workers."
+            f"{ablation.study.where}: a search that prunes runs one trial at a time, in this process. Leave out --workers "
+            "and --ray, or remove `prune`."
         )
     ablation.output.mkdir(parents=True, exist_ok=True)
     found = optuna.create_study(
@@ -122,7 +123,8 @@ def _restore(ablation: Ablation, found: Any, states: Any) -> None:
                 "--output, or undo the change; what is there stays as it is."
             )
         _add(ablation, job, variant)
-        if reason := trial.user_attrs.get("reason"):
+        reason = trial.user_attrs.get("reason")
+        if reason and not finished(ablation.runs, [job]):
             ablation.failures[job.key] = reason
 
 
@@ -189,9 +191,12 @@ def _measure(ablation: Ablation, pairs: list[tuple[Any, Job | None]], runner: Ru
     for answer in answers:  # each kept as soon as it is there
         ablation.keep(wanted[answer.request.name], answer, f"trial {pairs[0][0].number}")
     for trial, job in pairs:
-        values = None if job is None else _values(ablation, job, asked.minimize)
+        first = not found.get_trials(deepcopy=False, states=(states.COMPLETE,))
+        values = None if job is None else _values(ablation, job, asked.minimize, first)
         if values is None:
-            reason = trial.user_attrs.get("reason") or (job and ablation.failures.get(job.key)) or "no values"
+            reason = (
+                trial.user_attrs.get("reason") or (job and ablation.failures.get(job.key)) or "not all finite"
+            )
             trial.set_user_attr("reason", reason)
             pruned = reason.startswith(PRUNED)
             found.tell(trial, state=states.PRUNED if pruned else states.FAIL)
@@ -207,11 +212,17 @@ def _judge(trial: Any) -> Callable[[float], bool]:
     return judge
 
 
-def _values(ablation: Ablation, job: Job, names: Sequence[str]) -> list[float] | None:
-    """What the search minimizes, of a run that is done and measured."""
+def _values(ablation: Ablation, job: Job, names: Sequence[str], first: bool) -> list[float] | None:
+    """What the search minimizes, of a run that is done, if it is finite. Raises InputError where the first run lacks it."""
     found = next(r for r in ablation.rows() if r["run"] == job.key)
     if found["status"] != "done":
         return None
     values = [found.get(n) for n in names]
+    lacking = [n for n in names if found.get(n) is None and n.split(".")[0] not in ("perplexity", "ratio")]
+    if first and lacking:
+        raise InputError(
+            f"{ablation.study.where}: search.minimize: the first run has no '{lacking[0]}', so there is nothing to learn "
+            "from. Name another column, and another --output; results.csv has the columns that there are."
+        )
     known = [float(v) for v in values if v is not None and math.isfinite(v)]
     return known if len(known) == len(names) else None

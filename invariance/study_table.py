@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from . import report_words as words
 from .files import replacing
+from .recipe import Recipe
 
 Row = dict[str, Any]
 DONE, FAILED, PRUNED, WAITING = "done", "failed", "pruned", "not run"
@@ -80,6 +81,19 @@ def row(
     found["seconds"] = round(sum(report["seconds"].values()), 3)
     found |= {f"seconds.{step}": value for step, value in report["seconds"].items()}
     return found | {f"version.{name}": value for name, value in report["versions"].items()}
+
+
+def measured(recipes: Iterable[Recipe]) -> set[str]:
+    """The columns of numbers that runs of these recipes may have, but for the seconds of steps."""
+    found = {*NUMBERS} - {"perplexity", "ratio", "bytes"}
+    for recipe in recipes:
+        below = QUANTIZED if recipe.quantize else ()
+        sides = ("dense", "sliced", *(("recovered",) if recipe.recover else ()), *below)
+        names = [e.perplexity.label for e in recipe.evaluate if e.perplexity]
+        found |= {"perplexity", "ratio"} if names else set()
+        found |= {f"perplexity.{name}.{side}" for name in names for side in sides}
+        found |= {f"bytes.{side}" for side in sides if below}
+    return found
 
 
 def is_number(value: Any) -> bool:

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +13,12 @@ from folders import invoke, save_tokens
 from test_ablate import BASE, ablate, no_model_in_memory, root, write
 
 from invariance import study_job, study_search
+from invariance.ablate import Ablation
+from invariance.errors import InputError
+from invariance.runners import here
 from invariance.study import load_study
-from invariance.study_plan import Planner, sample
+from invariance.study_plan import Planner, samples
+from invariance.walk import quiet
 
 optuna = pytest.importorskip("optuna")
 
@@ -89,10 +94,69 @@ def test_what_no_trial_can_have_is_refused_before_anything_runs(
         assert status == 2 and said in " ".join(err.split()) and not folder.exists(), err
 
 
+@pytest.mark.parametrize(
+    ("minimize", "evaluate", "said"),
+    [
+        ("[perplexity.typo.sliced]", True, "did you mean"),
+        ("[perplexity.held out.recovered]", True, "no run will have numbers called 'perplexity.held out.recovered'"),
+        ("[perplexity]", False, "add `evaluate` to the base"),
+        ("[parameters.blocks]", True, "did you mean 'parameters_blocks'?"),
+    ],
+)  # fmt: skip
+def test_columns_that_no_trial_will_have_are_refused(
+    root: Path, minimize: str, evaluate: bool, said: str
+) -> None:
+    text = f"{BASE}search: {{{OVER}, trials: 2, minimize: {minimize}}}\n"
+    text = text if evaluate else "".join(li for li in text.splitlines(True) if "evaluate" not in li)
+    status, _, err = invoke("ablate", write(root, text), "--output", root / "columns")
+    assert status == 2 and said in " ".join(err.split()) and not (root / "columns").exists(), err
+
+
+def test_a_first_trial_without_what_is_minimized_stops_the_search(root: Path) -> None:
+    text = f"{BASE}search: {{{OVER}, trials: 3, minimize: [predicted_loss]}}\n"
+    for _ in range(2):
+        status, _, err = invoke("ablate", write(root, text), "--output", root / "lacking")
+        assert status == 2 and "the first run has no 'predicted_loss'" in " ".join(err.split()), err
+        assert len(list((root / "lacking" / "runs").iterdir())) == 1
+
+
+def test_a_run_that_is_done_has_not_failed_whatever_its_values(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"{BASE}search: {{{OVER}, trials: 2, minimize: [perplexity]}}\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(study_search, "math", SimpleNamespace(isfinite=lambda value: False))
+        rows, _ = ablate(root, text, "infinite")
+    assert {r["status"] for r in rows} == {"done"} and ablate(root, text, "infinite")[0] == rows
+
+
+def test_a_search_that_prunes_runs_in_this_process_alone(root: Path) -> None:
+    text = f"{BASE}search: {{{OVER}, trials: 2, minimize: [perplexity], prune: true}}\n"
+    ablation = Ablation(load_study(write(root, text)), root / "alone", study_job.Setting())
+    for arguments in ((2, False), (1, True)):
+        with pytest.raises(InputError, match="one trial at a time, in this process"):
+            study_search.opened(ablation, *arguments)
+    assert not (root / "alone").exists()
+
+
+def test_as_many_trials_as_workers_are_sent_at_a_time(root: Path) -> None:
+    text = f"{BASE}search: {{{OVER}, trials: 5}}\n"
+    setting = study_job.Setting()
+    ablation = Ablation(load_study(write(root, text)), root / "sent", setting, lambda line: None)
+    sent, run = [], here(setting)
+
+    def counted(requests: Any) -> Any:
+        sent.extend([len(requests)] if not requests[0].prepares else [])
+        return run(requests)
+
+    study_search.search(ablation, study_search.opened(ablation, 3, True), counted, 3, quiet)
+    assert sent == [3, 2]
+
+
 def test_alternatives_that_go_with_some_others_only_are_left_to_the_search(root: Path) -> None:
     over = "over: {steps.0.spaces: [mlp, residual], steps.0.rotate: [pca, permute]}"
     (root / "some.yaml").write_text(f"{BASE}search: {{{over}, trials: 2}}\n".replace("ROOT", str(root)))
-    job = sample(Planner(study_job.Setting()), load_study(root / "some.yaml"))
+    job, *_ = samples(Planner(study_job.Setting()), load_study(root / "some.yaml"))
     assert [*job.variants[0].varied.values()] != ["mlp", "pca"]
 
 

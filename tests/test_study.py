@@ -119,6 +119,35 @@ def test_factors_that_undo_each_other_or_hide_a_column_are_refused(
     assert said in str(e.value), str(e.value)
 
 
+@pytest.mark.parametrize("key", ["seed", "steps.0.rotate.permute.metric", "steps.0", "budget.parameters"])
+def test_what_varies_is_not_set_for_all(tmp_path: Path, key: str) -> None:
+    text = "grid: {seed: [0, 1], steps.0.rotate: [permute, pca], m: {a: {budget: {flops: 0.5}}}}\n"
+    study(tmp_path, f"{text}set: {{tie: keep}}\n")
+    with pytest.raises(InputError, match=f"--set {key}: '.*' varies"):
+        load_study(tmp_path / "s.yaml", [f"{key}=1"])
+    with pytest.raises(InputError, match=rf"s.yaml:7: set: {key}: '.*' varies .*, so runs would not have"):
+        study(tmp_path, f"{text}set: {{{key}: 1}}\n")
+
+
+def test_a_search_may_not_vary_what_is_set(tmp_path: Path) -> None:
+    study(tmp_path, "search: {over: {budget.parameters: {low: 0.7, high: 0.9}}, minimize: [parameters]}\n")
+    with pytest.raises(InputError, match=r"--set budget.parameters: 'budget.parameters' varies"):
+        load_study(tmp_path / "s.yaml", ["budget.parameters=0.8"])
+
+
+def test_an_axis_that_no_run_has_is_refused(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", **SHAPE).save_pretrained(tmp_path / "m")
+    text = (
+        BASE.replace("model: m", f"model: {tmp_path / 'm'}")
+        + "grid: {seed: [0, 1]}\nx: perplexity.nothing.here\n"
+    )
+    (tmp_path / "s.yaml").write_text(text)
+    status, _, err = invoke("ablate", tmp_path / "s.yaml", "--output", tmp_path / "out", "--dry-run")
+    assert status == 2 and "x: no run will have numbers called 'perplexity.nothing.here'" in " ".join(
+        err.split()
+    )
+
+
 def test_what_comes_later_may_refine_what_came_before(tmp_path: Path) -> None:
     text = "grid:\n  steps.0.select: {even: {uniform: {keep: 0.5}}}\n  steps.0.select.uniform.keep: [0.5, 0.75]\n"
     keeps = [v.recipe.steps[0].select.keep for v in study(tmp_path, text).variants()]  # type: ignore[attr-defined]
