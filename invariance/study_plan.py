@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 
 from .data import DEFAULT_SEQUENCES, DEFAULT_TOKENS
 from .errors import InputError
+from .heldout import HELD_OUT
 from .models import load_config
 from .plan import MEASURED, Plan, plan
 from .space import Group
@@ -205,7 +206,32 @@ def _own(job: Job) -> float:
     walk = PASSES[job.recipe.order] * _forward(job, job.recipe.calibrate)
     measured = sum(_forward(job, e.perplexity) for e in job.recipe.evaluate)
     copies = 2000.0 * job.plan.dense.parameters({}).total  # float64 copies, the certificate, the cut itself
-    return walk + measured + copies
+    return walk + measured + copies + _searching(job) + _training(job)
+
+
+def _searching(job: Job) -> float:
+    """FLOPs of the held-out losses that selectors ask for, counted as they ask for made-up ones."""
+    chart, choices = job.plan, set[frozenset[tuple[str, int]]]()
+    if not chart.measures:
+        return 0.0
+    flat = {u.space.name: torch.ones(u.space.copies, u.space.dim) for u in chart.units}
+
+    def loss(widths: Mapping[str, int]) -> float:
+        choices.add(frozenset(widths.items()))
+        return sum((1 - k / flat[name].shape[1]) ** 2 for name, k in widths.items())
+
+    chart.allocate(flat, loss, influence=[1.0] * chart.blocks)
+    return len(choices) * _forward(job, job.recipe.calibrate) / HELD_OUT
+
+
+def _training(job: Job) -> float:
+    """FLOPs of recovery: forward once and backward, which takes twice as long, over its tokens."""
+    asked = job.recipe.recover
+    if asked is None:
+        return 0.0
+    text = asked.text(job.recipe.calibrate)
+    seen = (asked.epochs or 1) * (text.sequences or DEFAULT_SEQUENCES) * (text.tokens or DEFAULT_TOKENS)
+    return 3.0 * float(job.plan.dense.flops({})) * (asked.tokens or seen)
 
 
 def _flops_per_second(size: int = 768, repeats: int = 4) -> float:

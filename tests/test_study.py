@@ -14,10 +14,10 @@ from transformers import AutoConfig
 
 from invariance.errors import InputError
 from invariance.recipe import Recipe
-from invariance.study import Study, load_study
+from invariance.study import Study, Variant, load_study
 from invariance.study_factors import short
 from invariance.study_job import Setting, key
-from invariance.study_plan import Planner, outlook
+from invariance.study_plan import REPORT_BYTES, Planner, _own, outlook
 from invariance.study_table import arrow, cost_axes, front
 
 STUDIES = sorted((Path(__file__).parent.parent / "recipes" / "ablations").glob("*.yaml"))
@@ -146,6 +146,49 @@ def test_an_axis_that_no_run_has_is_refused(tmp_path: Path) -> None:
     assert status == 2 and "x: no run will have numbers called 'perplexity.nothing.here'" in " ".join(
         err.split()
     )
+
+
+def seconds(tmp_path: Path, **changes: Any) -> float:
+    AutoConfig.for_model("llama", **SHAPE).save_pretrained(tmp_path / "m")
+    tree = {
+        "model": str(tmp_path / "m"),
+        "calibrate": {"data": "t.npy", "sequences": 64, "tokens": 512},
+        "steps": [{"spaces": "mlp", "rotate": "permute", "select": changes.pop("select", "uniform")}],
+        "budget": {"parameters": 0.9},
+    }
+    return _own(Planner(Setting()).job([Variant({}, Recipe.from_dict(tree | changes))]))  # type: ignore[no-any-return]
+
+
+def test_what_selectors_measure_and_recovery_are_forecast(tmp_path: Path) -> None:
+    pytest.importorskip("cma")
+    base, calibration = seconds(tmp_path), 64 * 512
+    passes = {}
+    for name, select in {
+        "scan": {"sensitivity": {"points": 2}},
+        "more": {"sensitivity": {"points": 4}},
+        "search": {"cma_es": {"evaluations": 60}},
+    }.items():
+        passes[name] = seconds(tmp_path, select=select) - base
+    one = (passes["more"] - passes["scan"]) / 10  # blocks × points more
+    assert passes["scan"] == pytest.approx(11 * one) and passes["more"] == pytest.approx(21 * one)
+    assert 30 * one < passes["search"] <= 62 * one
+    recovered = seconds(tmp_path, recover={"tokens": calibration}) - base
+    assert recovered == pytest.approx(3 * 8 * one)  # of which one in eight sequences is held out
+
+
+def test_a_search_is_forecast_by_a_sample(tmp_path: Path) -> None:
+    AutoConfig.for_model("llama", **SHAPE).save_pretrained(tmp_path / "m")
+    text = BASE.replace("model: m", f"model: {tmp_path / 'm'}")
+    text += "search: {over: {seed: {low: 0, high: 99}}, minimize: [parameters], trials: TRIALS}\n"
+    found = []
+    for trials in (1, 50):
+        (tmp_path / "s.yaml").write_text(text.replace("TRIALS", str(trials)))
+        command = ("ablate", tmp_path / "s.yaml", "--output", tmp_path / "out", "--dry-run")
+        found.append(json.loads(invoke(*command, "--json")[1]))
+        assert "expected" in invoke(*command)[1]
+    one, fifty = found
+    assert (one["runs"], fifty["runs"]) == (1, 50) and 0 < one["seconds"] < fifty["seconds"]
+    assert fifty["disk"] == one["disk"] + 49 * REPORT_BYTES
 
 
 def test_what_comes_later_may_refine_what_came_before(tmp_path: Path) -> None:
