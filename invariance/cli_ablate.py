@@ -97,7 +97,7 @@ def ablate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="A study,
 def compare(runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs, or their report.json; two at least.")],
             html: Annotated[Path | None, typer.Option(help="Also write the comparison as one page, to this file.")] = None,
             as_json: Json = False) -> None:  # fmt: skip
-    """Set reports side by side: sizes, costs, perplexities, widths layer by layer, sampled texts. The first is the measure.
+    """Set reports side by side: sizes, costs, perplexities, widths and energies layer by layer, texts. The first is the measure.
 
     For example `invariance compare runs/demo runs/slicegpt --html both.html`.
     """

@@ -1,9 +1,10 @@
-"""Two reports or more side by side: numbers, widths layer by layer, sampled texts. The first is the measure."""
+"""Two reports or more side by side: numbers, widths and energies cut layer by layer, sampled texts. The first is the measure."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,6 +21,7 @@ from . import report_words as words
 from .errors import InputError
 from .report_charts import el
 from .study_charts import Series
+from .study_page import by_block, energy_lost
 
 Report = dict[str, Any]
 Show = Callable[[float | None, float | None], str]
@@ -31,13 +33,16 @@ class Side:
 
     name: str
     report: Report
+    spectra: Mapping[str, Sequence[float]]  # a unit's first space → its energies; empty where none lie beside
 
 
 def load(paths: Sequence[Path]) -> list[Side]:
     """The reports of runs, named by their folders. Raises InputError."""
     if len(paths) < 2:
         raise InputError(f"{paths[0]}: one run has nothing to be compared with. Give two or more.")
-    return [Side(name, _report(path)) for name, path in zip(_names(paths), paths, strict=True)]
+    return [
+        Side(name, _report(path), _spectra(path)) for name, path in zip(_names(paths), paths, strict=True)
+    ]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -63,6 +68,15 @@ def _report(path: Path) -> Report:
     if not isinstance(found, dict) or not {"model", "parameters", "widths"} <= set(found):
         raise InputError(f"{file}: no report of a run. Give the folder that `invariance run` wrote.")
     return found
+
+
+def _spectra(path: Path) -> dict[str, list[float]]:
+    """The energies beside a report. Raises InputError."""
+    file = (path if path.is_dir() else path.parent) / "spectra.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as e:
+        raise InputError(f"{file}: not valid JSON ({e}). Remove it, or run again.") from None
 
 
 def numbers(sides: Sequence[Side]) -> dict[str, tuple[list[float | None], Show]]:
@@ -99,6 +113,18 @@ def layers(sides: Sequence[Side]) -> dict[str, dict[str, list[int | None]]]:
     return found
 
 
+def energy(sides: Sequence[Side]) -> dict[str, list[list[float | None]]]:
+    """Kind → for every report, block by block, the share of its bases' energy that is cut; kinds of which some is."""
+    found: dict[str, list[list[float | None]]] = {}
+    for n, side in enumerate(sides):
+        for kind, spaces in words.spaces(side.report).items():
+            widths = {w.name: w.kept for w in spaces}
+            whole = {name: 0.0 for name, e in side.spectra.items() if widths.get(name) == len(e)}
+            cut = {n: v for n, v in energy_lost(side.spectra, widths).items() if math.isfinite(v)}
+            found.setdefault(kind, [[] for _ in sides])[n] = by_block(whole | cut)
+    return {kind: each for kind, each in found.items() if any(v for values in each for v in values)}
+
+
 WRITTEN = ("quantized", "recovered", "sliced")  # sides; the first that there is was written to disk
 DENSE = "the dense model"  # beside runs, of which one may be called `dense`
 
@@ -119,6 +145,7 @@ def document(sides: Sequence[Side]) -> dict[str, Any]:
         "runs": [side.name for side in sides],
         "numbers": {name: values for name, (values, _) in numbers(sides).items()},
         "widths": layers(sides),
+        "energy_cut": energy(sides),
         "samples": samples(sides),
     }
 
@@ -144,6 +171,13 @@ def tables(sides: Sequence[Side]) -> list[Any]:
         for first, last in _spans(sides, kind, spaces):
             span = first if first == last else f"{first} – {last}"
             table.add_row(span, *(words.NONE if k is None else str(k) for k in spaces[first]))
+        found.append(table)
+    if lost := energy(sides):
+        table = _table(["", *names], "energy of a run's own bases that is cut, mean over blocks")
+        for kind, each in lost.items():
+            means = [fmean(known) if (known := [v for v in e if v is not None]) else None for e in each]
+            cells = (words.NONE if mean is None else f"{mean:.2%}" for mean in means)
+            table.add_row(words.kind_words(kind), *cells)
         found.append(table)
     for prompt, texts in samples(sides).items():
         table = _table(list(texts), prompt)
@@ -185,11 +219,15 @@ def page(sides: Sequence[Side]) -> str:
         charts.table("Ratios are to the first.", ["What", *names], rows),
         el("h2", "Widths that differ"),
     ]
-    figures = [_widths(sides, kind) for kind in layers(sides)]
     looks = {s.name: study_charts.look(n, len(sides)) for n, s in enumerate(sides)}
+    figures = [_widths(sides, kind) for kind in layers(sides)]
     body += (
         [el("div", *figures, class_="charts"), study_charts.legend(looks)] if figures else [el("p", "None.")]
     )
+    said = "share of each block's energy, as the run's own basis counts it, that is cut"
+    if figures := [_figure(sides, kind, "Energy cut", said, each) for kind, each in energy(sides).items()]:
+        charted = el("div", *figures, class_="charts")
+        body += [el("h2", "Energy cut"), charted, study_charts.legend(looks)]
     for prompt, texts in samples(sides).items():
         cells = (el("div", el("h3", name), el("p", text.strip())) for name, text in texts.items())
         body += [el("h2", "Samples"), el("div", el("p", el("b", prompt)), *cells, class_="sample")]
@@ -198,14 +236,19 @@ def page(sides: Sequence[Side]) -> str:
 
 def _widths(sides: Sequence[Side], kind: str) -> Element:
     """The widths of one kind by block, a line a run."""
+    every = [words.spaces(side.report).get(kind, []) for side in sides]
+    each = [by_block({w.name: w.kept / max(w.dim, 1) for w in widths}) for widths in every]
+    return _figure(sides, kind, "Widths", "share of each block's width that is kept", each)
+
+
+def _figure(
+    sides: Sequence[Side], kind: str, what: str, said: str, each: Sequence[Sequence[float | None]]
+) -> Element:
+    """A value of one kind by block, a line a run."""
     series = []
-    for n, side in enumerate(sides):
-        blocks: dict[int, list[float]] = {}
-        for width in words.spaces(side.report).get(kind, []):
-            blocks.setdefault(width.block, []).append(width.kept / max(width.dim, 1))
-        points = [(float(b), v, v, v) for b, values in sorted(blocks.items()) for v in [fmean(values)]]
-        if points:
+    for n, (side, values) in enumerate(zip(sides, each, strict=True)):
+        if points := [(float(b), v, v, v) for b, v in enumerate(values) if v is not None]:
             series.append(Series(side.name, study_charts.look(n, len(sides)), points))
     title = words.kind_words(kind)
-    caption = el("figcaption", el("b", title), " · share of each block's width that is kept")
-    return el("figure", caption, study_charts.layers(f"Widths of the {title}", series))
+    caption = el("figcaption", el("b", title), f" · {said}")
+    return el("figure", caption, study_charts.layers(f"{what} of the {title}", series))

@@ -58,6 +58,27 @@ def test_neighbours_alike_share_a_line_and_those_with_others_between_do_not(runs
     assert spans == ["mlp.0 – mlp.2", "mlp.4", "mlp.6 – mlp.7"]
 
 
+def test_other_bases_at_equal_widths_are_told_by_the_energy_that_is_cut(
+    runs: list[Path], report: dict[str, Any], tmp_path: Path
+) -> None:
+    assert "energy of a run" not in invoke("compare", *runs)[1]
+    for run, energies in zip(runs, ([6.0, 2.0, 1.0, 1.0], [4.0, 3.0, 2.0, 1.0]), strict=True):
+        kept = report["widths"] | {"mlp.3": 2, "mlp.4": 4}
+        (run / "report.json").write_text(json.dumps(report | {"widths": kept}))
+        (run / "spectra.json").write_text(json.dumps({"mlp.3": energies, "mlp.4": energies}))
+    status, out, err = invoke("compare", *runs, "--json")
+    assert status == 0, err
+    found = json.loads(out)
+    assert found["widths"] == {} and found["energy_cut"] == {
+        "mlp": [[None, None, None, pytest.approx(0.2), 0.0], [None, None, None, pytest.approx(0.3), 0.0]]
+    }
+    assert invoke("compare", runs[0] / "report.json", runs[1], "--html", tmp_path / "e.html")[0] == 0
+    said = _Page((tmp_path / "e.html").read_text()).text
+    assert "Energy cut" in said and "as the run's own basis counts it" in said
+    _, out, _ = invoke("compare", *runs)
+    assert "10.00%" in out and "15.00%" in out
+
+
 def test_the_page_holds_the_same_and_loads_nothing(runs: list[Path], tmp_path: Path) -> None:
     assert invoke("compare", *runs, "--html", tmp_path / "both.html")[0] == 0
     html = (tmp_path / "both.html").read_text()
