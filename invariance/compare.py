@@ -105,7 +105,7 @@ def layers(sides: Sequence[Side]) -> dict[str, dict[str, list[int | None]]]:
     """Kind → space → its width in every report, those spaces that not all have alike."""
     found: dict[str, dict[str, list[int | None]]] = {}
     each = [{w.name: w.kept for ws in words.spaces(s.report).values() for w in ws} for s in sides]
-    for name in sorted({n for widths in each for n in widths}, key=words.order):
+    for name in sorted(dict.fromkeys(n for widths in each for n in widths), key=words.order):
         kept = [widths.get(name) for widths in each]
         if len(set(kept)) > 1:
             kind = next(words.kind_of(s.report, name) for s, w in zip(sides, each, strict=True) if name in w)
@@ -225,7 +225,9 @@ def page(sides: Sequence[Side]) -> str:
         [el("div", *figures, class_="charts"), study_charts.legend(looks)] if figures else [el("p", "None.")]
     )
     said = "share of each block's energy, as the run's own basis counts it, that is cut"
-    if figures := [_figure(sides, kind, "Energy cut", said, each) for kind, each in energy(sides).items()]:
+    if figures := [
+        _figure(sides, kind, "Energy cut", said, each, 0.0) for kind, each in energy(sides).items()
+    ]:
         charted = el("div", *figures, class_="charts")
         body += [el("h2", "Energy cut"), charted, study_charts.legend(looks)]
     for prompt, texts in samples(sides).items():
@@ -238,12 +240,11 @@ def _widths(sides: Sequence[Side], kind: str) -> Element:
     """The widths of one kind by block, a line a run."""
     every = [words.spaces(side.report).get(kind, []) for side in sides]
     each = [by_block({w.name: w.kept / max(w.dim, 1) for w in widths}) for widths in every]
-    return _figure(sides, kind, "Widths", "share of each block's width that is kept", each)
+    return _figure(sides, kind, "Widths", "share of each block's width that is kept", each, 1.0)
 
 
-def _figure(
-    sides: Sequence[Side], kind: str, what: str, said: str, each: Sequence[Sequence[float | None]]
-) -> Element:
+def _figure(sides: Sequence[Side], kind: str, what: str, said: str, each: Sequence[Sequence[float | None]],
+            top: float) -> Element:  # fmt: skip
     """A value of one kind by block, a line a run."""
     series = []
     for n, (side, values) in enumerate(zip(sides, each, strict=True)):
@@ -251,4 +252,4 @@ def _figure(
             series.append(Series(side.name, study_charts.look(n, len(sides)), points))
     title = words.kind_words(kind)
     caption = el("figcaption", el("b", title), f" · {said}")
-    return el("figure", caption, study_charts.layers(f"{what} of the {title}", series))
+    return el("figure", caption, study_charts.layers(f"{what} of the {title}", series, top))

@@ -180,11 +180,11 @@ def heat(title: str, names: Sequence[str], rows: Sequence[Sequence[float | None]
     return svg(title, f"{len(rows)} rows of {layers} blocks", bottom + 6, *marks)
 
 
-def layers(title: str, series: Sequence[Series]) -> Element:
-    """A value by layer, one line a run."""
+def layers(title: str, series: Sequence[Series], top: float = 1.0) -> Element:
+    """A value by layer, one line a run, on an axis from 0 to ``top`` at least."""
     every = [p for s in series for p in s.points]
     x = Scale(0, max(*(p[0] for p in every), 1), LEFT, WIDTH - RIGHT)
-    y = Scale(0, max(*(p[2] for p in every), 1), HEIGHT - BOTTOM, TOP)
+    y = Scale(0, max(*(p[2] for p in every), top), HEIGHT - BOTTOM, TOP)
     marks = list(axes(x, y, ticks(0, x.high), ticks(0, y.high), "block"))
     for s in series:
         path = "M" + "L".join(f"{x(a):.1f},{y(b):.1f}" for a, _, b, _ in s.points)
