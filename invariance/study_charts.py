@@ -11,13 +11,13 @@ from xml.etree.ElementTree import Element
 from .report_charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Scale, axes, el, rect, shade, svg, text
 from .report_style import STYLE as PAGE
 
-LOG_FROM = 8  # values whose largest is so many times the least stand on a logarithmic axis
+LOG_FROM = 5  # values whose largest is so many times the least stand on a logarithmic axis
 CELL, NAMES = 13, 150  # of a heat map: the height of a row, and how much of its width the names take
-ACROSS, ROW, LONGEST = (
-    2,
+ROW, LETTERS, BESIDE = (
     15,
-    32,
-)  # of a legend below a chart: names in a row, its height, the letters of a name
+    50,
+    22,
+)  # of a legend below a chart: a row's height, letters of a name; of two beside each other
 FEW = 6  # series that colours alone tell apart
 LINES = (
     ("none", "var(--shade)"),
@@ -210,12 +210,12 @@ def legend(looks: Mapping[str, str]) -> Element:
 def alone(drawn: Element, looks: Mapping[str, str]) -> str:
     """A chart as an SVG file of its own: with its style, its title above, and the names of its series below it."""
     height = float(drawn.attrib["viewBox"].split()[-1])
-    keys = []
+    keys, across = [], 2 if max(map(len, looks), default=0) <= BESIDE else 1
     for n, (name, style) in enumerate(looks.items()):
-        x, y = LEFT + n % ACROSS * (WIDTH - LEFT) / ACROSS, height + ROW * (n // ACROSS) + ROW / 2
-        said = name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"
+        x, y = LEFT + n % across * (WIDTH - LEFT) / across, height + ROW * (n // across) + ROW / 2
+        said = name if len(name) <= LETTERS else name[: LETTERS - 1] + "…"
         keys += [_key(x, y, style), text(x + 29, y + 3.5, said, "start")]
-    height += ROW * math.ceil(len(looks) / ACROSS)
+    height += ROW * math.ceil(len(looks) / across)
     sheet = el("style", PAGE + STYLE + FILE_STYLE)
     head = text(LEFT, -6, drawn[0].text or "", "start", "strong")
     view = f"0 {-ROW - 3} {WIDTH} {height + ROW + 3:g}"
