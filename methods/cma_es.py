@@ -16,7 +16,7 @@ from invariance.errors import InputError
 from invariance.interfaces import Selector
 from invariance.space import Space
 
-from ._spend import WORST, Spectra, scaled
+from ._spend import WORST, Of, Spectra, scaled
 from .global_energy import GlobalEnergy
 
 
@@ -32,9 +32,8 @@ class CMAES(Selector, name="cma_es"):
     Source: Hansen 2016, "The CMA evolution strategy: a tutorial", arXiv:1604.00772, as the package `cma` does it.
     """
 
-    evaluations: int = (
-        100  # how many choices are measured at most, where it begins and then whole generations
-    )
+    evaluations: int = 100  # how many choices are measured at most: the first, then whole generations
+    of: Of = "share"  # of which energies global_energy makes the widths to begin with: share or absolute
     sigma: float = 0.1  # the standard deviation of the first sparsities around those of global_energy
     seed: int | None = None  # of what is random; null for the recipe's
     needs_spectra = True
@@ -51,10 +50,14 @@ class CMAES(Selector, name="cma_es"):
                 "the package `cma` is not installed. Run `pip install 'invariance[search]'`, or use another selector"
             )
 
+    @property
+    def compares(self) -> bool:
+        return self.of == "absolute"
+
     def allocate(self, spectra: Spectra, cost: Bill, budget: float | None) -> Mapping[Space, int]:
         assert budget is not None
         assert cost.loss is not None
-        start = GlobalEnergy().allocate(spectra, cost, budget)
+        start = GlobalEnergy(of=self.of).allocate(spectra, cost, budget)
         spaces = list(start)
         losses: dict[tuple[int, ...], float] = {}
 

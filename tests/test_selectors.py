@@ -123,6 +123,17 @@ def test_the_search_is_never_worse_than_where_it_began_and_finds_better() -> Non
         assert quadratic(many) <= (began + least) / 2
 
 
+@pytest.mark.parametrize("of", ["share", "absolute"])
+def test_the_search_begins_at_the_widths_of_the_energies_that_it_is_told(of: str) -> None:
+    cost = bill(0.7, loss=quadratic)
+    for seed in range(3):
+        start = spend(find("select", "global_energy")(of=of), seed, cost)
+        assert spend(find("select", "cma_es")(evaluations=1, of=of, seed=seed), seed, cost) == start
+        found = spend(find("select", "cma_es")(evaluations=60, of=of, seed=seed), seed, cost)
+        assert quadratic(found) < quadratic(start)
+    assert find("select", "cma_es")(of=of).compares == (of == "absolute")
+
+
 def test_a_search_asks_for_no_more_than_its_evaluations_and_leaves_numpys_seed() -> None:
     asked: set[tuple[int, ...]] = set()
 
