@@ -74,9 +74,8 @@ class Uniform(Selector, name="uniform"):
         near = " or ".join(str(k) for k in allowed[max(n - 1, 0) : n + 1])
         what = "it is no width that the step allows"
         if not space.fits(width):
-            what = (
-                "rotary positions turn dims in pairs" if space.rotary else "two factors would store no less"
-            )
+            pairs, factors = "rotary positions turn dims in pairs", "two factors would store no less"
+            what = space.why if space.normed else pairs if space.rotary else factors
         raise InputError(
             f"space '{space.name}' cannot have width {width}, because {what}. Take {near}, or let `widths` allow it."
         )
