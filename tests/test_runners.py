@@ -31,9 +31,15 @@ if __name__ == "__main__":
 
 
 def work(request: Request, setting: Setting) -> Answer:
+    started = Path(os.environ["STARTED"])
     if request.name.startswith("dies"):
+        while not started.exists():
+            time.sleep(0.01)
         os._exit(3)
-    time.sleep(0.2 if request.name.startswith("slow") else 0)
+    if request.name == "beside" and not started.exists():
+        started.touch()
+        time.sleep(600)  # until the process beside it dies; then it is tried again
+    time.sleep(0.2 if request.name == "slow" else 0)
     return Answer(request, {"process": os.getpid()})
 
 
@@ -42,13 +48,14 @@ def asked(*names: str) -> list[Request]:
 
 
 @pytest.fixture
-def two(monkeypatch: pytest.MonkeyPatch) -> Several:
+def two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Several:
+    monkeypatch.setenv("STARTED", str(tmp_path / "started"))
     monkeypatch.setattr(runners, "carry_out_alone", work)
     return Several(Setting(), workers=2)
 
 
 def test_a_process_that_dies_fails_alone_and_all_others_give_their_answers(two: Several) -> None:
-    names = ("slow", "dies", "one", "two", "dies too", "three")
+    names = ("beside", "dies", "one", "two", "dies too", "three")
     answers = {answer.request.name: answer for answer in two(asked(*names))}
     assert answers.keys() == set(names)
     assert {name for name, answer in answers.items() if answer.report is None} == {"dies", "dies too"}
