@@ -16,6 +16,8 @@ from .space import Space
 if TYPE_CHECKING:
     from .plan import Plan
 
+HEADS = ("vo", "qk")  # a stock config has one width of heads
+
 
 def allocate(chart: Plan, spectra: Spectra | None, loss: Loss | None = None,
              influence: Sequence[float] | None = None, within: Widths | None = None) -> Widths | None:  # fmt: skip
@@ -64,6 +66,8 @@ def allocate(chart: Plan, spectra: Spectra | None, loss: Loss | None = None,
         cuts = any(widths[d.space] < d.space.dim for d in demands)
         losses.append(widths.loss if isinstance(widths, Predicted) else None if cuts else 0.0)
     kept |= _whole_again(chart, kept)
+    if chart.recipe.stock:
+        _refuse_unless(chart, (why := chart.why_not_stock(kept)) is None, why)
     known = [n for n in losses if n is not None]
     return Predicted(kept, sum(known)) if len(known) == len(losses) else kept
 
@@ -90,17 +94,45 @@ def _in_turn(chart: Plan) -> list[tuple[Selector | None, list[Demand]]]:
 
 
 def _demands(chart: Plan, units: Sequence[Unit]) -> list[Demand]:
-    """The units, those of a step whose spaces get one width as one demand."""
+    """The units, those that get one width as one demand: where a step says so, and in what is to be a stock checkpoint, those
+    of which its config has one number."""
 
     def constraints(unit: Unit) -> Constraints:
         found = chart.recipe.steps[unit.step].widths or Constraints()
         return found if unit.rank is None else found.model_copy(update={"same": True})
 
+    def shared(n: int, unit: Unit) -> object:
+        if unit.select is None:
+            return n
+        if chart.recipe.stock and not unit.select.depth and unit.space.kind != "edge":
+            return HEADS if unit.space.kind in HEADS else unit.space.kind
+        return ("step", unit.step) if constraints(unit).same else n
+
     found: dict[object, list[Unit]] = {}
     for n, unit in enumerate(units):
-        same = unit.select is not None and constraints(unit).same
-        found.setdefault(("step", unit.step) if same else n, []).append(unit)
-    return [Demand(tuple(units), constraints(units[0])) for units in found.values()]
+        found.setdefault(shared(n, unit), []).append(unit)
+    made = [Demand(tuple(units), tuple(dict.fromkeys(map(constraints, units)))) for units in found.values()]
+    for demand in made:
+        _check_shared(chart, demand)
+    return made
+
+
+def _check_shared(chart: Plan, demand: Demand) -> None:
+    """Raises InputError where spaces of different steps get one width, and nothing could choose it."""
+    first, *others = demand.units
+    for unit in others:
+        both = f"'{first.space.name}' and '{unit.space.name}' get one width, since a stock config has one"
+        if unit.select != first.select:
+            raise InputError(
+                f"{chart.recipe.where('steps', unit.step, 'select')}: {both}, and two selectors would choose it. Use the same "
+                "one, with the same options, in both steps."
+            )
+        if first.select is not None and first.select.needs_spectra and unit.rotate.unit != first.rotate.unit:
+            raise InputError(
+                f"{chart.recipe.where('steps', unit.step, 'rotate')}: {both}, so their energies are added, and those of "
+                f"'{unit.rotate.name}' are in {unit.rotate.unit}, those of '{first.rotate.name}' in {first.rotate.unit}. Give "
+                "both rotators `metric: fisher`, or take a selector that reads no energies."
+            )
 
 
 def _by_selector(demands: Sequence[Demand]) -> list[tuple[Selector | None, list[Demand]]]:
@@ -122,6 +154,8 @@ def _allowed(
             each = demand.allowed(chart.blocks, chart.layout.branches.values())
         except InputError as e:
             raise InputError(f"{chart.recipe.where('steps', demand.units[0].step, 'widths')}: {e}") from None
+        if chart.recipe.stock:
+            each = _stock(chart, demand, each, kept)
         most = within.get(demand.space.name, demand.space.dim)
         found[demand.space] = tuple(k for k in each if k <= most) or (most,)
     spending = [d for d in demands if d.select and d.select.needs_budget and not d.select.depth]
@@ -130,6 +164,24 @@ def _allowed(
     if left and all(n in vanishing for n in left):
         found[vanishing[left[0]]] = found[vanishing[left[0]]][1:] or (0,)
     return found
+
+
+def _stock(chart: Plan, demand: Demand, allowed: tuple[int, ...], kept: Widths) -> tuple[int, ...]:
+    """Those of the widths with which a stock checkpoint can hold the model; depth is asked for when it is chosen."""
+    if demand.select is None or demand.select.depth:
+        return allowed
+    why = {k: chart.why_not_stock({**kept, **dict.fromkeys(demand.members, k)}) for k in allowed}
+    found = tuple(k for k, reason in why.items() if reason is None)
+    if cut := [k for k in allowed if k < demand.space.dim]:
+        _refuse_unless(chart, any(k in found for k in cut), why[cut[-1]])
+    return found or allowed
+
+
+def _refuse_unless(chart: Plan, holds: bool, why: str | None) -> None:
+    if not holds:
+        raise InputError(
+            f"{chart.recipe.where('stock')}: no stock checkpoint could hold this model: {why}. Change that, or remove `stock`."
+        )
 
 
 def _bill(chart: Plan, demands: list[Demand], kept: Widths, allowed: Mapping[Space, tuple[int, ...]], loss: Loss | None,

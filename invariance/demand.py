@@ -53,10 +53,10 @@ Loss = Callable[[Widths], float]
 
 @dataclass(frozen=True)
 class Demand:
-    """Units that get one width between them, and the widths that the recipe allows."""
+    """Units that get one width between them, and what the steps that they come from say of their widths."""
 
     units: tuple[Unit, ...]
-    constraints: Constraints
+    constraints: tuple[Constraints, ...]
 
     @property
     def space(self) -> Space:
@@ -93,7 +93,7 @@ class Demand:
 
     def allowed(self, blocks: int, vanishing: Container[str]) -> tuple[int, ...]:
         """The widths that a selector may choose, ascending; 0 for ``vanishing`` spaces alone."""
-        c, d = self.constraints, self.space.dim
+        d = self.space.dim
         if other := next((u.space for u in self.units if u.space.dim != d), None):
             raise InputError(
                 f"spaces '{self.space.name}' and '{other.name}' have {d} and {other.dim} directions, so they cannot get "
@@ -101,6 +101,16 @@ class Demand:
             )
         if self.protected(blocks):
             return (d,)
+        each = [set(self._allowed(c, vanishing)) for c in self.constraints]
+        if not (found := set.intersection(*each)):
+            raise InputError(
+                f"space '{self.space.name}' gets one width with spaces of another step, and no width is allowed by the `widths` "
+                "of both. Widen them."
+            )
+        return tuple(sorted(found))
+
+    def _allowed(self, c: Constraints, vanishing: Container[str]) -> set[int]:
+        d = self.space.dim
         multiple = lcm(c.multiple_of, self.select.multiple_of if self.select else 1)
         if multiple > d:
             raise InputError(
@@ -130,11 +140,11 @@ class Demand:
                 f"no width of space '{self.space.name}' (dim {d}){whole} is a multiple of {multiple} between "
                 f"{low} and {high}. Widen `widths`."
             )
-        return tuple(sorted(found))
+        return found
 
     def protected(self, blocks: int) -> bool:
         """Whether the recipe keeps its spaces whole. Raises InputError where that holds for some of them only."""
-        found = [m for m in self.members if _protected(m, blocks, self.constraints)]
+        found = [m for m in self.members if any(_protected(m, blocks, c) for c in self.constraints)]
         if found and len(found) < len(self.members):
             raise InputError(
                 f"`protect` keeps '{found[0]}' whole, and it gets one width with spaces that it does not protect. "
@@ -146,7 +156,7 @@ class Demand:
         """Raises InputError for a width that a selector may not give; ``most`` is that of the next wider member."""
         space, select = self.space, self.select
         assert select is not None
-        least = 0 if self.constraints.min == 0 else 1
+        least = 0 if all(c.min == 0 for c in self.constraints) else 1
         if not isinstance(k, int) or not least <= k <= space.dim:
             raise InputError(
                 f"selector '{select.name}' gave space '{space.name}' the width {k}; it must be a whole number from "

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from .errors import InvarianceError
 from .labels import label
@@ -55,8 +56,10 @@ def stock(
             None,
             f"a stock '{config.model_type}' has another '{odd[0]}' ({expected.get(odd[0])}, not {found.get(odd[0])})",
         )
-    made = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device).eval()
-    made.load_state_dict(weights, strict=False)
+    with no_init_weights():  # random ones would be drawn for longer than all else here takes
+        made = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device).eval()
+    made.load_state_dict(weights, strict=False, assign=True)
+    made.tie_weights()
     made.generation_config = copy.deepcopy(model.generation_config)
     ids = torch.arange(32, device=model.device).remainder(config.vocab_size)[None]
     error = relative_error(logits(model, ids), logits(made, ids))

@@ -209,6 +209,7 @@ class Recipe(Part):
     order: Order = "oneshot"  # calibrate before cutting, behind earlier cuts, or towards the dense stream
     refit: Refit = "both"  # in order dense_target: the stream's writers, or its readers too
     budget: Budget | None = None  # what `select` may spend over all steps, as in {parameters: 0.8}
+    stock: bool = False  # whether selectors keep to widths that a stock checkpoint can hold, true or false
     nested: Shares | None = None  # narrower models in the same weights, falling shares as in [0.8, 0.7]
     tie: Literal["keep", "untie"] = "untie"  # whether tied embeddings stay tied
     seed: Seed = 0  # the seed of all that is random, a whole number from 0

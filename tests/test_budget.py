@@ -126,7 +126,7 @@ def test_shares_of_a_width_are_limits_to_the_letter() -> None:
     recipe = Recipe.from_dict({"model": "m", "calibrate": {"data": "tokens.npy"}, "steps": [step]})
     (unit, *_) = plan(recipe, model_of("llama").config).units
     for share, least in ((0.73, 47), (0.99, 64), (0.5, 32)):  # of 64
-        assert Demand((unit,), Constraints(min=share)).allowed(2, ())[0] == least
+        assert Demand((unit,), (Constraints(min=share),)).allowed(2, ())[0] == least
 
 
 def chart(**widths: Any) -> Plan:
@@ -166,5 +166,5 @@ def test_the_point_before_the_head_is_protected_with_the_last_block() -> None:
 
 def test_a_width_that_is_whole_is_a_multiple_as_well() -> None:
     (unit, *_) = chart().units
-    assert Demand((unit,), Constraints(multiple_of=24)).allowed(4, ()) == (24, 48)  # of 64
-    assert Demand((unit,), Constraints(multiple_of=16)).allowed(4, ()) == (16, 32, 48, 64)
+    assert Demand((unit,), (Constraints(multiple_of=24),)).allowed(4, ()) == (24, 48)  # of 64
+    assert Demand((unit,), (Constraints(multiple_of=16),)).allowed(4, ()) == (16, 32, 48, 64)

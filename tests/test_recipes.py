@@ -51,7 +51,6 @@ UNCUT = {"hadamard", "random", "int4", "hadamard-int4"}
 NARROWER: dict[str, dict[str, Any]] = {
     "combined": {"steps.0.select.uniform.width": 27, "steps.2.select.uniform.width": 6},
     "heads": {"steps.0.select.uniform.width": 6},
-    "kv-cache": {"steps.0.select.uniform.width": 4, "steps.1.select.uniform.width": 4},
     "kv-cache-per-head": {"steps.0.select.uniform.width": 4, "steps.1.select.uniform.width": 4},
     "flap": {"steps.0.widths.multiple_of": 8},
     "modegpt": {f"steps.{n}.widths.multiple_of": k for n, k in enumerate((8, 2, 2))},
