@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from einops import einsum, rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -63,15 +63,9 @@ def measure(
         for ids, real in progress(sequences, "measure the Fisher", len(sequences)):
             seen = real.clone()
             seen[:, :skip] = False
-            padded = None if bool(real.all()) else real.long().to(twin.device)
-            with torch.enable_grad():
-                logits = twin(input_ids=ids.to(twin.device), attention_mask=padded, use_cache=False).logits
-                logits = real_tokens(logits, real)
-                p = logits.detach().softmax(-1)
-                labels = sample(p, g)
-                by_logits = p.neg_().scatter_add_(-1, labels[:, None], torch.ones_like(p[:, :1]))  # 1_y − p
-                found = [*(signals[p] for p in points), *(asked[n] for n in queries)]
-                gradients = torch.autograd.grad(logits, found, by_logits)
+            gradients = score(
+                twin, ids, real, g, lambda: [*(signals[p] for p in points), *(asked[n] for n in queries)]
+            )
             for point, gradient in zip(points, gradients, strict=False):
                 moments.add((point, Statistic.FISHER), real_tokens(gradient, seen))
             for name, gradient in zip(queries, gradients[len(points) :], strict=True):
@@ -86,6 +80,19 @@ def measure(
                     (name, Statistic.TAYLOR), real_tokens(m.sum(-2).flatten(-2), seen), copies, copies
                 )
     return moments.cpu()
+
+
+def score(model: PreTrainedModel, ids: Int[Tensor, "B T"], real: Bool[Tensor, "B T"], g: torch.Generator,
+          signals: Callable[[], list[Tensor]]) -> tuple[Tensor, ...]:  # fmt: skip
+    """∂/∂x Σ_s log p(y_s) for signals x of the model, known once it ran, with a label y_s ~ p for every real token s."""
+    padded = None if bool(real.all()) else real.long().to(model.device)
+    with torch.enable_grad():
+        logits = model(input_ids=ids.to(model.device), attention_mask=padded, use_cache=False).logits
+        logits = real_tokens(logits, real)
+        p = logits.detach().softmax(-1)
+        labels = sample(p, g)
+        by_logits = p.neg_().scatter_add_(-1, labels[:, None], torch.ones_like(p[:, :1]))  # 1_y − p
+        return torch.autograd.grad(logits, signals(), by_logits)
 
 
 def sample(p: Float[Tensor, "n V"], g: torch.Generator) -> Int[Tensor, " n"]:

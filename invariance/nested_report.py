@@ -86,6 +86,7 @@ def of_member(report: Report, share: float, model: PreTrainedModel, why: str) ->
         "perplexity": found["perplexity"],
         "predicted": {
             "loss": found["predicted"],
+            "by": report["predicted"]["by"],
             "measured": measured[0]["value"] if any(measured[:1]) else None,
             "energy": {},
         },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from .layout import Layout
 from .memo import Memo, digest
 from .moments import Moments, check_finite
 from .plan import MEASURED, Plan
+from .predict import Slopes, slopes
 from .reparametrize import reparametrize
 from .shortcuts import Chain
 from .space import Basis, Change
@@ -46,7 +48,8 @@ class Sliced:
     spectra: dict[str, Float64[Tensor, "c d"]]
     certificate: Certificate
     seconds: dict[str, float] = field(default_factory=dict)
-    predicted: float | None = None  # the loss in nats per token, where selectors or energies tell
+    predicted: float | None = None  # the loss in nats per token
+    predicted_by: str | None = None  # what told: selector, energies or gradients
     energy: dict[str, float] = field(default_factory=dict)  # kind of space → which share of its energy is cut
     search: dict[str, float] | None = None  # what a selector that measures asked for
     encodes: dict[str, Float64[Tensor, "d k"]] = field(
@@ -84,6 +87,7 @@ class _Run:
         self.unit_of = {m: u for u in plan.units for m in u.members}
         self.bases: dict[str, Basis] = {}  # by a unit's first member
         self.changes: dict[str, Change] = {}
+        self.slopes: Slopes | None = None
         self.calibration = Calibration(model, plan, tokens, store, memo, progress)
         self.model, self.layout = self.calibration.model, self.calibration.layout
         self.seconds = self.calibration.seconds
@@ -98,6 +102,8 @@ class _Run:
             plan.check_widths(chosen)
             narrower = self._narrower(moments, chosen)
             certificate = self._certify()
+            self._measure_slopes(chosen)
+            losses = {k: self._predicted(w, self._cut(plan.units, moments, w)) for k, w in narrower.items()}
             with timed(self.seconds, "slice"):
                 self.changes = self._cut(plan.units, moments, chosen)
                 reparametrize(self.model, self.layout, self.changes)
@@ -110,9 +116,10 @@ class _Run:
             chosen = self._allocate(moments, influence) if widths is None else widths
             plan.check_widths(chosen)
             self.bases = {n: b for n, b in self.bases.items() if plan.stands(self.unit_of[n])}
+            self._measure_slopes(chosen)
             self._walk_sequentially(moments, chosen)
             certificate = self._certify()
-            narrower = {}
+            narrower, losses = {}, {}
         join(self.model)
         spectra = {name: basis.energy for name, basis in self.bases.items()}
         encodes = {
@@ -125,12 +132,13 @@ class _Run:
             spectra,
             certificate,
             self.seconds,
-            self._predicted(chosen),
+            self._predicted(chosen, self.changes),
+            self._predicted_by(chosen),
             self._energy(chosen),
             self.search,
             encodes,
             narrower,
-            {share: self._predicted(widths) for share, widths in narrower.items()},
+            losses,
         )
 
     def _fit(self, units: tuple[Unit, ...] | list[Unit], moments: Moments) -> None:
@@ -217,15 +225,42 @@ class _Run:
             self.model, self.layout, self.plan.units, cut, tokens, calibrate.batch, self.progress, path
         )
 
-    def _predicted(self, widths: Widths) -> float | None:
-        """The loss that selectors predict of widths; else the energies that widths lose, where those of all spaces that
-        are cut are losses in nats per token, and assume the refit that the slicer makes, or none."""
+    def _predicted_by(self, widths: Widths) -> str | None:
+        """What tells the loss of widths: their selectors; else the energies that they cut, where those of all spaces that are
+        cut are losses in nats per token, and assume the refit that the slicer makes, or none; else, where tokens are
+        read, gradients."""
+        if isinstance(widths, Predicted):
+            return "selector"
+        cut = [u for u in self.plan.units if widths[u.space.name] < u.space.dim]
+        if all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.refits for u in cut):
+            return "energies"
+        return None if self.tokens is None else "gradients"
+
+    def _measure_slopes(self, widths: Widths) -> None:
+        """Measure the gradients of the model, which is not cut yet, where they are to tell the loss of widths."""
+        if self._predicted_by(widths) != "gradients":
+            return
+        assert self.tokens is not None and self.plan.recipe.calibrate is not None
+        spaces = [m for u in self.plan.units if u.slice is not None for m in u.members]
+        key = ("slopes", *self._source(), self.tokens.digest(), *spaces)
+        with timed(self.seconds, "predict"):
+            make = partial(slopes, self.model, self.layout, spaces, self.tokens, self.progress,
+                           skip=self.plan.recipe.calibrate.skip)  # fmt: skip
+            self.slopes = self.memo.once(key, make, lambda found: found.nbytes)
+
+    def _predicted(self, widths: Widths, changes: Mapping[str, Change]) -> float | None:
+        """The loss in nats per token that is predicted of widths, with the changes that they make."""
         if isinstance(widths, Predicted):
             return widths.loss
-        cut = [u for u in self.plan.units if widths[u.space.name] < u.space.dim]
-        if not all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.refits for u in cut):
+        by = self._predicted_by(widths)
+        if by == "energies":
+            cut = {u.space.name: k for u in self.plan.units if (k := widths[u.space.name]) < u.space.dim}
+            return sum(self.bases[name].energy[:, k:].sum().item() for name, k in cut.items())
+        if by is None or self.slopes is None:
             return None
-        return sum(self.bases[u.space.name].energy[:, widths[u.space.name] :].sum().item() for u in cut)
+        with timed(self.seconds, "predict"):
+            loss = self.slopes.loss(changes)
+        return loss if math.isfinite(loss) else None
 
     def _energy(self, widths: Widths) -> dict[str, float]:
         """The share of energy that widths cut, by kind of space and on average over its bases; 0 is left out, and so are

@@ -152,14 +152,22 @@ def perplexities(report: Report) -> list[Row]:
     ]
 
 
+FORETOLD = {
+    "selector": "by the selector, when it chose the widths",
+    "energies": "by the energies that are cut",
+    "gradients": "to second order, by gradients of the dense model",
+    None: "when the widths were chosen",
+}
+
+
 def predicted(report: Report) -> list[str]:
-    """What was predicted when the widths were chosen: the loss, where one was, and what share of the spectra is cut."""
+    """What was predicted before anything was measured: the loss, where one was, and what share of the spectra is cut."""
     found = report.get("predicted") or {}
     said = []
     if found.get("loss") is not None:
         measured = found.get("measured")
         beside = "" if measured is None else f"; measured, on the first of these data: {measured:+.3f}"
-        said.append(f"Predicted when the widths were chosen: {found['loss']:+.3f} nats per token{beside}.")
+        said.append(f"Predicted {FORETOLD[found.get('by')]}: {found['loss']:+.3f} nats per token{beside}.")
     if found.get("energy"):
         shares = ", ".join(f"{share:.2%} of {kind}" for kind, share in found["energy"].items())
         said.append(f"Energy in the directions that are cut, before anything makes up for it: {shares}.")

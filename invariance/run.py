@@ -140,7 +140,7 @@ def outcome(model: PreTrainedModel, recipe: Recipe, *, tokenizer: Any = None, ev
         check(recipe.recover, data.training, model.device, recipe.where("recover"))
     if recipe.quantize is not None:
         check_installed(recipe.where("quantize"))
-    sliced = slice_model(model, chart, data.calibration if chart.reads_tokens else None, store=cache_dir("moments"),
+    sliced = slice_model(model, chart, data.calibration, store=cache_dir("moments"),
                          progress=progress, memo=memo)  # fmt: skip
     stored = stored or model.dtype
     basis = Basis.of(sliced.layout, sliced.encodes)
@@ -237,7 +237,12 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
         "perplexity": {},
         "divergence": {},
         "tasks": [],
-        "predicted": {"loss": sliced.predicted, "measured": None, "energy": sliced.energy},
+        "predicted": {
+            "loss": sliced.predicted,
+            "by": sliced.predicted_by,
+            "measured": None,
+            "energy": sliced.energy,
+        },
         "search": sliced.search,
         "nested": costs(recipe, chart, sliced, stored),
         "member": None,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
-from jaxtyping import Float64, Int
+from einops import einsum
+from jaxtyping import Float, Float64, Int
 from scipy.stats import ortho_group
 from torch import Tensor
 
@@ -185,6 +186,19 @@ class Change:
     @property
     def width(self) -> int:
         return self.encode.shape[-1]
+
+    def read(self, space: Space, x: Float[Tensor, "*n w"]) -> Float[Tensor, "*n w"]:
+        """What readers get of a signal, D Eᵀ x + offset, in its dtype; its last axis holds the runs of all heads."""
+        E, D, d, g = self.encode.to(x), self.decode.to(x), space.dim, space.grain
+        runs = x.unflatten(-1, (space.copies, -1, d, g))
+        kept = einsum(runs, E, "... c r d g, c d k -> ... c r k g")
+        if D.shape[-2] == d:
+            back = einsum(kept, D, "... c r k g, c d k -> ... c r d g").flatten(-2)
+        else:
+            back = einsum(kept.flatten(-2), D, "... c r k, c d k -> ... c r d")
+        if self.offset is not None:
+            back = back + self.offset.to(x).unsqueeze(-2)
+        return back.flatten(-3)
 
     @classmethod
     def rotation(cls, A: Float64[Tensor, "c d d"]) -> Change:

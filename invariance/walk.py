@@ -139,7 +139,7 @@ def oneshot(model: PreTrainedModel, layout: Layout, batches: list[Batch], wanted
         compared = Statistic.COSINE in wanted.get(edge.entry, ())
         if compared and edge.source == edge.entry:
             entered = [batch.x for batch in batches]
-        with _probes(moments, layout, [edge.source, *_inner(layout, edge)], stage, wanted) as probe:
+        with _probes(moments, layout, [edge.source, *inside(layout, edge)], stage, wanted) as probe:
             for batch in batches:
                 probe.mask = batch.mask
                 left = batch.left(batch.x, stage, edge)
@@ -188,7 +188,7 @@ def sequential(model: PreTrainedModel, layout: Layout, batches: list[Batch], wan
             uncut = [fast_copy(model, e, dtype) for e in ahead]
         basis = _cut_stream(model, layout, edge.source, batches, wanted, decide, basis, before)
         before = [batch.x for batch in batches] if edge.target in joined else []
-        inner = [n for n in _inner(layout, edge) if n in wanted]
+        inner = [n for n in inside(layout, edge) if n in wanted]
         if follow:
             if uncut and readers:
                 refit_readers(
@@ -273,7 +273,7 @@ def _measure_stream(moments: Moments, model: PreTrainedModel, layout: Layout, po
                     wanted: Wanted) -> None:  # fmt: skip
     """What arrives at one point of the stream, and what the norm there makes of it."""
     statistics = wanted.get(point, frozenset())
-    norm = _norm_at(model, layout, point)
+    norm = norm_at(model, layout, point)
     for batch in batches if statistics else ():
         normed = norm(batch.x) if Statistic.NORMED in statistics else batch.x
         _add_stream(moments, point, statistics, batch.x, normed, batch.mask)
@@ -288,14 +288,14 @@ def _add_stream(moments: Moments, point: str, statistics: frozenset[Statistic], 
         moments.add((point, Statistic.WEIGHTED), real_tokens(x, mask), weights=real_tokens(weights(x), mask))
 
 
-def _norm_at(model: PreTrainedModel, layout: Layout, point: str) -> nn.Module:
+def norm_at(model: PreTrainedModel, layout: Layout, point: str) -> nn.Module:
     """The norm that reads a point of the stream; one without a gain, which computes in any dtype."""
     found = {e.source: f"{e.stage}.norm" for e in layout.edges}.get(point, layout.architecture.final_norm)
     norm = model.get_submodule(found)
     return norm[0] if isinstance(norm, nn.Sequential) else norm
 
 
-def _inner(layout: Layout, edge: Edge) -> list[str]:
+def inside(layout: Layout, edge: Edge) -> list[str]:
     """The spaces that lie inside a stage."""
     found = {
         a.space
@@ -333,6 +333,19 @@ class _Probe:
         self.seen.clear()
 
 
+def tap(stage: Stage, space: Space) -> tuple[nn.Module, bool]:
+    """The module inside a stage that a space's signal enters, as what it reads (True), or leaves."""
+    if space.kind == "edge":
+        factored = stage.linears()[space.name.rpartition(".")[2]]
+        assert isinstance(factored, Factored)
+        return factored.first, False
+    if space.kind == "mlp":
+        assert stage.mlp is not None
+        return stage.mlp.down, True
+    assert stage.attention is not None
+    return (stage.attention.k, False) if space.kind == "qk" else (stage.attention.out, True)
+
+
 @contextmanager
 def _probes(
     moments: Moments, layout: Layout, spaces: list[str], stage: Stage, wanted: Wanted
@@ -357,21 +370,20 @@ def _probes(
         if space.kind == "residual":
             assert stage.norm is not None
             handles.append(stage.norm.register_forward_hook(stream))
-        elif space.kind == "edge":
-            factored = stage.linears()[name.rpartition(".")[2]]
-            assert isinstance(factored, Factored)
-            handles.append(factored.first.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
-        elif space.kind == "qk" and stage.attention is not None:
-            handles.append(stage.attention.k.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
+            continue
+        module, before = tap(stage, space)
+        if before:
+            attention = stage.attention
+            heads = attention.heads if space.kind == "vo" and attention is not None else space.copies
+            hook = lambda _m, a, add=add, heads=heads: add(a[0], heads=heads)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+        else:
+            handles.append(module.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
+        if space.kind == "qk":
+            assert stage.attention is not None
             heads = stage.attention.heads
             ask = lambda _m, _a, y, add=add, heads=heads: add(y, heads=heads, queries=True)  # noqa: E731
             handles.append(stage.attention.q.register_forward_hook(ask))
-        elif space.kind in ("vo", "heads") and stage.attention is not None:
-            heads = stage.attention.heads if space.kind == "vo" else 1
-            hook = lambda _m, a, add=add, heads=heads: add(a[0], heads=heads)  # noqa: E731
-            handles.append(stage.attention.out.register_forward_pre_hook(hook))
-        elif stage.mlp is not None:
-            handles.append(stage.mlp.down.register_forward_pre_hook(lambda _m, a, add=add: add(a[0])))
     try:
         yield probe
     finally:

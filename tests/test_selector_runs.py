@@ -110,7 +110,8 @@ def test_every_selector_runs_from_a_recipe_to_a_report(select: Any, order: str) 
     measures = (
         find("select", "sensitivity").name in str(select) or "measured" in str(select) or "cma" in str(select)
     )
-    assert (found["search"] is not None) == measures == (found["predicted"]["loss"] is not None)
+    assert (found["search"] is not None) == measures == (found["predicted"]["by"] == "selector")
+    assert found["predicted"]["by"] in ("selector", "gradients") and found["predicted"]["loss"] > 0
     if measures:
         assert found["search"]["evaluations"] >= 2 and found["search"]["seconds"] >= 0
     json.dumps(found)
@@ -202,15 +203,17 @@ class InNats(Rotator):
         return Basis(eye, torch.full((space.copies, space.dim), 0.01, dtype=torch.float64))
 
 
-def test_energies_in_nats_predict_a_loss_and_others_none() -> None:
+def test_energies_in_nats_predict_a_loss_and_gradients_where_others_are() -> None:
     asked = recipe({"uniform": {"width": 40}}, MLP, budget=None)
-    assert sliced(asked).predicted is None
+    assert sliced(asked).predicted_by == "gradients"
     chart = plan(asked, model_of("llama").config)
     truncate = find("slice", "truncate")()
     nats = replace(chart, units=tuple(replace(u, rotate=InNats(), slice=truncate) for u in chart.units))
-    assert slice_model(model_of("llama"), nats, tokens()).predicted == pytest.approx(2 * 24 * 0.01)
+    found = slice_model(model_of("llama"), nats, tokens())
+    assert found.predicted_by == "energies" and found.predicted == pytest.approx(2 * 24 * 0.01)
     refit = replace(chart, units=tuple(replace(u, rotate=InNats()) for u in chart.units))
-    assert slice_model(model_of("llama"), refit, tokens()).predicted is None  # energies that assume no refit
+    found = slice_model(model_of("llama"), refit, tokens())
+    assert found.predicted_by == "gradients"  # energies that assume no refit
 
 
 # --- Refusals.

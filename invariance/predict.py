@@ -1,0 +1,107 @@
+"""What changes are predicted to lose, whichever methods made them: to second order, from gradients of the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .data import Tokens
+from .fisher import SEED, score
+from .layout import Layout
+from .modules import Stage
+from .moments import real_tokens
+from .space import Change
+from .verify import copy_in
+from .walk import Progress, inside, norm_at, quiet, tap
+
+SEQUENCES = 2  # the first of the calibration tokens
+
+
+@dataclass(frozen=True)
+class Slopes:
+    """Of some tokens: the signal x of each space, and g = ∂/∂x Σ_s log p(y_s) by what its readers get of it."""
+
+    layout: Layout  # of the dense model's canonical form
+    signals: Mapping[str, Float[Tensor, "n w"]]
+    gradients: Mapping[str, Float[Tensor, "n w"]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for found in (self.signals, self.gradients) for x in found.values())
+
+    def loss(self, changes: Mapping[str, Change]) -> float:
+        """Nats of KL a token, to second order in what readers lose: ½ E[(Σ gᵀ(x' − x))²], the sum over all spaces that are
+        cut, x' = D Eᵀ x + offset. Errors of different spaces at one token count together, those of different tokens as
+        uncorrelated; what shortcuts lose between two bases, and refits win back, is not known yet."""
+        along = torch.zeros(())
+        for name, x in self.signals.items():
+            space, change = self.layout.spaces[name], changes.get(name)
+            if change is not None and change.width < space.dim:
+                along = along + (self.gradients[name] * (change.read(space, x) - x)).sum(-1)
+        return along.square().mean().item() / 2
+
+
+def slopes(model: PreTrainedModel, layout: Layout, spaces: Iterable[str], tokens: Tokens, progress: Progress = quiet,
+           *, skip: int = 0) -> Slopes:  # fmt: skip
+    """Signals and gradients of spaces, from one backward pass a sequence through a float32 copy of the canonical model.
+
+    The labels y_s are drawn as for the Fisher (``fisher.measure``), so that E[g gᵀ] over them is the Fisher of what the
+    readers of a space get, and of the stream's points that of the branches which read it there, not of the stream behind.
+    The first ``skip`` tokens of a sequence are left out.
+    """
+    names = list(spaces)
+    twin = copy_in(torch.float32, model).requires_grad_(False)
+    g = torch.Generator().manual_seed(SEED)
+    signals: dict[str, list[Tensor]] = {n: [] for n in names}
+    gradients: dict[str, list[Tensor]] = {n: [] for n in names}
+    sequences = list(Tokens(tokens.ids[:SEQUENCES], tokens.mask[:SEQUENCES]).batches(1))
+    with _read(twin, layout, names) as read:
+        for ids, real in progress(sequences, "measure slopes", len(sequences)):
+            seen = real.clone()
+            seen[:, :skip] = False
+            found = score(twin, ids, real, g, lambda: [read[n] for n in names])
+            for name, gradient in zip(names, found, strict=True):
+                signals[name].append(real_tokens(read[name].detach(), seen).cpu())
+                gradients[name].append(real_tokens(gradient, seen).cpu())
+    return Slopes(layout, {n: torch.cat(x) for n, x in signals.items()},
+                  {n: torch.cat(x) for n, x in gradients.items()})  # fmt: skip
+
+
+@contextmanager
+def _read(model: PreTrainedModel, layout: Layout, names: list[str]) -> Iterator[dict[str, Tensor]]:
+    """What readers of spaces get when the model runs, ready to be differentiated by; the stream passes them by."""
+    read: dict[str, Tensor] = {}
+
+    def keep(name: str, x: Tensor) -> Tensor:
+        read[name] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        return read[name]
+
+    handles = []
+    for name in names:
+        module, before = _tapped(model, layout, name)
+        if before:
+            handles.append(module.register_forward_pre_hook(lambda _m, a, n=name: (keep(n, a[0]), *a[1:])))
+        else:
+            handles.append(module.register_forward_hook(lambda _m, _a, y, n=name: keep(n, y)))
+    try:
+        yield read
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tapped(model: PreTrainedModel, layout: Layout, name: str) -> tuple[nn.Module, bool]:
+    """The module that a space's signal enters (True) or leaves."""
+    space = layout.spaces[name]
+    if space.kind == "residual":
+        return norm_at(model, layout, name), True
+    edge = next(e for e in layout.edges if name in inside(layout, e))
+    stage = model.get_submodule(edge.stage)
+    assert isinstance(stage, Stage)
+    return tap(stage, space)
