@@ -20,7 +20,7 @@ from .space import Change
 from .verify import copy_in
 from .walk import Progress, inside, norm_at, quiet, tap
 
-SEQUENCES = 2  # the first of the calibration tokens
+SEQUENCES, TOKENS = 2, 256  # the first of the calibration tokens
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def slopes(model: PreTrainedModel, layout: Layout, spaces: Iterable[str], tokens
     g = torch.Generator().manual_seed(SEED)
     signals: dict[str, list[Tensor]] = {n: [] for n in names}
     gradients: dict[str, list[Tensor]] = {n: [] for n in names}
-    sequences = list(Tokens(tokens.ids[:SEQUENCES], tokens.mask[:SEQUENCES]).batches(1))
+    first = (slice(SEQUENCES), slice(skip + TOKENS))
+    sequences = list(Tokens(tokens.ids[first], tokens.mask[first]).batches(1))
     with _read(twin, layout, names) as read:
         for ids, real in progress(sequences, "measure slopes", len(sequences)):
             seen = real.clone()

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 from einops import einsum, rearrange, repeat
-from jaxtyping import Bool, Float64, Int
+from jaxtyping import Float64, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,7 +15,7 @@ from .canonical import assign
 from .errors import InvarianceError
 from .layout import Axis, Edge, Layout, Role
 from .modules import Attention, Stage
-from .space import RTOL, Change, Space, pairs_kept
+from .space import Change, Space, pairs_kept, picks, support
 
 _NO_OFFSET = {
     "residual": "a norm stands between the stream and its readers",
@@ -194,20 +194,17 @@ def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor,
     if axis.role is Role.GATE:
         X = support(X).to(X.dtype)
     if axis.heads == 1:
-        chosen = support(X[0])
-        if not X.is_meta and bool((chosen.sum(0) == 1).all()):  # columns that pick and scale: no product
-            index = chosen.int().argmax(0)
+        index = (
+            picks(X[0]) if grain > 1 else change.read_picks if axis.role is Role.READ else change.write_picks
+        )
+        if index is not None:  # columns that pick and scale: no product
+            index = index.to(W.device)
             shape = [-1 if i == dim else 1 for i in range(W.ndim)]
             return W.index_select(dim, index) * X[0][index, torch.arange(len(index))].view(shape)
         return torch.tensordot(W, X[0], ([dim], [0])).movedim(-1, dim)
     X = repeat(X, "c d k -> (c r) d k", r=axis.heads // X.shape[0])
     W = rearrange(W.movedim(dim, -1), "... (h d) -> ... h d", h=axis.heads)
     return rearrange(einsum(W, X, "... h d, h d k -> ... h k"), "... h k -> ... (h k)").movedim(-1, dim)
-
-
-def support(X: Float64[Tensor, "*c d k"]) -> Bool[Tensor, "*c d k"]:
-    """Where a matrix is not zero, to the rounding that ``Space.contains`` allows."""
-    return X.abs() > RTOL * X.abs().amax() if X.numel() and not X.is_meta else X != 0
 
 
 def _resize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 import torch
 from einops import einsum
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Bool, Float, Float64, Int
 from scipy.stats import ortho_group
 from torch import Tensor
 
@@ -187,6 +188,16 @@ class Change:
     def width(self) -> int:
         return self.encode.shape[-1]
 
+    @cached_property
+    def write_picks(self) -> Int[Tensor, " k"] | None:
+        """``picks`` of ``encode``, of the first copy."""
+        return picks(self.encode[0])
+
+    @cached_property
+    def read_picks(self) -> Int[Tensor, " k"] | None:
+        """``picks`` of ``decode``, of the first copy."""
+        return picks(self.decode[0])
+
     def read(self, space: Space, x: Float[Tensor, "*n w"]) -> Float[Tensor, "*n w"]:
         """What readers get of a signal, D Eᵀ x + offset, in its dtype; its last axis holds the runs of all heads."""
         E, D, d, g = self.encode.to(x), self.decode.to(x), space.dim, space.grain
@@ -213,6 +224,17 @@ class Change:
         with k = 0 to let a branch go."""
         E = torch.eye(space.dim, k, dtype=torch.float64).repeat(space.copies, 1, 1)
         return cls(E, torch.zeros_like(E))
+
+
+def support(X: Float64[Tensor, "*c d k"]) -> Bool[Tensor, "*c d k"]:
+    """Where a matrix is not zero, to the rounding that ``Space.contains`` allows."""
+    return X.abs() > RTOL * X.abs().amax() if X.numel() and not X.is_meta else X != 0
+
+
+def picks(X: Float64[Tensor, "d k"]) -> Int[Tensor, " k"] | None:
+    """Which row each column of a matrix picks, and scales; None where one mixes several."""
+    found = support(X)
+    return found.int().argmax(0) if not X.is_meta and bool((found.sum(0) == 1).all()) else None
 
 
 def in_group(group: Group, A: Float64[Tensor, "c d d"], rotary: int = 0, rtol: float = RTOL) -> bool:
