@@ -242,7 +242,7 @@ class _Run:
             return
         assert self.tokens is not None and self.plan.recipe.calibrate is not None
         spaces = [m for u in self.plan.units if u.slice is not None for m in u.members]
-        key = ("slopes", *self._source(), self.tokens.digest(), *spaces)
+        key = ("slopes", *self._source(), self.tokens.digest(), self.plan.recipe.calibrate.skip, *spaces)
         with timed(self.seconds, "predict"):
             make = partial(slopes, self.model, self.layout, spaces, self.tokens, self.progress,
                            skip=self.plan.recipe.calibrate.skip)  # fmt: skip
