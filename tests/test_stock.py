@@ -129,6 +129,11 @@ REFUSED: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str]] = {
         r"so their energies are added, and those of 'rope_pairs' are in units of 'rope_pairs', those of 'head_svd' in nats",
     ),
     "no width of both": ((vo(min=5, max=7), qk(max=4)), {}, r"no width is allowed by the `widths` of both"),
+    "half a block": (
+        ({"spaces": "mlp", "select": {"shortgpt": {"blocks": 1}}, "widths": {"min": 0}},),
+        {"budget": None},
+        r"has lost its mlp and not all else",
+    ),
     "some protected": ((mlp(protect={"first": 1}),), {}, r"`protect` keeps 'mlp\.0' whole"),
 }  # fmt: skip
 
