@@ -5,7 +5,8 @@
 The yardstick is transformers' own model (embedding, blocks and final norm, no head, no cache) in the dtype that
 calibration picks. Each recipe is timed with an empty store, then again with what the first run left there. What is
 counted: canonical form, calibration, fitting, selecting, cutting. Eigendecompositions are timed apart (`fit`); the
-certificate and evaluations are not counted. Medians of ``--repeats`` rounds, yardstick and recipes in turn.
+certificate, the prediction by gradients and evaluations are not counted. Medians of ``--repeats`` rounds, yardstick and
+recipes in turn.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def main() -> None:
             "in forward passes": counted / unit,
             "with fit, in forward passes": (counted + seconds.get("fit", 0.0)) / unit,
             "verify, apart": seconds["verify"],
+            "predict, apart": seconds.get("predict", 0.0),
         }
     print(
         json.dumps(

@@ -16,7 +16,7 @@ from jaxtyping import Float64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from . import walk
+from . import predict, walk
 from .budget import Predicted
 from .calibration import Calibration, timed
 from .canonical import join
@@ -29,7 +29,6 @@ from .layout import Layout
 from .memo import Memo, digest
 from .moments import Moments, check_finite
 from .plan import MEASURED, Plan
-from .predict import Slopes, slopes
 from .reparametrize import reparametrize
 from .shortcuts import Chain
 from .space import Basis, Change
@@ -87,7 +86,7 @@ class _Run:
         self.unit_of = {m: u for u in plan.units for m in u.members}
         self.bases: dict[str, Basis] = {}  # by a unit's first member
         self.changes: dict[str, Change] = {}
-        self.slopes: Slopes | None = None
+        self.gradients: predict.Gradients | None = None
         self.calibration = Calibration(model, plan, tokens, store, memo, progress)
         self.model, self.layout = self.calibration.model, self.calibration.layout
         self.seconds = self.calibration.seconds
@@ -102,7 +101,7 @@ class _Run:
             plan.check_widths(chosen)
             narrower = self._narrower(moments, chosen)
             certificate = self._certify()
-            self._measure_slopes(chosen)
+            self._measure_gradients(chosen)
             losses = {k: self._predicted(w, self._cut(plan.units, moments, w)) for k, w in narrower.items()}
             with timed(self.seconds, "slice"):
                 self.changes = self._cut(plan.units, moments, chosen)
@@ -116,7 +115,7 @@ class _Run:
             chosen = self._allocate(moments, influence) if widths is None else widths
             plan.check_widths(chosen)
             self.bases = {n: b for n, b in self.bases.items() if plan.stands(self.unit_of[n])}
-            self._measure_slopes(chosen)
+            self._measure_gradients(chosen)
             self._walk_sequentially(moments, chosen)
             certificate = self._certify()
             narrower, losses = {}, {}
@@ -236,17 +235,17 @@ class _Run:
             return "energies"
         return None if self.tokens is None else "gradients"
 
-    def _measure_slopes(self, widths: Widths) -> None:
+    def _measure_gradients(self, widths: Widths) -> None:
         """Measure the gradients of the model, which is not cut yet, where they are to tell the loss of widths."""
         if self._predicted_by(widths) != "gradients":
             return
         assert self.tokens is not None and self.plan.recipe.calibrate is not None
         spaces = [m for u in self.plan.units if u.slice is not None for m in u.members]
-        key = ("slopes", *self._source(), self.tokens.digest(), self.plan.recipe.calibrate.skip, *spaces)
+        key = ("gradients", *self._source(), self.tokens.digest(), self.plan.recipe.calibrate.skip, *spaces)
         with timed(self.seconds, "predict"):
-            make = partial(slopes, self.model, self.layout, spaces, self.tokens, self.progress,
+            make = partial(predict.measure, self.model, self.layout, spaces, self.tokens, self.progress,
                            skip=self.plan.recipe.calibrate.skip)  # fmt: skip
-            self.slopes = self.memo.once(key, make, lambda found: found.nbytes)
+            self.gradients = self.memo.once(key, make, lambda found: found.nbytes)
 
     def _predicted(self, widths: Widths, changes: Mapping[str, Change]) -> float | None:
         """The loss in nats per token that is predicted of widths, with the changes that they make."""
@@ -256,10 +255,10 @@ class _Run:
         if by == "energies":
             cut = {u.space.name: k for u in self.plan.units if (k := widths[u.space.name]) < u.space.dim}
             return sum(self.bases[name].energy[:, k:].sum().item() for name, k in cut.items())
-        if by is None or self.slopes is None:
+        if by is None or self.gradients is None:
             return None
         with timed(self.seconds, "predict"):
-            loss = self.slopes.loss(changes)
+            loss = self.gradients.loss(changes)
         return loss if math.isfinite(loss) else None
 
     def _energy(self, widths: Widths) -> dict[str, float]:

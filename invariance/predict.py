@@ -24,7 +24,7 @@ SEQUENCES, TOKENS = 2, 256  # the first of the calibration tokens
 
 
 @dataclass(frozen=True)
-class Slopes:
+class Gradients:
     """Of some tokens: the signal x of each space, and g = ∂/∂x Σ_s log p(y_s) by what its readers get of it."""
 
     layout: Layout  # of the dense model's canonical form
@@ -47,8 +47,8 @@ class Slopes:
         return along.square().mean().item() / 2
 
 
-def slopes(model: PreTrainedModel, layout: Layout, spaces: Iterable[str], tokens: Tokens, progress: Progress = quiet,
-           *, skip: int = 0) -> Slopes:  # fmt: skip
+def measure(model: PreTrainedModel, layout: Layout, spaces: Iterable[str], tokens: Tokens, progress: Progress = quiet,
+           *, skip: int = 0) -> Gradients:  # fmt: skip
     """Signals and gradients of spaces, from one backward pass a sequence through a float32 copy of the canonical model.
 
     The labels y_s are drawn as for the Fisher (``fisher.measure``), so that E[g gᵀ] over them is the Fisher of what the
@@ -63,14 +63,14 @@ def slopes(model: PreTrainedModel, layout: Layout, spaces: Iterable[str], tokens
     first = (slice(SEQUENCES), slice(skip + TOKENS))
     sequences = list(Tokens(tokens.ids[first], tokens.mask[first]).batches(1))
     with _read(twin, layout, names) as read:
-        for ids, real in progress(sequences, "measure slopes", len(sequences)):
+        for ids, real in progress(sequences, "measure gradients", len(sequences)):
             seen = real.clone()
             seen[:, :skip] = False
             found = score(twin, ids, real, g, lambda: [read[n] for n in names])
             for name, gradient in zip(names, found, strict=True):
                 signals[name].append(real_tokens(read[name].detach(), seen).cpu())
                 gradients[name].append(real_tokens(gradient, seen).cpu())
-    return Slopes(layout, {n: torch.cat(x) for n, x in signals.items()},
+    return Gradients(layout, {n: torch.cat(x) for n, x in signals.items()},
                   {n: torch.cat(x) for n, x in gradients.items()})  # fmt: skip
 
 

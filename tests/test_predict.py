@@ -14,7 +14,7 @@ from sliced import recipe, sliced, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from invariance import pipeline, predict
+from invariance import predict
 from invariance.canonical import canonicalize
 from invariance.data import Tokens
 from invariance.fisher import SEED, sample
@@ -102,7 +102,7 @@ def cuttable(layout: Layout) -> dict[str, Space]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["residual", "mlp", "vo", "qk", "heads", "edge", "all"])
-def test_slopes_are_the_derivative_on_the_way_to_the_cut(family: str, kind: str) -> None:
+def test_gradients_are_the_derivative_on_the_way_to_the_cut(family: str, kind: str) -> None:
     split = ["edge.0.down", "edge.1.q", "edge.1.up"] if kind == "edge" else []
     model, layout = canonical(family, family != "gemma3_text", split)
     chosen = {n: s for n, s in cuttable(layout).items() if kind in (s.kind, "all")}
@@ -110,7 +110,7 @@ def test_slopes_are_the_derivative_on_the_way_to_the_cut(family: str, kind: str)
         pytest.skip("this family cuts no such space")
     cuts = {n: cut(space) for n, space in chosen.items()}
     tokens = text()
-    found = predict.slopes(model, layout, chosen, tokens)
+    found = predict.measure(model, layout, chosen, tokens)
     step, labels = 1e-5, drawn(model, tokens)
     both = []
     for share in (step, -step):
@@ -140,7 +140,7 @@ def test_half_the_mean_square_is_the_kl_of_a_small_step(kind: str) -> None:
             torch.cat([logits(m, row[None])[0] for row in tokens.ids]).log_softmax(-1) for m in (model, twin)
         )
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    predicted = 0.03**2 * predict.slopes(model, layout, [last], tokens).loss(cuts)
+    predicted = 0.03**2 * predict.measure(model, layout, [last], tokens).loss(cuts)
     assert kl == pytest.approx(predicted, rel=0.3)  # of 600 labels
     assert kl != pytest.approx(2 * predicted, rel=0.3)  # the control: without the half
 
@@ -176,15 +176,15 @@ def test_what_readers_get_is_what_the_changed_weights_compute(kind: str, cutter:
 def test_tokens_that_are_left_out_or_padding_tell_nothing() -> None:
     model, layout = canonical()
     tokens = text(2, 12)
-    whole = predict.slopes(model, layout, ["mlp.0"], tokens)
-    later = predict.slopes(model, layout, ["mlp.0"], tokens, skip=4)
+    whole = predict.measure(model, layout, ["mlp.0"], tokens)
+    later = predict.measure(model, layout, ["mlp.0"], tokens, skip=4)
     assert torch.equal(later.signals["mlp.0"], whole.signals["mlp.0"].reshape(2, 12, -1)[:, 4:].flatten(0, 1))
     assert torch.equal(
         later.gradients["mlp.0"], whole.gradients["mlp.0"].reshape(2, 12, -1)[:, 4:].flatten(0, 1)
     )
     padded = Tokens(torch.cat((tokens.ids, torch.ones(2, 3, dtype=torch.long)), 1),
                     torch.cat((tokens.mask, torch.zeros(2, 3, dtype=torch.bool)), 1))  # fmt: skip
-    assert predict.slopes(model, layout, ["mlp.0"], padded).signals["mlp.0"].shape[0] == 24
+    assert predict.measure(model, layout, ["mlp.0"], padded).signals["mlp.0"].shape[0] == 24
 
 
 MLP = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"width": 48}}, "slice": "least_squares"}
@@ -224,13 +224,13 @@ def test_members_of_a_family_are_predicted_one_by_one() -> None:
     assert sliced(alone).predicted == pytest.approx(found.losses[0.7], rel=1e-6)
 
 
-def test_runs_on_one_model_measure_slopes_once() -> None:
+def test_runs_on_one_model_measure_gradients_once() -> None:
     memo, model = Memo(), model_of("llama")
     first, second = (recipe(MLP | {"select": {"uniform": {"width": k}}}) for k in (48, 40))
     losses = [
         slice_model(model, plan(r, model.config), tokens(), memo=memo).predicted for r in (first, second)
     ]
-    assert sum(key[0] == "slopes" for key in memo.computed if isinstance(key, tuple)) == 1
+    assert sum(key[0] == "gradients" for key in memo.computed if isinstance(key, tuple)) == 1
     assert losses == [sliced(first, model).predicted, sliced(second, model).predicted]
 
 
@@ -241,5 +241,5 @@ def test_without_tokens_nothing_is_predicted() -> None:
 
 
 def test_what_overflows_predicts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline.Slopes, "loss", lambda self, changes: float("inf"))
+    monkeypatch.setattr(predict.Gradients, "loss", lambda self, changes: float("inf"))
     assert sliced(recipe(MLP)).predicted is None
