@@ -387,7 +387,7 @@ def _check_depth(recipe: Recipe, n: int) -> None:
 def _check_widths(chart: Plan) -> None:
     if (fixed := chart.allocate(None)) is not None:
         chart.check_widths(fixed)
-    elif chart.recipe.stock or len(set(chart.selectors)) > 1 or any(s.depth for s in chart.selectors):
+    elif len(set(chart.selectors)) > 1 or any(s.depth for s in chart.selectors):
         # whether a budget can be met, and blocks can go, hangs on no measurement: ask before calibrating
         flat = {u.space.name: torch.ones(u.space.copies, u.space.dim) for u in chart.units}
         measured = any(s.depth and s.measures for s in chart.selectors)

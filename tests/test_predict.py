@@ -173,7 +173,7 @@ def test_what_readers_get_is_what_the_changed_weights_compute(kind: str, cutter:
     assert not torch.allclose(y, x @ W.mT, rtol=1e-2, atol=1e-2)  # the control
 
 
-def test_tokens_that_are_left_out_or_padding_tell_nothing() -> None:
+def test_tokens_that_are_left_out_or_padding_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, layout = canonical()
     tokens = text(2, 12)
     whole = predict.measure(model, layout, ["mlp.0"], tokens)
@@ -182,6 +182,10 @@ def test_tokens_that_are_left_out_or_padding_tell_nothing() -> None:
     assert torch.equal(
         later.gradients["mlp.0"], whole.gradients["mlp.0"].reshape(2, 12, -1)[:, 4:].flatten(0, 1)
     )
+    monkeypatch.setattr(predict, "TOKENS", 5)  # of those that are not left out
+    five = predict.measure(model, layout, ["mlp.0"], tokens, skip=4).signals["mlp.0"]
+    torch.testing.assert_close(five, whole.signals["mlp.0"].reshape(2, 12, -1)[:, 4:9].flatten(0, 1))
+    monkeypatch.undo()
     padded = Tokens(torch.cat((tokens.ids, torch.ones(2, 3, dtype=torch.long)), 1),
                     torch.cat((tokens.mask, torch.zeros(2, 3, dtype=torch.bool)), 1))  # fmt: skip
     assert predict.measure(model, layout, ["mlp.0"], padded).signals["mlp.0"].shape[0] == 24

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from invariance.plan import plan
 from invariance.recipe import Recipe
 from invariance.run import outcome
 
+planning = sys.modules[plan.__module__]  # the package gives its name to the function
 PROGRAMME = {"dynamic_programming": {"of": "absolute"}}
 
 
@@ -92,15 +94,20 @@ def test_the_energies_of_both_head_spaces_decide_on_their_one_width() -> None:
     assert width("vo") == width("qk") == 8 and width("mlp") < 8
 
 
-def test_widths_that_a_config_refuses_are_not_offered() -> None:
-    stream = step("residual", {"pca": {"of": "normed"}}, {"global_energy": {"of": "absolute"}})
-    chart = plan(recipe(stream, stock=True, budget={"flops": 0.7}), dense().config)
-    spectra = {chart.units[0].space.name: torch.arange(32.0).flip(0)[None]}
-    widths = chart.allocate(spectra)
-    assert widths is not None and chart.why_not_stock(widths) is None
-    (offered,) = {widths[p] for p in chart.layout.points}
-    free = plan(recipe(stream, budget={"flops": 0.7}), dense().config).allocate(spectra)
-    assert free is not None and offered <= free["x.0.0"]
+def test_widths_that_a_config_refuses_are_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def widths() -> set[int]:
+        chart = plan(asked(mlp()), dense().config)
+        found = chart.allocate({u.space.name: torch.ones(1, 64) for u in chart.units})
+        assert found is not None
+        return {found[f"mlp.{n}"] for n in range(2)}
+
+    assert widths() == {40}  # the control: multiples of 4
+
+    def picky(layout: Any, widths: Any, config: Any, chosen: bool) -> str | None:
+        return "its MLPs must be multiples of 16" if layout.width("mlp.0", widths) % 16 else None
+
+    monkeypatch.setattr(planning, "config_obstacle", picky)
+    assert widths() == {32}
 
 
 REFUSED: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str]] = {
