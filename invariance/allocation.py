@@ -67,7 +67,7 @@ def allocate(chart: Plan, spectra: Spectra | None, loss: Loss | None = None,
         losses.append(widths.loss if isinstance(widths, Predicted) else None if cuts else 0.0)
     kept |= _whole_again(chart, kept)
     if chart.recipe.stock:
-        _refuse_unless(chart, (why := chart.why_not_stock(kept)) is None, why)
+        _check_stock(chart, kept)
     known = [n for n in losses if n is not None]
     return Predicted(kept, sum(known)) if len(known) == len(losses) else kept
 
@@ -118,8 +118,12 @@ def _demands(chart: Plan, units: Sequence[Unit]) -> list[Demand]:
 
 
 def _check_shared(chart: Plan, demand: Demand) -> None:
-    """Raises InputError where spaces of different steps get one width, and nothing could choose it."""
+    """Raises InputError where spaces get one width, and nothing could choose it."""
     first, *others = demand.units
+    try:
+        demand.protected(chart.blocks)
+    except InputError as e:
+        raise InputError(f"{chart.recipe.where('steps', first.step, 'widths')}: {e}") from None
     for unit in others:
         both = f"'{first.space.name}' and '{unit.space.name}' get one width, since a stock config has one"
         if unit.select != first.select:
@@ -172,13 +176,18 @@ def _stock(chart: Plan, demand: Demand, allowed: tuple[int, ...], kept: Widths) 
         return allowed
     why = {k: chart.why_not_stock({**kept, **dict.fromkeys(demand.members, k)}) for k in allowed}
     found = tuple(k for k, reason in why.items() if reason is None)
-    if cut := [k for k in allowed if k < demand.space.dim]:
-        _refuse_unless(chart, any(k in found for k in cut), why[cut[-1]])
+    cut = [k for k in allowed if k < demand.space.dim]
+    if cut and not any(k in found for k in cut):
+        raise InputError(
+            f"{chart.recipe.where('steps', demand.units[0].step)}: with `stock: true`, space '{demand.space.name}' cannot be cut: "
+            f"{why[cut[-1]]}. Cut in the same recipe what goes with it (all layers, values with queries and keys), leave the step "
+            "out, or remove `stock`."
+        )
     return found or allowed
 
 
-def _refuse_unless(chart: Plan, holds: bool, why: str | None) -> None:
-    if not holds:
+def _check_stock(chart: Plan, widths: Widths) -> None:
+    if why := chart.why_not_stock(widths):
         raise InputError(
             f"{chart.recipe.where('stock')}: no stock checkpoint could hold this model: {why}. Change that, or remove `stock`."
         )

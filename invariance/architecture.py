@@ -101,6 +101,8 @@ class Architecture:
     rotary: str | None = None
     rms: Rms = Rms()
     scaled: bool = False
+    heads_fill: bool = False
+    """Whether heads are as wide as the stream divided by their number, whatever the config says."""
     widths: tuple[tuple[str, str], ...] = (("residual", "hidden_size"), ("mlp", "intermediate_size"))
     alternatives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Model types that hold the same function under weaker config checks, and the config values that they need."""

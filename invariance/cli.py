@@ -178,7 +178,12 @@ def _plan_tables(document: dict[str, Any]) -> list[Any]:
         costs.add_row("latency, ms", *(f"{1e3 * s:.2f}" if s else "" for s in seconds.values()),
                       f"{seconds['sliced'] / seconds['dense']:.3f}" if seconds["sliced"] else "")  # fmt: skip
     why = document["why_not_stock"]
-    stock = f"No stock checkpoint: {why}." if why else "Exports as a stock checkpoint."
+    whole = (
+        "Members are extracted as stock checkpoints."
+        if document["nested"]
+        else "Exports as a stock checkpoint."
+    )
+    stock = f"No stock checkpoint: {why}." if why else whole
     return [units, costs] if document["stock"] is None else [units, costs, stock]
 
 

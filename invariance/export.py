@@ -211,11 +211,15 @@ def _config(
         values["layer_types"] = [values["layer_types"][i] for i in blocks]
     if rope:
         values["rope_parameters"] = dict(rope)
+    if layout.architecture.heads_fill and values["num_attention_heads"] * each["vo"] != k:
+        asked = f"{values['num_attention_heads']} heads of {each['vo']} dims"
+        return None, f"{asked} do not make up its stream of {k}, as those of '{original.model_type}' must"
     values["tie_word_embeddings"] = layout.tied
     if layout.folded:
         values["rms_norm_eps"] = original.rms_norm_eps * d / k
     reasons = []
-    for kind, extra in {original.model_type: {}, **layout.architecture.alternatives}.items():
+    others = {k: v for k, v in layout.architecture.alternatives.items() if k != original.model_type}
+    for kind, extra in {original.model_type: {}, **others}.items():
         try:
             return AutoConfig.for_model(kind, **{**values, **extra}), ""
         except Exception as e:  # each config class refuses in its own way

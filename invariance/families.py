@@ -60,6 +60,7 @@ OPT = Architecture(
         Stage("final_layer_norm", mlp=Mlp("", up="fc1", down="fc2", act="activation_fn")),
     ),
     widths=(("residual", "hidden_size"), ("mlp", "ffn_dim")),
+    heads_fill=True,
 )
 
 PHI = Architecture(

@@ -45,7 +45,8 @@ def costs(recipe: Recipe, chart: Plan, sliced: Sliced, stored: torch.dtype) -> l
             "predicted_seconds": chart.seconds(widths),
             "why_not_stock": chart.why_not_stock(widths),
             "widths": {name: widths.get(name, s.dim) for name, s in chart.layout.spaces.items()},
-            "predicted": sliced.losses.get(share, sliced.predicted),
+            "predicted": sliced.members.get(share, sliced.foretold).loss,
+            "predicted_by": sliced.members.get(share, sliced.foretold).by,
             "perplexity": {},
         }
         for share, widths in {widest: sliced.widths, **sliced.narrower}.items()
@@ -86,7 +87,7 @@ def of_member(report: Report, share: float, model: PreTrainedModel, why: str) ->
         "perplexity": found["perplexity"],
         "predicted": {
             "loss": found["predicted"],
-            "by": report["predicted"]["by"],
+            "by": found["predicted_by"],
             "measured": measured[0]["value"] if any(measured[:1]) else None,
             "energy": {},
         },

@@ -6,10 +6,11 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float64
@@ -37,6 +38,16 @@ from .verify import Certificate, certify
 PROBE_TOKENS = 64
 
 
+class Foretold(NamedTuple):
+    """What a cut is predicted to lose, in nats per token, and what told: selector, energies or gradients."""
+
+    loss: float | None = None
+    by: str | None = None
+
+
+NOTHING = Foretold()
+
+
 @dataclass
 class Sliced:
     """What slicing gives: the changed model (float64, blocks restructured), its layout, and how it came about."""
@@ -47,15 +58,14 @@ class Sliced:
     spectra: dict[str, Float64[Tensor, "c d"]]
     certificate: Certificate
     seconds: dict[str, float] = field(default_factory=dict)
-    predicted: float | None = None  # the loss in nats per token
-    predicted_by: str | None = None  # what told: selector, energies or gradients
+    foretold: Foretold = NOTHING
     energy: dict[str, float] = field(default_factory=dict)  # kind of space → which share of its energy is cut
     search: dict[str, float] | None = None  # what a selector that measures asked for
     encodes: dict[str, Float64[Tensor, "d k"]] = field(
         default_factory=dict
     )  # of the points of the stream that changed
     narrower: dict[float, Widths] = field(default_factory=dict)  # the nested members' by their shares
-    losses: dict[float, float | None] = field(default_factory=dict)  # predicted of those
+    members: dict[float, Foretold] = field(default_factory=dict)  # of those
 
 
 def slice_model(model: PreTrainedModel, plan: Plan, tokens: Tokens | None, *, store: Path | None = None,
@@ -101,8 +111,11 @@ class _Run:
             plan.check_widths(chosen)
             narrower = self._narrower(moments, chosen)
             certificate = self._certify()
-            self._measure_gradients(chosen)
-            losses = {k: self._predicted(w, self._cut(plan.units, moments, w)) for k, w in narrower.items()}
+            self._measure_gradients([chosen, *narrower.values()])
+            members = {
+                share: self._foretell(widths, partial(self._cut, plan.units, moments, widths))
+                for share, widths in narrower.items()
+            }
             with timed(self.seconds, "slice"):
                 self.changes = self._cut(plan.units, moments, chosen)
                 reparametrize(self.model, self.layout, self.changes)
@@ -115,10 +128,10 @@ class _Run:
             chosen = self._allocate(moments, influence) if widths is None else widths
             plan.check_widths(chosen)
             self.bases = {n: b for n, b in self.bases.items() if plan.stands(self.unit_of[n])}
-            self._measure_gradients(chosen)
+            self._measure_gradients([chosen])
             self._walk_sequentially(moments, chosen)
             certificate = self._certify()
-            narrower, losses = {}, {}
+            narrower, members = {}, {}
         join(self.model)
         spectra = {name: basis.energy for name, basis in self.bases.items()}
         encodes = {
@@ -131,13 +144,12 @@ class _Run:
             spectra,
             certificate,
             self.seconds,
-            self._predicted(chosen, self.changes),
-            self._predicted_by(chosen),
+            self._foretell(chosen, lambda: self.changes),
             self._energy(chosen),
             self.search,
             encodes,
             narrower,
-            losses,
+            members,
         )
 
     def _fit(self, units: tuple[Unit, ...] | list[Unit], moments: Moments) -> None:
@@ -224,42 +236,51 @@ class _Run:
             self.model, self.layout, self.plan.units, cut, tokens, calibrate.batch, self.progress, path
         )
 
-    def _predicted_by(self, widths: Widths) -> str | None:
-        """What tells the loss of widths: their selectors; else the energies that they cut, where those of all spaces that are
-        cut are losses in nats per token, and assume the refit that the slicer makes, or none; else, where tokens are
-        read, gradients."""
-        if isinstance(widths, Predicted):
-            return "selector"
-        cut = [u for u in self.plan.units if widths[u.space.name] < u.space.dim]
-        if all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.refits for u in cut):
-            return "energies"
-        return None if self.tokens is None else "gradients"
-
-    def _measure_gradients(self, widths: Widths) -> None:
-        """Measure the gradients of the model, which is not cut yet, where they are to tell the loss of widths."""
-        if self._predicted_by(widths) != "gradients":
+    def _measure_gradients(self, choices: Sequence[Widths]) -> None:
+        """Measure the gradients of the model, which is not cut yet, where they are to tell what widths lose."""
+        if self.tokens is None or not any(self._told_by(widths) == "gradients" for widths in choices):
             return
-        assert self.tokens is not None and self.plan.recipe.calibrate is not None
-        spaces = [m for u in self.plan.units if u.slice is not None for m in u.members]
-        key = ("gradients", *self._source(), self.tokens.digest(), self.plan.recipe.calibrate.skip, *spaces)
+        assert self.plan.recipe.calibrate is not None
+        units = [u for u in self.plan.units if u.slice is not None or any(self._cuts(u, w) for w in choices)]
+        spaces = [m for u in units for m in u.members]
+        skip = self.plan.recipe.calibrate.skip
+        key = ("gradients", *self._source(), self.tokens.digest(), skip, *spaces)
         with timed(self.seconds, "predict"):
-            make = partial(predict.measure, self.model, self.layout, spaces, self.tokens, self.progress,
-                           skip=self.plan.recipe.calibrate.skip)  # fmt: skip
+            make = partial(
+                predict.measure, self.model, self.layout, spaces, self.tokens, self.progress, skip=skip
+            )
             self.gradients = self.memo.once(key, make, lambda found: found.nbytes)
 
-    def _predicted(self, widths: Widths, changes: Mapping[str, Change]) -> float | None:
-        """The loss in nats per token that is predicted of widths, with the changes that they make."""
-        if isinstance(widths, Predicted):
-            return widths.loss
-        by = self._predicted_by(widths)
-        if by == "energies":
-            cut = {u.space.name: k for u in self.plan.units if (k := widths[u.space.name]) < u.space.dim}
-            return sum(self.bases[name].energy[:, k:].sum().item() for name, k in cut.items())
-        if by is None or self.gradients is None:
+    def _cuts(self, unit: Unit, widths: Widths) -> bool:
+        return widths[unit.space.name] < unit.space.dim
+
+    def _told_by(self, widths: Widths) -> str | None:
+        """What tells the loss of widths that cut something: their selectors; else the energies that they cut, where those of
+        all spaces that are cut are losses in nats per token, and assume the refit that the slicer makes, or none;
+        else gradients."""
+        cut = [u for u in self.plan.units if self._cuts(u, widths)]
+        if not cut:
             return None
+        if isinstance(widths, Predicted):
+            return "selector"
+        nats = all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.refits for u in cut)
+        return "energies" if nats else "gradients"
+
+    def _foretell(self, widths: Widths, changes: Callable[[], Mapping[str, Change]]) -> Foretold:
+        """What widths are predicted to lose, with the changes that they make."""
+        by = self._told_by(widths)
+        if by is None:
+            return Foretold(0.0)
+        if isinstance(widths, Predicted):
+            return Foretold(widths.loss, by)
+        if by == "energies":
+            cut = {u.space.name: widths[u.space.name] for u in self.plan.units if self._cuts(u, widths)}
+            return Foretold(sum(self.bases[n].energy[:, k:].sum().item() for n, k in cut.items()), by)
+        if self.gradients is None:
+            return NOTHING
         with timed(self.seconds, "predict"):
-            loss = self.gradients.loss(changes)
-        return loss if math.isfinite(loss) else None
+            loss = self.gradients.loss(changes())
+        return Foretold(loss, by) if math.isfinite(loss) else NOTHING
 
     def _energy(self, widths: Widths) -> dict[str, float]:
         """The share of energy that widths cut, by kind of space and on average over its bases; 0 is left out, and so are

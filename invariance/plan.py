@@ -180,7 +180,11 @@ class Plan:
             return why
         key = tuple(self.layout.width(n, widths) for n in self.layout.spaces)
         if key not in self._configs:
-            self._configs[key] = config_obstacle(self.layout, widths, self.config, self.chosen_pairs)
+            cut = any(
+                s.rotary and self.layout.width(n, widths) < s.dim for n, s in self.layout.spaces.items()
+            )
+            chosen = self.chosen_pairs or cut
+            self._configs[key] = config_obstacle(self.layout, widths, self.config, chosen)
         return self._configs[key]
 
     @cached_property

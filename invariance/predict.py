@@ -20,7 +20,7 @@ from .space import Change
 from .verify import copy_in
 from .walk import Progress, inside, norm_at, quiet, tap
 
-SEQUENCES, TOKENS = 2, 256  # the first of the calibration tokens
+SEQUENCES, TOKENS = 2, 256  # of each the first that are not left out
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,16 @@ class Gradients:
     def loss(self, changes: Mapping[str, Change]) -> float:
         """Nats of KL a token, to second order in what readers lose: ½ E[(Σ gᵀ(x' − x))²], the sum over all spaces that are
         cut, x' = D Eᵀ x + offset. Errors of different spaces at one token count together, those of different tokens as
-        uncorrelated; what shortcuts lose between two bases, and refits win back, is not known yet."""
-        along = torch.zeros(())
+        uncorrelated; what shortcuts lose between two bases, and refits win back, is not known yet. Of a branch that goes
+        only the space that it vanishes with counts. Not a number where no token tells."""
+        gone = self.layout.gone({name: change.width for name, change in changes.items()})
+        along = torch.zeros(()) if self.signals else torch.tensor(torch.nan)
         for name, x in self.signals.items():
             space, change = self.layout.spaces[name], changes.get(name)
-            if change is not None and change.width < space.dim:
+            if change is None or change.width == space.dim:
+                continue
+            readers = [reader for reader, _ in self.layout.readers(name)]
+            if not change.width or not all(reader.startswith(gone) for reader in readers):
                 along = along + (self.gradients[name] * (change.read(space, x) - x)).sum(-1)
         return along.square().mean().item() / 2
 
@@ -60,8 +65,9 @@ def measure(model: PreTrainedModel, layout: Layout, spaces: Iterable[str], token
     g = torch.Generator().manual_seed(SEED)
     signals: dict[str, list[Tensor]] = {n: [] for n in names}
     gradients: dict[str, list[Tensor]] = {n: [] for n in names}
-    first = (slice(SEQUENCES), slice(skip + TOKENS))
-    sequences = list(Tokens(tokens.ids[first], tokens.mask[first]).batches(1))
+    telling = tokens.mask[:, skip:].any(1).nonzero()[:SEQUENCES, 0]
+    ids, mask = (x[telling, : skip + TOKENS] for x in (tokens.ids, tokens.mask))
+    sequences = list(Tokens(ids, mask).batches(1)) if len(telling) else []
     with _read(twin, layout, names) as read:
         for ids, real in progress(sequences, "measure gradients", len(sequences)):
             seen = real.clone()
@@ -70,8 +76,8 @@ def measure(model: PreTrainedModel, layout: Layout, spaces: Iterable[str], token
             for name, gradient in zip(names, found, strict=True):
                 signals[name].append(real_tokens(read[name].detach(), seen).cpu())
                 gradients[name].append(real_tokens(gradient, seen).cpu())
-    return Gradients(layout, {n: torch.cat(x) for n, x in signals.items()},
-                  {n: torch.cat(x) for n, x in gradients.items()})  # fmt: skip
+    joined = ({n: torch.cat(x) for n, x in found.items() if x} for found in (signals, gradients))
+    return Gradients(layout, *joined)
 
 
 @contextmanager

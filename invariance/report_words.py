@@ -153,10 +153,9 @@ def perplexities(report: Report) -> list[Row]:
 
 
 FORETOLD = {
-    "selector": "by the selector, when it chose the widths",
-    "energies": "by the energies that are cut",
-    "gradients": "to second order, by gradients of the dense model",
-    None: "when the widths were chosen",
+    "selector": " by the selector, when it chose the widths",
+    "energies": " by the energies that are cut",
+    "gradients": " to second order, by gradients of the dense model",
 }
 
 
@@ -167,7 +166,9 @@ def predicted(report: Report) -> list[str]:
     if found.get("loss") is not None:
         measured = found.get("measured")
         beside = "" if measured is None else f"; measured, on the first of these data: {measured:+.3f}"
-        said.append(f"Predicted {FORETOLD[found.get('by')]}: {found['loss']:+.3f} nats per token{beside}.")
+        said.append(
+            f"Predicted{FORETOLD.get(str(found.get('by')), '')}: {found['loss']:+.3f} nats per token{beside}."
+        )
     if found.get("energy"):
         shares = ", ".join(f"{share:.2%} of {kind}" for kind, share in found["energy"].items())
         said.append(f"Energy in the directions that are cut, before anything makes up for it: {shares}.")

@@ -196,6 +196,10 @@ def _exported(sliced: Sliced, chart: Plan, recipe: Recipe, dense: PreTrainedMode
     made, why = None, f"it holds {len(shared)} nested models, which `invariance extract` makes checkpoints of"
     if not shared:
         made, why = stock(sliced.model, sliced.layout, chart.dense, dense.config)
+        if made is None and recipe.stock:
+            raise InputError(
+                f"{recipe.where('stock')}: no stock checkpoint holds this model: {why}. Change that, or remove `stock`."
+            )
     small = made if made is not None else wrap(sliced.model, sliced.layout, dense.config, recipe.tie, shared)
     cast(small, stored)
     cast(small, dense.dtype)
@@ -238,8 +242,8 @@ def _report(recipe: Recipe, chart: Plan, sliced: Sliced, small: PreTrainedModel,
         "divergence": {},
         "tasks": [],
         "predicted": {
-            "loss": sliced.predicted,
-            "by": sliced.predicted_by,
+            "loss": sliced.foretold.loss,
+            "by": sliced.foretold.by,
             "measured": None,
             "energy": sliced.energy,
         },

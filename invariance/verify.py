@@ -111,7 +111,8 @@ def certify(model: PreTrainedModel, bases: Mapping[str, Tensor], ids: Int[Tensor
     canonicalize(twin, fold=False)
     reference = logits(twin, ids)
     layout = canonicalize(twin, fold=fold, tie=tie, split=[n for n in bases if n.startswith("edge.")])
-    made = {id(A): Change.rotation(A) for A in {id(A): A for A in bases.values()}.values()}
+    different = {id(A): A for A in bases.values()}
+    made = {at: Change.rotation(A) for at, A in different.items()}
     reparametrize(twin, layout, {n: made[id(A)] for n, A in bases.items()})
     error = relative_error(reference, logits(twin, ids))
     layout = label(twin)

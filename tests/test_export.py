@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from folders import VOCABULARY, model_of, save_tokens, stored_numbers
+from tiny import tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from invariance.checkpoint import InvarianceForCausalLM
@@ -159,6 +160,26 @@ def test_a_width_that_heads_do_not_divide_is_exported_as_mistral(tmp_path: Path)
     assert relative_error(logits(made.model, IDS), logits(loaded, IDS)) <= tolerance(torch.float32, 4)
     long = torch.randint(1, VOCABULARY, (1, 200), generator=torch.Generator().manual_seed(0))
     assert relative_error(logits(made.model, long), logits(loaded, long)) <= tolerance(torch.float32, 4)
+
+
+def test_a_mistral_model_keeps_its_window() -> None:
+    model = tiny(
+        "mistral",
+        hidden_size=32,
+        head_dim=8,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=320,
+        sliding_window=40,
+    )
+    made = compressed(model, [MLP | {"select": {"uniform": {"width": 24}}}])
+    assert made.report["model"]["stock"] and made.model.config.sliding_window == 40
+    ids = torch.randint(1, VOCABULARY, (1, 100), generator=torch.Generator().manual_seed(0))
+    found = logits(made.model, ids)
+    assert relative_error(logits(model, ids), found) <= tolerance(torch.float32, 4)  # 24 of 24 channels
+    made.model.config.sliding_window = None
+    for layer in made.model.model.layers:
+        layer.self_attn.sliding_window = None
+    assert relative_error(found, logits(made.model, ids)) > 1e-3  # the control: tokens are that far apart
 
 
 def test_a_rotated_model_that_keeps_its_widths_is_stock_and_untied(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -208,12 +209,14 @@ def test_every_plan_predicts(step: dict[str, Any], order: str) -> None:
     if step is FACTORS and order == "dense_target":
         pytest.skip("refused: it refits whole matrices")
     found = sliced(recipe(step, order=order))
-    assert found.predicted is not None and found.predicted > 0 and found.predicted_by == "gradients"
+    assert found.foretold.loss is not None and found.foretold.loss > 0 and found.foretold.by == "gradients"
     assert "predict" in found.seconds
 
 
 def test_what_is_cut_more_is_predicted_to_lose_more() -> None:
-    losses = [sliced(recipe(MLP | {"select": {"uniform": {"width": k}}})).predicted for k in (64, 56, 40, 16)]
+    losses = [
+        sliced(recipe(MLP | {"select": {"uniform": {"width": k}}})).foretold.loss for k in (64, 56, 40, 16)
+    ]
     assert losses[0] == 0 and losses == sorted(losses)  # type: ignore[type-var]
 
 
@@ -222,28 +225,76 @@ def test_members_of_a_family_are_predicted_one_by_one() -> None:
         MLP | {"select": "uniform", "slice": "truncate"}, budget={"parameters": 0.9}, nested=[0.8, 0.7]
     )
     found = sliced(family)
-    assert found.predicted is not None and found.losses[0.8] is not None and found.losses[0.7] is not None
-    assert found.predicted < found.losses[0.8] < found.losses[0.7]
+    assert (
+        found.foretold.loss is not None
+        and found.members[0.8].loss is not None
+        and found.members[0.7].loss is not None
+    )
+    assert found.foretold.loss < found.members[0.8].loss < found.members[0.7].loss
     alone = recipe(MLP | {"select": "uniform", "slice": "truncate"}, budget={"parameters": 0.7})
-    assert sliced(alone).predicted == pytest.approx(found.losses[0.7], rel=1e-6)
+    assert sliced(alone).foretold.loss == pytest.approx(found.members[0.7].loss, rel=1e-6)
 
 
 def test_runs_on_one_model_measure_gradients_once() -> None:
     memo, model = Memo(), model_of("llama")
     first, second = (recipe(MLP | {"select": {"uniform": {"width": k}}}) for k in (48, 40))
     losses = [
-        slice_model(model, plan(r, model.config), tokens(), memo=memo).predicted for r in (first, second)
+        slice_model(model, plan(r, model.config), tokens(), memo=memo).foretold.loss for r in (first, second)
     ]
     assert sum(key[0] == "gradients" for key in memo.computed if isinstance(key, tuple)) == 1
-    assert losses == [sliced(first, model).predicted, sliced(second, model).predicted]
+    assert losses == [sliced(first, model).foretold.loss, sliced(second, model).foretold.loss]
+
+
+def test_runs_that_leave_out_other_tokens_measure_them_again() -> None:
+    memo, model = Memo(), model_of("llama")
+    for skip in (0, 3):
+        found = recipe(MLP, calibrate={"skip": skip})
+        slice_model(model, plan(found, model.config), tokens(), memo=memo)
+    assert sum(key[0] == "gradients" for key in memo.computed if isinstance(key, tuple)) == 2
+
+
+def test_branches_that_go_count_whatever_is_done_to_the_rest() -> None:
+    model = model_of("llama", num_hidden_layers=4)
+    whole = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"keep": 1.0}}, "slice": "truncate"}
+    values = {"spaces": "vo", "rotate": "head_svd", "select": {"uniform": {"width": 6}}}
+    alone, beside, cut = (sliced(recipe(SHORT, *more), model).foretold for more in ((), (whole,), (values,)))
+    assert alone.loss == pytest.approx(beside.loss, rel=1e-6) and alone.by == beside.by == "gradients"
+    assert cut.loss is not None and alone.loss is not None and cut.loss != pytest.approx(alone.loss, rel=1e-3)
+
+
+def test_what_lies_in_a_branch_that_goes_is_not_counted_again() -> None:
+    model, layout = canonical()
+    names = ["heads.1", "vo.1", "qk.1"]
+    found = predict.measure(model, layout, names, text())
+    gone = {"heads.1": Change.empty(layout.spaces["heads.1"], 0)}
+    inside = {n: cut(layout.spaces[n]) for n in names[1:]}
+    assert found.loss(gone | inside) == found.loss(gone) != found.loss(inside) > 0
+
+
+def test_a_family_whose_widest_member_is_whole_predicts_the_others() -> None:
+    steps = MLP | {"select": "uniform", "slice": "truncate"}
+    found = sliced(recipe(steps, budget={"parameters": 1.0}, nested=[0.8, 0.7]))
+    assert found.foretold == (0.0, None)
+    assert found.members[0.8].by == "gradients" and 0 < found.members[0.8].loss < found.members[0.7].loss
+
+
+def test_sequences_without_a_token_that_counts_are_passed_over() -> None:
+    model, layout = canonical()
+    some = text(4, 12)
+    some.mask[:2, 3:] = False
+    found = predict.measure(model, layout, ["mlp.0"], some, skip=3)
+    later = predict.measure(model, layout, ["mlp.0"], Tokens(some.ids[2:], some.mask[2:]), skip=3)
+    assert torch.equal(found.signals["mlp.0"], later.signals["mlp.0"]) and len(found.signals["mlp.0"]) == 18
+    nothing = predict.measure(model, layout, ["mlp.0"], some, skip=12)
+    assert math.isnan(nothing.loss({"mlp.0": cut(layout.spaces["mlp.0"])}))
 
 
 def test_without_tokens_nothing_is_predicted() -> None:
     model = model_of("llama")
     step = {"spaces": "mlp", "rotate": "identity", "select": {"uniform": {"width": 40}}, "slice": "truncate"}
-    assert slice_model(model, plan(recipe(step), model.config), None).predicted is None
+    assert slice_model(model, plan(recipe(step), model.config), None).foretold.loss is None
 
 
 def test_what_overflows_predicts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict.Gradients, "loss", lambda self, changes: float("inf"))
-    assert sliced(recipe(MLP)).predicted is None
+    assert sliced(recipe(MLP)).foretold.loss is None

@@ -312,8 +312,9 @@ def test_counts_stand_in_the_unit_of_the_largest(value, largest, said):
 
 
 def test_a_predicted_loss_stands_beside_the_measured_one(report, spectra):
-    assert "Predicted when" not in page(report, spectra)
-    report["predicted"] = {"loss": 0.25, "measured": 0.3125}
+    assert "Predicted" not in page(report, spectra)
+    report["predicted"] = {"loss": 0.25, "by": "gradients", "measured": 0.3125}
+    assert "Predicted to second order, by gradients of the dense model: +0.250" in page(report, spectra)
     assert "+0.250 nats per token; measured, on the first of these data: +0.312" in page(report, spectra)
     report["predicted"]["measured"] = None
     assert "+0.250 nats per token." in page(report, spectra)

@@ -135,7 +135,7 @@ def test_what_is_measured_is_the_loss_of_the_model_that_comes_out() -> None:
     from invariance.losses import perplexity
 
     dense, after = (math.log(perplexity(m.float(), held)) for m in (model_of("llama"), found.model))
-    assert found.predicted == pytest.approx(after - dense, abs=1e-4) and abs(after - dense) > 1e-3
+    assert found.foretold.loss == pytest.approx(after - dense, abs=1e-4) and abs(after - dense) > 1e-3
 
 
 def test_held_out_sequences_take_no_part_in_the_calibration() -> None:
@@ -167,7 +167,7 @@ def test_an_interrupted_search_goes_on_where_it_was(tmp_path: Path, monkeypatch:
         sliced(asked, tmp_path)
     again = sliced(asked, tmp_path)
     assert through.search and again.search and again.widths == through.widths
-    assert again.predicted == pytest.approx(through.predicted)
+    assert again.foretold.loss == pytest.approx(through.foretold.loss)
     assert again.search["evaluations"] == through.search["evaluations"]
     assert again.search["measured"] == through.search["measured"] - 5
     third = sliced(asked, tmp_path)
@@ -205,15 +205,15 @@ class InNats(Rotator):
 
 def test_energies_in_nats_predict_a_loss_and_gradients_where_others_are() -> None:
     asked = recipe({"uniform": {"width": 40}}, MLP, budget=None)
-    assert sliced(asked).predicted_by == "gradients"
+    assert sliced(asked).foretold.by == "gradients"
     chart = plan(asked, model_of("llama").config)
     truncate = find("slice", "truncate")()
     nats = replace(chart, units=tuple(replace(u, rotate=InNats(), slice=truncate) for u in chart.units))
     found = slice_model(model_of("llama"), nats, tokens())
-    assert found.predicted_by == "energies" and found.predicted == pytest.approx(2 * 24 * 0.01)
+    assert found.foretold.by == "energies" and found.foretold.loss == pytest.approx(2 * 24 * 0.01)
     refit = replace(chart, units=tuple(replace(u, rotate=InNats()) for u in chart.units))
     found = slice_model(model_of("llama"), refit, tokens())
-    assert found.predicted_by == "gradients"  # energies that assume no refit
+    assert found.foretold.by == "gradients"  # energies that assume no refit
 
 
 # --- Refusals.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from folders import model_of
 from sliced import data as data
 from sliced import dense, recipe, tokens
 
@@ -111,7 +112,7 @@ def test_widths_that_a_config_refuses_are_not_offered(monkeypatch: pytest.Monkey
 
 
 REFUSED: dict[str, tuple[tuple[dict[str, Any], ...], dict[str, Any], str]] = {
-    "values alone": ((vo(),), {"budget": {"parameters": 0.95}}, r"no stock .*value heads have 7 .* remove `stock`"),
+    "values alone": ((vo(),), {"budget": {"parameters": 0.95}}, r"with `stock: true`, space 'vo.0' .*: value heads have 7"),
     "pairs of each head": ((vo(), qk(per="head")), {}, r"different frequency pairs"),
     "shortcuts": (
         (step("residual", "pca", {"uniform": {"width": 24}}) | {"segments": "block"},),
@@ -152,7 +153,7 @@ def test_what_no_stock_checkpoint_holds_is_refused_before_calibration(name: str)
     with pytest.raises(InputError) as e:
         plan(recipe(*steps, **{k: v for k, v in found.items() if v is not None}), dense().config)
     assert re.search(why, str(e.value)), str(e.value)
-    if "stock" in str(e.value):
+    if "stock" in str(e.value) and "one width" not in str(e.value):
         plan(
             recipe(*steps, **{k: v for k, v in found.items() if v is not None and k != "stock"}),
             dense().config,
@@ -172,3 +173,63 @@ def test_blocks_that_go_leave_a_stock_checkpoint_of_those_that_stay() -> None:
     }
     made = outcome(model, recipe(steps, vo(), qk(), stock=True, budget={"parameters": 0.7}))
     assert made.report["model"]["stock"] and made.model.config.num_hidden_layers == 3
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any], list[dict[str, Any]], str]] = {
+    "OPT's KV groups": (
+        "opt",
+        {},
+        [step("heads", "permute", {"uniform": {"width": 1}}, "least_squares")],
+        "do not make up",
+    ),
+    "OPT's heads": (
+        "opt",
+        {},
+        [step(kind, "identity", {"uniform": {"width": 6}}) for kind in ("vo", "qk")],
+        "do not make up its stream of 32",
+    ),
+    "Phi's pairs": (
+        "phi",
+        {},
+        [step(kind, "identity", {"uniform": {"width": 6}}) for kind in ("vo", "qk")],
+        "longrope",
+    ),
+    "frequencies that change": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+        [step(kind, "identity", {"uniform": {"width": 6}}) for kind in ("vo", "qk")],
+        "'dynamic' change with the length",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_families_refuse_what_their_configs_do_not_hold(name: str) -> None:
+    family, options, steps, why = OTHERS[name]
+    model = model_of(family, **options)
+    with pytest.raises(InputError, match=re.escape(why)):
+        plan(recipe(*steps, stock=True), model.config)
+    chart = plan(recipe(*steps), model.config)  # the control: allowed, told as no stock one, and none
+    widths = chart.allocate(None)
+    assert widths is not None and why in (chart.why_not_stock(widths) or "")
+    assert not outcome(model, recipe(*steps)).report["model"]["stock"]
+
+
+def test_what_only_the_export_sees_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    running = sys.modules[outcome.__module__]
+    monkeypatch.setattr(running, "stock", lambda *_: (None, "somebody says so"))
+    with pytest.raises(InputError, match=r"stock checkpoint holds this model: somebody says so"):
+        outcome(dense(), recipe(mlp("uniform"), stock=True, budget={"parameters": 0.9}))
+
+
+def test_a_conflict_with_protect_is_told_before_blocks_go() -> None:
+    deep = dense(num_hidden_layers=4)
+    go = {"spaces": ["heads", "mlp"], "select": {"shortgpt": {"blocks": 1}}, "widths": {"min": 0}}
+    with pytest.raises(InputError, match=r"`protect` keeps 'mlp\.0' whole"):
+        plan(asked(go, mlp("uniform", protect={"first": 1})), deep.config)
+    plan(asked(go, mlp("uniform", protect={"first": 1}), stock=False), deep.config)  # the control
+
+
+def test_of_a_family_members_are_stock() -> None:
+    made = outcome(dense(), asked(mlp("uniform") | {"slice": "truncate"}, nested=[0.7]))
+    assert [m["why_not_stock"] for m in made.report["nested"]] == [None, None]
