@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float64
@@ -18,7 +16,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from . import predict, walk
-from .budget import Predicted
 from .calibration import Calibration, timed
 from .canonical import join
 from .data import Tokens
@@ -30,22 +27,13 @@ from .layout import Layout
 from .memo import Memo, digest
 from .moments import Moments, check_finite
 from .plan import MEASURED, Plan
+from .predict import UNTOLD, Foretold, foretell, narrowed, told_by
 from .reparametrize import reparametrize
 from .shortcuts import Chain
 from .space import Basis, Change
 from .verify import Certificate, certify
 
 PROBE_TOKENS = 64
-
-
-class Foretold(NamedTuple):
-    """What a cut is predicted to lose, in nats per token, and what told: selector, energies or gradients."""
-
-    loss: float | None = None
-    by: str | None = None
-
-
-NOTHING = Foretold()
 
 
 @dataclass
@@ -58,7 +46,7 @@ class Sliced:
     spectra: dict[str, Float64[Tensor, "c d"]]
     certificate: Certificate
     seconds: dict[str, float] = field(default_factory=dict)
-    foretold: Foretold = NOTHING
+    foretold: Foretold = UNTOLD
     energy: dict[str, float] = field(default_factory=dict)  # kind of space → which share of its energy is cut
     search: dict[str, float] | None = None  # what a selector that measures asked for
     encodes: dict[str, Float64[Tensor, "d k"]] = field(
@@ -238,11 +226,12 @@ class _Run:
 
     def _measure_gradients(self, choices: Sequence[Widths]) -> None:
         """Measure the gradients of the model, which is not cut yet, where they are to tell what widths lose."""
-        if self.tokens is None or not any(self._told_by(widths) == "gradients" for widths in choices):
+        units = self.plan.units
+        if self.tokens is None or not any(told_by(units, widths) == "gradients" for widths in choices):
             return
         assert self.plan.recipe.calibrate is not None
-        units = [u for u in self.plan.units if u.slice is not None or any(self._cuts(u, w) for w in choices)]
-        spaces = [m for u in units for m in u.members]
+        changing = [u for u in units if u.slice is not None or any(u in narrowed(units, w) for w in choices)]
+        spaces = [m for u in changing for m in u.members]
         skip = self.plan.recipe.calibrate.skip
         key = ("gradients", *self._source(), self.tokens.digest(), skip, *spaces)
         with timed(self.seconds, "predict"):
@@ -251,36 +240,9 @@ class _Run:
             )
             self.gradients = self.memo.once(key, make, lambda found: found.nbytes)
 
-    def _cuts(self, unit: Unit, widths: Widths) -> bool:
-        return widths[unit.space.name] < unit.space.dim
-
-    def _told_by(self, widths: Widths) -> str | None:
-        """What tells the loss of widths that cut something: their selectors; else the energies that they cut, where those of
-        all spaces that are cut are losses in nats per token, and assume the refit that the slicer makes, or none;
-        else gradients."""
-        cut = [u for u in self.plan.units if self._cuts(u, widths)]
-        if not cut:
-            return None
-        if isinstance(widths, Predicted):
-            return "selector"
-        nats = all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.refits for u in cut)
-        return "energies" if nats else "gradients"
-
     def _foretell(self, widths: Widths, changes: Callable[[], Mapping[str, Change]]) -> Foretold:
-        """What widths are predicted to lose, with the changes that they make."""
-        by = self._told_by(widths)
-        if by is None:
-            return Foretold(0.0)
-        if isinstance(widths, Predicted):
-            return Foretold(widths.loss, by)
-        if by == "energies":
-            cut = {u.space.name: widths[u.space.name] for u in self.plan.units if self._cuts(u, widths)}
-            return Foretold(sum(self.bases[n].energy[:, k:].sum().item() for n, k in cut.items()), by)
-        if self.gradients is None:
-            return NOTHING
         with timed(self.seconds, "predict"):
-            loss = self.gradients.loss(changes())
-        return Foretold(loss, by) if math.isfinite(loss) else NOTHING
+            return foretell(self.plan.units, widths, self.bases, self.gradients, changes)
 
     def _energy(self, widths: Widths) -> dict[str, float]:
         """The share of energy that widths cut, by kind of space and on average over its bases; 0 is left out, and so are

@@ -1,26 +1,76 @@
-"""What changes are predicted to lose, whichever methods made them: to second order, from gradients of the dense model."""
+"""What cuts are predicted to lose: by selectors, by energies in nats, or to second order by gradients of the dense model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .budget import Predicted
 from .data import Tokens
+from .demand import Unit, Widths
 from .fisher import SEED, score
 from .layout import Layout
 from .modules import Stage
 from .moments import real_tokens
-from .space import Change
+from .space import Basis, Change
 from .verify import copy_in
 from .walk import Progress, inside, norm_at, quiet, tap
 
 SEQUENCES, TOKENS = 2, 256  # of each the first that are not left out
+
+
+class Foretold(NamedTuple):
+    """What a cut is predicted to lose, in nats per token, and what told: selector, energies or gradients."""
+
+    loss: float | None = None
+    by: str | None = None
+
+
+UNTOLD = Foretold()
+
+
+def narrowed(units: Iterable[Unit], widths: Widths) -> list[Unit]:
+    """The units that widths cut."""
+    return [u for u in units if widths[u.space.name] < u.space.dim]
+
+
+def told_by(units: Iterable[Unit], widths: Widths) -> str | None:
+    """What tells the loss of widths that cut something: their selectors; else the energies that they cut, where those of
+    all spaces that are cut are losses in nats per token, and assume the refit that the slicer makes, or none;
+    else gradients."""
+    found = narrowed(units, widths)
+    if not found:
+        return None
+    if isinstance(widths, Predicted):
+        return "selector"
+    nats = all(u.rotate.nats and u.slice is not None and u.slice.mixes == u.rotate.refits for u in found)
+    return "energies" if nats else "gradients"
+
+
+def foretell(units: Sequence[Unit], widths: Widths, bases: Mapping[str, Basis], gradients: Gradients | None,
+             changes: Callable[[], Mapping[str, Change]]) -> Foretold:  # fmt: skip
+    """What widths are predicted to lose, with the changes that they make; ``bases`` by a unit's first member."""
+    by = told_by(units, widths)
+    if by is None:
+        return Foretold(0.0)
+    if isinstance(widths, Predicted):
+        return Foretold(widths.loss, by)
+    if by == "energies":
+        lost = [
+            bases[u.space.name].energy[:, widths[u.space.name] :].sum().item()
+            for u in narrowed(units, widths)
+        ]
+        return Foretold(sum(lost), by)
+    loss = math.nan if gradients is None else gradients.loss(changes())
+    return Foretold(loss, by) if math.isfinite(loss) else UNTOLD
 
 
 @dataclass(frozen=True)
