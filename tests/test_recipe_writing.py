@@ -109,6 +109,7 @@ def test_a_recipe_is_written_in_full_and_in_the_order_of_its_fields() -> None:
         "order",
         "refit",
         "budget",
+        "stock",
         "tie",
         "seed",
         "steps",
