@@ -28,6 +28,8 @@ base:
   steps:
     - {spaces: mlp, rotate: permute, select: {uniform: {keep: 0.5}}}
 """
+GEMMA = {"hidden_size": 640, "intermediate_size": 2048, "num_hidden_layers": 18, "num_attention_heads": 4,
+         "num_key_value_heads": 1, "head_dim": 256, "vocab_size": 4096}  # fmt: skip
 SHAPE: dict[str, Any] = {  # of the model that the shipped studies name, but for its depth
     "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 5, "num_attention_heads": 9,
     "num_key_value_heads": 3, "vocab_size": 4096, "tie_word_embeddings": True, "max_position_embeddings": 8192,
@@ -214,7 +216,8 @@ def test_a_recipe_that_no_run_can_have_is_refused_before_anything_runs(tmp_path:
 
 @pytest.mark.parametrize("file", STUDIES, ids=lambda f: f.stem)
 def test_every_study_that_ships_is_planned_without_weights(file: Path, tmp_path: Path) -> None:
-    AutoConfig.for_model("llama", **SHAPE).save_pretrained(tmp_path / "m")
+    kind, shape = ("gemma3_text", GEMMA) if file.stem == "gemma" else ("llama", SHAPE)
+    AutoConfig.for_model(kind, **shape).save_pretrained(tmp_path / "m")
     found = load_study(file, [f"model={tmp_path / 'm'}"])
     jobs = Planner(Setting()).jobs(found.variants())
     seen = outlook(jobs, {})
