@@ -56,6 +56,7 @@ class Several:
                 ):  # no more: what waits here survives a broken pool
                     running[self.pool.submit(carry_out_alone, waiting[0], self.setting)] = waiting[0]
                     del waiting[0]
+                self.pool.submit(int)  # the pool looks again at which processes there are: a new one too
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     answer = future.result()
                     del running[future]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -38,7 +39,8 @@ def work(request: Request, setting: Setting) -> Answer:
         os._exit(3)
     if request.name == "beside" and not started.exists():
         started.touch()
-        time.sleep(600)  # until the process beside it dies; then it is tried again
+        time.sleep(60)  # until the process beside it dies; then it is tried again
+        return Answer(request, reason="nobody noticed")
     time.sleep(0.2 if request.name == "slow" else 0)
     return Answer(request, {"process": os.getpid()})
 
@@ -54,7 +56,19 @@ def two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Several:
     return Several(Setting(), workers=2)
 
 
-def test_a_process_that_dies_fails_alone_and_all_others_give_their_answers(two: Several) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_a_process_that_dies_fails_alone_and_all_others_give_their_answers(
+    two: Several, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = ProcessPoolExecutor._adjust_process_count
+
+    def later(pool: ProcessPoolExecutor) -> None:
+        while pool._processes and not Path(os.environ["STARTED"]).exists():
+            time.sleep(0.01)  # by when the pool watches the one process that there is, and sleeps
+        begin(pool)
+
+    if late:
+        monkeypatch.setattr(ProcessPoolExecutor, "_adjust_process_count", later)
     names = ("beside", "dies", "one", "two", "dies too", "three")
     answers = {answer.request.name: answer for answer in two(asked(*names))}
     assert answers.keys() == set(names)
