@@ -18,10 +18,11 @@ demo: $(VENV)/.demo  ## compress a small real model and print the table; report 
 test: $(VENV)/.all  ## the tests
 	$(PY) -m pytest
 
-lint: $(VENV)/.all  ## ruff and mypy
+lint: $(VENV)/.all  ## ruff, mypy, import-linter
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy invariance methods
+	$(VENV)/bin/lint-imports
 
 venv: $(VENV)/.all  ## .venv with everything, at the versions of constraints.txt
 

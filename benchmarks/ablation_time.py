@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from invariance.files import write_json
-from invariance.models import cache_dir
+from invariance.core.files import write_json
+from invariance.io.models import cache_dir
 
 ROTATORS = ["identity", "hadamard", {"pca": {"of": "raw"}}, {"pca": {"of": "normed"}}]
 WIDTHS = [549, 513, 477, 441, 405]
@@ -40,7 +40,10 @@ def main() -> None:
         "evaluate": [{"perplexity": {"data": args.data, "sequences": 16, "tokens": args.tokens}}],
     }
     one = {"base": recipe, "grid": {"steps.0.select.uniform.width": WIDTHS[1:2]}}
-    grid = {"base": recipe, "grid": {"steps.0.rotate": ROTATORS, "steps.0.select.uniform.width": WIDTHS}}
+    grid = {
+        "base": recipe,
+        "grid": {"steps.0.rotate": ROTATORS, "steps.0.select.uniform.width": WIDTHS},
+    }
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for name, study in (("one", one), ("grid", grid)):
@@ -50,11 +53,20 @@ def main() -> None:
         evaluation = json.loads(path.read_text())["seconds"][
             "evaluate"
         ]  # of the sliced model: the dense one's is shared
-    print(json.dumps({
-        "one_recipe": alone, "one_evaluation": evaluation, "grid_of_20": whole, "again": again,
-        "in_recipes": whole / alone, "in_recipes_without_19_evaluations": (whole - 19 * evaluation) / alone,
-        "workers": args.workers,
-    }, indent=2))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "one_recipe": alone,
+                "one_evaluation": evaluation,
+                "grid_of_20": whole,
+                "again": again,
+                "in_recipes": whole / alone,
+                "in_recipes_without_19_evaluations": (whole - 19 * evaluation) / alone,
+                "workers": args.workers,
+            },
+            indent=2,
+        )
+    )
 
 
 def timed(root: Path, study: str, workers: int) -> float:
@@ -64,8 +76,17 @@ def timed(root: Path, study: str, workers: int) -> float:
         own.mkdir()
         (own / "models").symlink_to(cache_dir("models"))
     start = time.perf_counter()
-    command = [sys.executable, "-c", "from invariance.cli import main; main()", "ablate", f"{study}.yaml",
-               "--output", f"study-{study}", "--workers", str(workers)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-c",
+        "from invariance.cli import main; main()",
+        "ablate",
+        f"{study}.yaml",
+        "--output",
+        f"study-{study}",
+        "--workers",
+        str(workers),
+    ]
     subprocess.run(command, cwd=root, env=os.environ | {"INVARIANCE_CACHE": str(own)}, check=True)
     return time.perf_counter() - start
 

@@ -20,14 +20,14 @@ from statistics import median
 
 import torch
 
-from invariance.calibration import calibration_dtype
-from invariance.data import load_tokens
-from invariance.evaluate import peak_memory
-from invariance.models import load_model, load_tokenizer
-from invariance.pipeline import slice_model
-from invariance.plan import plan
-from invariance.recipe import Recipe, load_recipe
-from invariance.terminal import device_named
+from invariance.cli.terminal import device_named
+from invariance.compress.calibration import calibration_dtype
+from invariance.compress.pipeline import slice_model
+from invariance.compress.plan import plan
+from invariance.io.data import load_tokens
+from invariance.io.models import load_model, load_tokenizer
+from invariance.measure.evaluate import peak_memory
+from invariance.recipe.recipe import Recipe, load_recipe
 
 PCA = {"pca": {"of": "normed"}}
 NARROW = {"uniform": {"keep": 0.75, "multiple_of": 8}}
@@ -35,7 +35,13 @@ RECIPES = {
     "oneshot, one basis": ("oneshot", [{"spaces": "residual", "rotate": PCA, "select": NARROW}]),
     "oneshot, one basis, another width": (
         "oneshot",
-        [{"spaces": "residual", "rotate": PCA, "select": {"uniform": {"keep": 0.875, "multiple_of": 8}}}],
+        [
+            {
+                "spaces": "residual",
+                "rotate": PCA,
+                "select": {"uniform": {"keep": 0.875, "multiple_of": 8}},
+            }
+        ],
     ),
     "sequential, a basis per stage": (
         "sequential",
@@ -58,7 +64,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--device", default="auto", type=device_named, help="auto, cpu or cuda")
     parser.add_argument("--only", default="", help="recipes whose name begins so, such as oneshot")
-    parser.add_argument("--recipe", type=Path, nargs="*", default=[], help="files to time in place of those")
+    parser.add_argument(
+        "--recipe", type=Path, nargs="*", default=[], help="files to time in place of those"
+    )
     args = parser.parse_args()
     recipes = {
         name: {"order": order, "steps": steps}
@@ -69,11 +77,21 @@ def main() -> None:
         recipes = {path.stem: load_recipe(path).to_dict() for path in args.recipe}
 
     model, tokenizer = load_model(args.model, device=args.device), load_tokenizer(args.model)
-    tokens = load_tokens(args.data, tokenizer, vocab_size=model.config.vocab_size, sequences=args.sequences,
-                         tokens=args.tokens)  # fmt: skip
+    tokens = load_tokens(
+        args.data,
+        tokenizer,
+        vocab_size=model.config.vocab_size,
+        sequences=args.sequences,
+        tokens=args.tokens,
+    )
     dtype = calibration_dtype(args.dtype, model.device)
     fast = load_model(args.model, device=args.device, dtype=dtype).base_model
-    calibrate = {"data": args.data, "sequences": args.sequences, "tokens": args.tokens, "dtype": args.dtype}
+    calibrate = {
+        "data": args.data,
+        "sequences": args.sequences,
+        "tokens": args.tokens,
+        "dtype": args.dtype,
+    }
     forward: list[float] = []
     found: dict[str, list[dict[str, float]]] = {name: [] for name in recipes}
     for _ in range(args.repeats):
@@ -99,7 +117,12 @@ def main() -> None:
         }
     print(
         json.dumps(
-            {"dtype": str(dtype), "rows": rows, "peak_memory_bytes": peak_memory(), "forward": forward},
+            {
+                "dtype": str(dtype),
+                "rows": rows,
+                "peak_memory_bytes": peak_memory(),
+                "forward": forward,
+            },
             indent=2,
         )
     )

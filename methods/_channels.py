@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from invariance.interfaces import NATS, Rotator, Statistic
-from invariance.moments import Moments
-from invariance.space import Basis, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Basis, Space
+from invariance.method.interfaces import NATS, Rotator
 
 Metric = Literal["readers", "fisher"]
 WIDE = 256  # columns of a triangular factor that are multiplied together
@@ -22,7 +23,9 @@ NOISE = 1e-5  # of a channel's own energy: keeps the factor of a moment that rou
 class Weighing(Rotator):
     """Rotators that order directions by what errors cost: their energy behind the readers, or nats a token."""
 
-    metric: Metric = "readers"  # what an error costs: its energy behind the readers, or nats by the fisher
+    metric: Metric = (
+        "readers"  # what an error costs: its energy behind the readers, or nats by the fisher
+    )
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -42,7 +45,9 @@ class Weighing(Rotator):
         The Fisher's gradients fall where the stream behind is large, so tokens are weighted by 1/mean(y²) of it.
         """
         if self.nats:
-            return moments.second(space, Statistic.WEIGHTED), moments.second(space, Statistic.FISHER) / 2
+            return moments.second(space, Statistic.WEIGHTED), moments.second(
+                space, Statistic.FISHER
+            ) / 2
         return moments.second(space, Statistic.SEEN), moments.second(space, Statistic.READERS)
 
 
@@ -57,8 +62,12 @@ def damped(C: Float64[Tensor, "c d d"], ridge: float) -> Float64[Tensor, "c d d"
     return C + torch.diag_embed(scale.expand_as(diagonal))
 
 
-def ordered(order: Int[Tensor, "c d"], C: Float64[Tensor, "c d d"], G: Float64[Tensor, "c d d"],
-            noise: float = NOISE) -> Basis:  # fmt: skip
+def ordered(
+    order: Int[Tensor, "c d"],
+    C: Float64[Tensor, "c d d"],
+    G: Float64[Tensor, "c d d"],
+    noise: float = NOISE,
+) -> Basis:
     """The channels in an order, and as energy j what is lost in addition when, all behind it gone, j goes too, while
     the readers are refit by least squares.
 
@@ -70,8 +79,12 @@ def ordered(order: Int[Tensor, "c d"], C: Float64[Tensor, "c d d"], G: Float64[T
     floor = own.amax(-1, keepdim=True).clamp_min(torch.finfo(C.dtype).tiny) * noise
     L = torch.linalg.cholesky(C + torch.diag_embed(noise * torch.maximum(own, floor)))
     d = L.shape[-1]
-    parts = ((L[:, r:, r : r + WIDE], G[:, r:, r:]) for r in range(0, d, WIDE))  # above its diagonal L is 0
-    return Basis(permutation(order), torch.cat([((g @ l) * l).sum(-2) for l, g in parts], -1).clamp_min(0))
+    parts = (
+        (L[:, r:, r : r + WIDE], G[:, r:, r:]) for r in range(0, d, WIDE)
+    )  # above its diagonal L is 0
+    return Basis(
+        permutation(order), torch.cat([((g @ l) * l).sum(-2) for l, g in parts], -1).clamp_min(0)
+    )
 
 
 def permutation(order: Int[Tensor, "c d"]) -> Float64[Tensor, "c d d"]:

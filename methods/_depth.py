@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from invariance.budget import Bill
-from invariance.errors import InputError
-from invariance.space import Space
+from invariance.core.errors import InputError
+from invariance.core.space import Space
+from invariance.method.budget import Bill
 
 
 def candidates(cost: Bill) -> dict[int, list[Space]]:
@@ -32,7 +32,10 @@ def check(blocks: int | None) -> None:
 
 
 def drop(
-    cost: Bill, blocks: int | None, budget: float | None, least: Callable[[dict[Space, int], list[int]], int]
+    cost: Bill,
+    blocks: int | None,
+    budget: float | None,
+    least: Callable[[dict[Space, int], list[int]], int],
 ) -> dict[Space, int]:
     """Let blocks go one by one, ``least(widths, blocks left)`` first: so many, or until the budget is met.
 

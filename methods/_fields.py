@@ -28,11 +28,15 @@ def powers(p: int, m: int) -> tuple[tuple[int, ...], ...]:
     before it comes back to 1 are invertible, so f is irreducible (primitive, even) and they are the field.
     """
     one = (1, *[0] * (m - 1))
-    for f in itertools.product(range(1, p), *[range(p)] * (m - 1)):  # x^m = f[0] + f[1] x + ..., f[0] not 0
+    for f in itertools.product(
+        range(1, p), *[range(p)] * (m - 1)
+    ):  # x^m = f[0] + f[1] x + ..., f[0] not 0
         found = [one]
         while len(found) < p**m:
             *low, top = found[-1]
-            following = tuple((a + top * b) % p for a, b in zip((0, *low), f, strict=True))  # times x
+            following = tuple(
+                (a + top * b) % p for a, b in zip((0, *low), f, strict=True)
+            )  # times x
             if following == one:
                 break
             found.append(following)

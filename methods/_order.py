@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from invariance.space import Basis
+from invariance.core.space import Basis
 
 
 def by_energy(A: Float64[Tensor, "c d d"], energy: Float64[Tensor, "c d"]) -> Basis:

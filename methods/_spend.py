@@ -12,8 +12,8 @@ from jaxtyping import Float64
 from scipy.interpolate import PchipInterpolator
 from torch import Tensor
 
-from invariance.budget import Bill, Predicted
-from invariance.space import Space
+from invariance.core.space import Space
+from invariance.method.budget import Bill, Predicted
 
 Of = Literal["share", "absolute"]
 Spectra = Mapping[Space, Float64[Tensor, "c d"] | None]
@@ -35,7 +35,9 @@ def spectral(spectra: Spectra, cost: Bill, of: Of) -> Curves:
     curves = {}
     for space, e in energies(spectra, of).items():
         beyond = np.append(np.cumsum(np.array(e)[::-1])[::-1], 0.0)
-        curves[space] = {k: float(beyond[k] - beyond[cost.widths[space][-1]]) for k in cost.widths[space]}
+        curves[space] = {
+            k: float(beyond[k] - beyond[cost.widths[space][-1]]) for k in cost.widths[space]
+        }
     return curves
 
 
@@ -50,13 +52,19 @@ def measured(cost: Bill, points: int) -> Curves:
     curves = {}
     for space, allowed in cost.widths.items():
         top, span = allowed[-1], allowed[-1] - allowed[0]
-        asked = {cost.rounded(space, top - span * (n / points) ** 2) for n in range(1, points + 1)} - {top}
+        asked = {
+            cost.rounded(space, top - span * (n / points) ** 2) for n in range(1, points + 1)
+        } - {top}
         known = {top: 0.0}
         for k in sorted(asked, reverse=True):
             rise = min(cost.loss({space: k}) - dense, WORST)
             known[k] = max(rise, *known.values())
         widths = sorted(known)
-        line = PchipInterpolator(widths, [known[k] for k in widths]) if len(widths) > 1 else lambda x: 0 * x
+        line = (
+            PchipInterpolator(widths, [known[k] for k in widths])
+            if len(widths) > 1
+            else lambda x: 0 * x
+        )
         values = line(np.array(allowed, dtype=float))
         curves[space] = {k: float(v) for k, v in zip(allowed, values, strict=True)}
     return curves
@@ -83,7 +91,9 @@ def water_fill(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
         if smaller is not None:
             saved = saving(cost, {**widths, space: smaller}, over)
             lost = curves[space][smaller] - curves[space][widths[space]]
-            heapq.heappush(queue, (lost / saved if saved > 0 else float("inf"), order, space, smaller))
+            heapq.heappush(
+                queue, (lost / saved if saved > 0 else float("inf"), order, space, smaller)
+            )
 
     for order, space in enumerate(widths):
         offer(order, space)
@@ -100,7 +110,9 @@ def water_fill(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
     return fill(widths, curves, cost, budget)
 
 
-def overdrawn(cost: Bill, widths: Mapping[Space, int], budget: float) -> dict[str, tuple[float, float]]:
+def overdrawn(
+    cost: Bill, widths: Mapping[Space, int], budget: float
+) -> dict[str, tuple[float, float]]:
     """The resources of which widths spend more than there is → how much they spend, and how much there is."""
     several = len(cost.amounts) > 1  # the budget is a share of each then
     limits = {r: budget * cost.limits[r] if several else budget for r in cost.amounts}
@@ -108,12 +120,16 @@ def overdrawn(cost: Bill, widths: Mapping[Space, int], budget: float) -> dict[st
     return {r: (spent[r], limit) for r, limit in limits.items() if spent[r] > limit}
 
 
-def saving(cost: Bill, after: Mapping[Space, int], over: Mapping[str, tuple[float, float]]) -> float:
+def saving(
+    cost: Bill, after: Mapping[Space, int], over: Mapping[str, tuple[float, float]]
+) -> float:
     """What narrower widths save of the resources that are overdrawn, as shares of what there is of each."""
     return sum((spent - cost.amounts[r](after)) / limit for r, (spent, limit) in over.items())
 
 
-def fill(widths: Mapping[Space, int], curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
+def fill(
+    widths: Mapping[Space, int], curves: Curves, cost: Bill, budget: float
+) -> dict[Space, int]:
     """Spend what is left: widen by one allowed width at a time, while one fits that lowers the loss; the one that
     lowers it most first. What does not fit once does not later, when more is spent."""
     chosen = dict(widths)
@@ -136,7 +152,9 @@ def fill(widths: Mapping[Space, int], curves: Curves, cost: Bill, budget: float)
     return chosen
 
 
-def least_cut(space: Space, target: int, widths: Mapping[Space, int], cost: Bill, budget: float) -> int:
+def least_cut(
+    space: Space, target: int, widths: Mapping[Space, int], cost: Bill, budget: float
+) -> int:
     """The widest allowed width of a space from ``target`` on that meets the budget, else ``target``."""
     between = [k for k in cost.widths[space] if target <= k < widths[space]][::-1]
     n = bisect_left(between, True, key=lambda k: cost({**widths, space: k}) <= budget)
@@ -153,6 +171,8 @@ def scaled(sparsities: Mapping[Space, float], cost: Bill, budget: float) -> dict
     def at(t: float) -> dict[Space, int]:
         return {s: cost.rounded(s, s.share(1 - t * x)) for s, x in phi.items()}
 
-    steps = sorted({0.0} | {(1 - s.fraction(k)) / x for s, x in phi.items() for k in cost.widths[s]})
+    steps = sorted(
+        {0.0} | {(1 - s.fraction(k)) / x for s, x in phi.items() for k in cost.widths[s]}
+    )
     n = bisect_left(steps, True, key=lambda t: cost(at(t)) <= budget)
     return at(steps[min(n, len(steps) - 1)])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from invariance.interfaces import Slicer, Statistic
-from invariance.moments import Moments
-from invariance.space import Basis, Change, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Basis, Change, Space
+from invariance.method.interfaces import Slicer
 
 from .truncate import Truncate
 

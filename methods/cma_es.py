@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from invariance.budget import Bill, Predicted
-from invariance.errors import InputError
-from invariance.interfaces import Selector
-from invariance.space import Space
+from invariance.core.errors import InputError
+from invariance.core.space import Space
+from invariance.method.budget import Bill, Predicted
+from invariance.method.interfaces import Selector
 
 from ._spend import WORST, Of, Spectra, scaled
 from .global_energy import GlobalEnergy
@@ -32,9 +32,15 @@ class CMAES(Selector, name="cma_es"):
     Source: Hansen 2016, "The CMA evolution strategy: a tutorial", arXiv:1604.00772, as the package `cma` does it.
     """
 
-    evaluations: int = 100  # how many choices are measured at most: the first, then whole generations
-    of: Of = "share"  # of which energies global_energy makes the widths to begin with: share or absolute
-    sigma: float = 0.1  # the standard deviation of the first sparsities around those of global_energy
+    evaluations: int = (
+        100  # how many choices are measured at most: the first, then whole generations
+    )
+    of: Of = (
+        "share"  # of which energies global_energy makes the widths to begin with: share or absolute
+    )
+    sigma: float = (
+        0.1  # the standard deviation of the first sparsities around those of global_energy
+    )
     seed: int | None = None  # of what is random; null for the recipe's
     needs_spectra = True
     needs_budget = True
@@ -70,13 +76,16 @@ class CMAES(Selector, name="cma_es"):
 
         loss(start)
         if len(spaces) > 1 and start != cost.whole:  # else the budget leaves nothing to search
-            search = _strategy([1 - s.fraction(start[s]) for s in spaces], self.sigma, self.seed or 0)
+            search = _strategy(
+                [1 - s.fraction(start[s]) for s in spaces], self.sigma, self.seed or 0
+            )
             for _ in range((self.evaluations - 1) // search.popsize):
                 if search.stop():
                     break
                 points = search.ask()
                 choices = [
-                    scaled(dict(zip(spaces, map(float, x), strict=True)), cost, budget) for x in points
+                    scaled(dict(zip(spaces, map(float, x), strict=True)), cost, budget)
+                    for x in points
                 ]
                 search.tell(points, [loss(widths) for widths in choices])
         best = min(losses, key=lambda point: losses[point])

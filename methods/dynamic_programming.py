@@ -12,9 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from invariance.budget import Bill
-from invariance.interfaces import Selector
-from invariance.space import Space
+from invariance.core.space import Space
+from invariance.method.budget import Bill
+from invariance.method.interfaces import Selector
 
 from ._spend import Curves, Of, Spectra, fill, measured, predicted, spectral
 
@@ -54,7 +54,9 @@ class DynamicProgramming(Selector, name="dynamic_programming"):
         if self.curves == "measured" and self.of != "share":
             raise ValueError("`of` is about spectra: remove it, or `curves: measured`")
         if self.curves == "spectra" and self.points != 3:
-            raise ValueError("`points` is about measured curves: add `curves: measured`, or remove it")
+            raise ValueError(
+                "`points` is about measured curves: add `curves: measured`, or remove it"
+            )
 
     needs_budget = True
 
@@ -84,7 +86,8 @@ def _cheapest(curves: Curves, cost: Bill, budget: float) -> dict[Space, int]:
     found: list[tuple[float, int, dict[Space, int]]] = []
     for weights in _weights(len(each)):
         exact = {
-            s: [sum(map(mul, weights, ks)) for ks in zip(*(e[s] for e in each), strict=True)] for s in allowed
+            s: [sum(map(mul, weights, ks)) for ks in zip(*(e[s] for e in each), strict=True)]
+            for s in allowed
         }
         widths = _recursion(curves, allowed, _units(exact), cost, budget)
         if cost(widths) <= budget:
@@ -100,8 +103,13 @@ def _weights(resources: int) -> list[tuple[float, ...]]:
     return [tuple(n / 4 for n in ns) for ns in product(range(5), repeat=resources) if sum(ns) == 4]
 
 
-def _recursion(curves: Curves, allowed: Mapping[Space, tuple[int, ...]], saved: Mapping[Space, list[int]],
-               cost: Bill, budget: float) -> dict[Space, int]:  # fmt: skip
+def _recursion(
+    curves: Curves,
+    allowed: Mapping[Space, tuple[int, ...]],
+    saved: Mapping[Space, list[int]],
+    cost: Bill,
+    budget: float,
+) -> dict[Space, int]:
     """The widths of the smallest saving that meets the budget, by the recursion."""
     most = sum(max(column) for column in saved.values())
     least_loss = np.full(most + 1, np.inf)
@@ -111,7 +119,8 @@ def _recursion(curves: Curves, allowed: Mapping[Space, tuple[int, ...]], saved: 
         found, index = np.full(most + 1, np.inf), np.zeros(most + 1, dtype=np.int32)
         for n, (k, s) in enumerate(zip(allowed[space], column, strict=True)):
             reached = (
-                np.concatenate((np.full(s, least_loss[0]), least_loss[: most + 1 - s])) + curves[space][k]
+                np.concatenate((np.full(s, least_loss[0]), least_loss[: most + 1 - s]))
+                + curves[space][k]
             )
             better = reached < found
             found[better], index[better] = reached[better], n
@@ -135,11 +144,15 @@ def _grid(widths: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(widths[n * (len(widths) - 1) // (GRID - 1)] for n in range(GRID))
 
 
-def _saved(allowed: Mapping[Space, tuple[int, ...]], cost: Bill, resource: str) -> dict[Space, list[float]]:
+def _saved(
+    allowed: Mapping[Space, tuple[int, ...]], cost: Bill, resource: str
+) -> dict[Space, list[float]]:
     """What cutting each space alone to each of its widths saves of a resource; of one among several, as a share."""
     amount, unit = cost.amounts[resource], cost.limits[resource] if len(cost.amounts) > 1 else 1
     whole = amount(cost.whole)
-    return {s: [(whole - amount({**cost.whole, s: k})) / unit for k in ks] for s, ks in allowed.items()}
+    return {
+        s: [(whole - amount({**cost.whole, s: k})) / unit for k in ks] for s, ks in allowed.items()
+    }
 
 
 def _units(exact: Mapping[Space, list[float]]) -> dict[Space, list[int]]:

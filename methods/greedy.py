@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from invariance.budget import Bill, Predicted
-from invariance.interfaces import Selector
-from invariance.space import Space
+from invariance.core.space import Space
+from invariance.method.budget import Bill, Predicted
+from invariance.method.interfaces import Selector
 
 from ._spend import Of, Spectra, least_cut, overdrawn, saving, spectral
 
@@ -66,7 +66,9 @@ class Greedy(Selector, name="greedy"):
             space = spaces[n]
             if (smaller := cost.narrower(space, widths[space])) is None:
                 return
-            target = min(smaller, cost.rounded(space, space.share(space.fraction(widths[space]) - self.step)))
+            target = min(
+                smaller, cost.rounded(space, space.share(space.fraction(widths[space]) - self.step))
+            )
             k = least_cut(space, target, widths, cost, budget)
             after = {**widths, space: k}
             saved, lost = saving(cost, after, over), loss(after) - loss(widths)

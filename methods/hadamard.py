@@ -12,9 +12,9 @@ from scipy.linalg import circulant
 from scipy.linalg import hadamard as sylvester
 from torch import Tensor
 
-from invariance.interfaces import Rotator, WidthLimit
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.core.space import Basis, Group, Space
+from invariance.method.interfaces import Rotator, WidthLimit
 
 from ._fields import character, prime_power
 
@@ -67,7 +67,9 @@ def factors(d: int) -> tuple[int, ...] | None:
     """Orders of elementary Hadamard matrices whose Kronecker product has order d, or None."""
     if d & (d - 1) == 0:
         return (d,)
-    for order in sorted((n for n in range(4, d + 1, 4) if d % n == 0 and _construction(n)), reverse=True):
+    for order in sorted(
+        (n for n in range(4, d + 1, 4) if d % n == 0 and _construction(n)), reverse=True
+    ):
         rest = factors(d // order)
         if rest is not None:
             return (order, *rest)
@@ -95,7 +97,10 @@ def _elementary(n: int) -> Float64[Tensor, "n n"]:
     eye = torch.eye(q + 1, dtype=torch.float64)
     if kind == "paley 1":
         return eye + S
-    plus, minus = torch.tensor([[1.0, 1], [1, -1]]).double(), torch.tensor([[1.0, -1], [-1, -1]]).double()
+    plus, minus = (
+        torch.tensor([[1.0, 1], [1, -1]]).double(),
+        torch.tensor([[1.0, -1], [-1, -1]]).double(),
+    )
     return torch.kron(S, plus) + torch.kron(eye, minus)
 
 
@@ -119,7 +124,8 @@ def _williamson92() -> Float64[Tensor, "92 92"]:
         "+++-+++-+------+-+++-++",
     )
     A, B, C, D = (
-        torch.from_numpy(circulant([1.0 if x == "+" else -1.0 for x in row])).double() for row in rows
+        torch.from_numpy(circulant([1.0 if x == "+" else -1.0 for x in row])).double()
+        for row in rows
     )
     array = ((A, B, C, D), (-B, A, -D, C), (-C, D, A, -B), (-D, -C, B, A))
     return torch.cat([torch.cat(row, 1) for row in array])

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from invariance.linalg import svd
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.core.linalg import svd
+from invariance.core.space import Basis, Group, Space
 
 from ._channels import Weighing
 
@@ -51,6 +51,8 @@ def whitened(C: Float64[Tensor, "c d d"], G: Float64[Tensor, "c d d"], floor: fl
 def _root(C: torch.Tensor, floor: float) -> tuple[torch.Tensor, torch.Tensor]:
     """C^½ and C^-½ of a positive semi-definite matrix, its eigenvalues floored."""
     values, Q = torch.linalg.eigh(C)
-    values = values.clamp_min(floor * values.amax(-1, keepdim=True)).clamp_min(torch.finfo(C.dtype).tiny)
+    values = values.clamp_min(floor * values.amax(-1, keepdim=True)).clamp_min(
+        torch.finfo(C.dtype).tiny
+    )
     root = values.sqrt().unsqueeze(-2)
     return (Q * root) @ Q.mT, (Q / root) @ Q.mT

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from invariance.interfaces import Rotator
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.core.space import Basis, Group, Space
+from invariance.method.interfaces import Rotator
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from invariance.budget import Bill
-from invariance.interfaces import Selector, Statistic
-from invariance.space import Space
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Space
+from invariance.method.budget import Bill
+from invariance.method.interfaces import Selector
 
 from ._spend import Spectra, scaled
 

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from invariance.interfaces import Slicer, Statistic
-from invariance.moments import Moments
-from invariance.space import Basis, Change, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Basis, Change, Space
+from invariance.method.interfaces import Slicer
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,16 @@ class LeastSquares(Slicer, name="least_squares"):
             return Change.rotation(basis.A)
         C = moments.second(space, Statistic.SEEN)
         E = basis.A[..., :k].contiguous()
-        whole = torch.kron(E, torch.eye(space.grain, dtype=E.dtype))  # E ⊗ I, on all that a direction gives
+        whole = torch.kron(
+            E, torch.eye(space.grain, dtype=E.dtype)
+        )  # E ⊗ I, on all that a direction gives
         CE = _times(C, whole)
         S = _times(CE.mT, whole)
-        scale = S.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None].clamp_min(torch.finfo(S.dtype).tiny)
+        scale = (
+            S.diagonal(dim1=-2, dim2=-1)
+            .mean(-1)[:, None, None]
+            .clamp_min(torch.finfo(S.dtype).tiny)
+        )
         S = S + max(self.ridge, 1e-14) * scale * torch.eye(S.shape[-1], dtype=S.dtype)
         return Change(E, torch.linalg.solve(S, CE.mT).mT.contiguous())
 

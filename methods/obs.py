@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.core.space import Basis, Group, Space
 
 from ._channels import Weighing, damped, ordered
 
@@ -44,7 +44,9 @@ class OBS(Weighing, name="obs"):
         return ordered(order, C, G)
 
 
-def survival(P: Float64[Tensor, "d d"], G: Float64[Tensor, "d d"], rounds: int) -> Int[Tensor, " d"]:
+def survival(
+    P: Float64[Tensor, "d d"], G: Float64[Tensor, "d d"], rounds: int
+) -> Int[Tensor, " d"]:
     """The channels, those that stay longest first; P = C⁻¹, G = WᵀW."""
     alive, gone = torch.arange(len(G)), []
     for group in alive.tensor_split(rounds):
@@ -58,8 +60,12 @@ def survival(P: Float64[Tensor, "d d"], G: Float64[Tensor, "d d"], rounds: int) 
     return torch.cat(gone).flip(0)
 
 
-def without(P: Float64[Tensor, "d d"], G: Float64[Tensor, "d d"], out: Int[Tensor, " s"],
-            stay: Int[Tensor, " r"]) -> tuple[Float64[Tensor, "r r"], Float64[Tensor, "r r"]]:  # fmt: skip
+def without(
+    P: Float64[Tensor, "d d"],
+    G: Float64[Tensor, "d d"],
+    out: Int[Tensor, " s"],
+    stay: Int[Tensor, " r"],
+) -> tuple[Float64[Tensor, "r r"], Float64[Tensor, "r r"]]:
     """C⁻¹ and WᵀW of the channels that stay, their readers refit.
 
     With T = −P_oo⁻¹ P_os, W becomes W_s + W_o T, so WᵀW becomes G_ss + S + Sᵀ with S = (G_so + ½ Tᵀ G_oo) T, and

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from invariance.interfaces import Rotator, Statistic
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Basis, Group, Space
+from invariance.method.interfaces import Rotator
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,9 @@ class OutputAware(Rotator, name="output_aware"):
     """
 
     tau: float = 1.0  # how much the signal counts against the output
-    of: Literal["raw", "normed"] = "raw"  # the signal as it is, or at unit RMS as its readers see it
+    of: Literal["raw", "normed"] = (
+        "raw"  # the signal as it is, or at unit RMS as its readers see it
+    )
     produces = Group.ORTHOGONAL
     kinds = frozenset({"residual"})
 
@@ -40,7 +43,9 @@ class OutputAware(Rotator, name="output_aware"):
     def fit(self, space: Space, moments: Moments) -> Basis:
         C, H = moments.second(space, self.of), moments.second(space, Statistic.FISHER)
         energy, Q = torch.linalg.eigh(self.tau * unit_trace(C) + unit_trace(H) / self.tau)
-        return Basis(Q.flip(-1), energy.flip(-1).clamp_min(0))  # eigh ascends; slicers keep from the left
+        return Basis(
+            Q.flip(-1), energy.flip(-1).clamp_min(0)
+        )  # eigh ascends; slicers keep from the left
 
 
 def unit_trace(M: Float64[Tensor, "c d d"]) -> Float64[Tensor, "c d d"]:

@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 
-from invariance.interfaces import Rotator, Statistic
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Basis, Group, Space
+from invariance.method.interfaces import Rotator
 
 
 @dataclass(frozen=True)
@@ -38,4 +39,6 @@ class PCA(Rotator, name="pca"):
         if self.precision == "float32":  # orthogonal to 1e-7 only, and so no exact change of basis
             Q, R = torch.linalg.qr(Q.double())
             energy, Q = energy.double(), Q * R.diagonal(dim1=-2, dim2=-1).sign()[..., None, :]
-        return Basis(Q.flip(-1), energy.flip(-1).clamp_min(0))  # eigh ascends; slicers keep from the left
+        return Basis(
+            Q.flip(-1), energy.flip(-1).clamp_min(0)
+        )  # eigh ascends; slicers keep from the left

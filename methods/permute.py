@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.core.space import Basis, Group, Space
 
 from ._channels import Weighing, identity
 from ._order import by_energy
@@ -30,5 +30,7 @@ class Permute(Weighing, name="permute"):
     def fit(self, space: Space, moments: Moments) -> Basis:
         C, G = self.weighed(space, moments)
         groups = (space.dim, space.grain)
-        energy = torch.einsum("ciaib->ci", (C * G).unflatten(-1, groups).unflatten(-3, groups)).clamp_min(0)
+        energy = torch.einsum(
+            "ciaib->ci", (C * G).unflatten(-1, groups).unflatten(-3, groups)
+        ).clamp_min(0)
         return by_energy(identity(space), energy)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from invariance.interfaces import Rotator, Statistic
-from invariance.linalg import svd
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.linalg import svd
+from invariance.core.space import Basis, Group, Space
+from invariance.method.interfaces import Rotator
 
 from .head_svd import _root
 
@@ -25,7 +26,9 @@ class QKSVD(Rotator, name="qk_svd"):
     place of a choice of columns; the optimum is Eckart and Young's.
     """
 
-    floor: float = 1e-9  # eigenvalues of C_q and C_k below this fraction of the largest are raised to it
+    floor: float = (
+        1e-9  # eigenvalues of C_q and C_k below this fraction of the largest are raised to it
+    )
     produces = Group.INVERTIBLE
     kinds = frozenset({"qk"})
     needs = frozenset({Statistic.RAW, Statistic.QUERIES})

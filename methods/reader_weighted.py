@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from invariance.interfaces import Rotator, Statistic
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Basis, Group, Space
+from invariance.method.interfaces import Rotator
 
 from ._channels import damped
 
@@ -34,7 +35,9 @@ class ReaderWeighted(Rotator, name="reader_weighted"):
             raise ValueError("damping must be above 0")
 
     def fit(self, space: Space, moments: Moments) -> Basis:
-        values, V = torch.linalg.eigh(damped(moments.second(space, Statistic.READERS), self.damping))
+        values, V = torch.linalg.eigh(
+            damped(moments.second(space, Statistic.READERS), self.damping)
+        )
         half = (V * values.clamp_min(0).sqrt().unsqueeze(-2)) @ V.mT
         energy, U = torch.linalg.eigh(half @ moments.second(space, Statistic.SEEN) @ half)
         Q, _ = torch.linalg.qr(half @ U.flip(-1))

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from invariance.interfaces import Rotator, Statistic
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Basis, Group, Space
+from invariance.method.interfaces import Rotator
 
 from ._channels import damped, ordered
 

@@ -10,9 +10,10 @@ from einops import rearrange
 from jaxtyping import Float64, Int
 from torch import Tensor
 
-from invariance.interfaces import NATS, Rotator, Statistic
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Basis, Group, Space
+from invariance.method.interfaces import NATS, Rotator
 
 Choice = tuple[Int[Tensor, "c h"], Float64[Tensor, "c h"], Float64[Tensor, "c s"]]
 """The order of the pairs, what each dim of a pair is worth in it, and what each dim is that positions spare."""
@@ -40,7 +41,9 @@ class RopePairs(Rotator, name="rope_pairs"):
     )
     produces = Group.ROTARY
     kinds = frozenset({"qk"})
-    metric: Literal["scores", "fisher"] = "scores"  # what a pair is worth: its part of the scores, or nats
+    metric: Literal["scores", "fisher"] = (
+        "scores"  # what a pair is worth: its part of the scores, or nats
+    )
 
     @property
     def needs(self) -> frozenset[Statistic]:
@@ -72,11 +75,14 @@ class RopePairs(Rotator, name="rope_pairs"):
     def _by_score(self, space: Space, moments: Moments) -> Choice:
         h, r = space.rotary // 2, space.rotary
         q, k = (
-            moments.second(space, s).diagonal(dim1=-2, dim2=-1) for s in (Statistic.QUERIES, Statistic.RAW)
+            moments.second(space, s).diagonal(dim1=-2, dim2=-1)
+            for s in (Statistic.QUERIES, Statistic.RAW)
         )
         score = (q[:, :h] + q[:, h:r]) * (k[:, :h] + k[:, h:r]) / 4
         if self.per != "head":
-            score = score.mean(0, keepdim=True).expand_as(score)  # each of them has its part of the sum
+            score = score.mean(0, keepdim=True).expand_as(
+                score
+            )  # each of them has its part of the sum
         order = score.argsort(dim=-1, descending=True, stable=True)
         return order, score.gather(1, order), q[:, r:] * k[:, r:]
 

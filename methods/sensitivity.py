@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from invariance.budget import Bill
-from invariance.interfaces import Selector
-from invariance.space import Space
+from invariance.core.space import Space
+from invariance.method.budget import Bill
+from invariance.method.interfaces import Selector
 
 from ._spend import Spectra, measured, predicted, water_fill
 

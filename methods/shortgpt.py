@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from torch import Tensor
 
-from invariance.budget import Bill
-from invariance.interfaces import Selector, Statistic
-from invariance.space import Space
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Space
+from invariance.method.budget import Bill
+from invariance.method.interfaces import Selector
 
 from ._depth import candidates, check, drop
 
@@ -39,7 +40,10 @@ class ShortGPT(Selector, name="shortgpt"):
         return self.blocks is None
 
     def allocate(
-        self, spectra: Mapping[Space, Float64[Tensor, "c d"] | None], cost: Bill, budget: float | None
+        self,
+        spectra: Mapping[Space, Float64[Tensor, "c d"] | None],
+        cost: Bill,
+        budget: float | None,
     ) -> Mapping[Space, int]:
         assert cost.influence is not None
         influence = {block: cost.influence[spaces[0]] for block, spaces in candidates(cost).items()}

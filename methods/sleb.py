@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from torch import Tensor
 
-from invariance.budget import Bill, Predicted
-from invariance.interfaces import Selector
-from invariance.space import Space
+from invariance.core.space import Space
+from invariance.method.budget import Bill, Predicted
+from invariance.method.interfaces import Selector
 
 from ._depth import candidates, check, drop
 
@@ -40,7 +40,10 @@ class SLEB(Selector, name="sleb"):
         return self.blocks is None
 
     def allocate(
-        self, spectra: Mapping[Space, Float64[Tensor, "c d"] | None], cost: Bill, budget: float | None
+        self,
+        spectra: Mapping[Space, Float64[Tensor, "c d"] | None],
+        cost: Bill,
+        budget: float | None,
     ) -> Mapping[Space, int]:
         assert cost.loss is not None
         loss, spaces = cost.loss, candidates(cost)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from invariance.interfaces import Rotator, Statistic
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Basis, Group, Space
+from invariance.method.interfaces import Rotator
 
 from ._channels import identity
 from ._order import by_energy
@@ -28,9 +29,7 @@ class Smooth(Rotator, name="smooth"):
     the equalisation of Nagel et al. 2019, arXiv:1906.04721, section 4.1.
     """
 
-    strength: float = (
-        0.5  # α, from 0 to 1: how much of the channels' differences moves from the signal to the readers
-    )
+    strength: float = 0.5  # α, from 0 to 1: how much of the channels' differences moves from the signal to the readers
     produces = Group.POSITIVE_MONOMIAL
     kinds = frozenset({"mlp"})
     needs = frozenset({Statistic.RAW, Statistic.READERS})

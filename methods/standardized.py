@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from jaxtyping import Float64
 from torch import Tensor
 
-from invariance.budget import Bill
-from invariance.interfaces import Selector
-from invariance.space import Space
+from invariance.core.space import Space
+from invariance.method.budget import Bill
+from invariance.method.interfaces import Selector
 
 from ._spend import energies
 
@@ -32,14 +32,19 @@ class Standardized(Selector, name="standardized"):
     needs_budget = True
 
     def allocate(
-        self, spectra: Mapping[Space, Float64[Tensor, "c d"] | None], cost: Bill, budget: float | None
+        self,
+        spectra: Mapping[Space, Float64[Tensor, "c d"] | None],
+        cost: Bill,
+        budget: float | None,
     ) -> Mapping[Space, int]:
         assert budget is not None
         found = {space: scores(e) for space, e in energies(spectra, "absolute").items()}
         levels = [-math.inf, *sorted({z for values in found.values() for z in values})]
 
         def above(level: float) -> dict[Space, int]:
-            return {s: cost.rounded(s, sum(z > level for z in values)) for s, values in found.items()}
+            return {
+                s: cost.rounded(s, sum(z > level for z in values)) for s, values in found.items()
+            }
 
         n = bisect_left(levels, True, key=lambda level: cost(above(level)) <= budget)
         return above(levels[min(n, len(levels) - 1)])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from invariance.interfaces import Slicer
-from invariance.moments import Moments
-from invariance.space import Basis, Change, Space
+from invariance.calibrate.moments import Moments
+from invariance.core.space import Basis, Change, Space
+from invariance.method.interfaces import Slicer
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import ClassVar
 from jaxtyping import Float64
 from torch import Tensor
 
-from invariance.budget import Bill
-from invariance.errors import InputError
-from invariance.interfaces import Selector
-from invariance.space import Space
+from invariance.core.errors import InputError
+from invariance.core.space import Space
+from invariance.method.budget import Bill
+from invariance.method.interfaces import Selector
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,10 @@ class Uniform(Selector, name="uniform"):
         return self.keep is None and self.width is None
 
     def allocate(
-        self, spectra: Mapping[Space, Float64[Tensor, "c d"] | None], cost: Bill, budget: float | None
+        self,
+        spectra: Mapping[Space, Float64[Tensor, "c d"] | None],
+        cost: Bill,
+        budget: float | None,
     ) -> Mapping[Space, int]:
         if self.width is not None:
             return {
@@ -57,7 +60,9 @@ class Uniform(Selector, name="uniform"):
         if self.keep is not None:
             return _share(cost, self.keep)
         assert budget is not None
-        tried = sorted({s.fraction(k) for s, allowed in cost.widths.items() for k in allowed}, reverse=True)
+        tried = sorted(
+            {s.fraction(k) for s, allowed in cost.widths.items() for k in allowed}, reverse=True
+        )
         n = bisect_left(tried, True, key=lambda fraction: cost(_share(cost, fraction)) <= budget)
         return _share(cost, tried[min(n, len(tried) - 1)])
 
@@ -74,7 +79,10 @@ class Uniform(Selector, name="uniform"):
         near = " or ".join(str(k) for k in allowed[max(n - 1, 0) : n + 1])
         what = "it is no width that the step allows"
         if not space.fits(width):
-            pairs, factors = "rotary positions turn dims in pairs", "two factors would store no less"
+            pairs, factors = (
+                "rotary positions turn dims in pairs",
+                "two factors would store no less",
+            )
             what = space.why if space.normed else pairs if space.rotary else factors
         raise InputError(
             f"space '{space.name}' cannot have width {width}, because {what}. Take {near}, or let `widths` allow it."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from invariance.interfaces import Rotator, Statistic
-from invariance.moments import Moments
-from invariance.space import Basis, Group, Space
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.core.space import Basis, Group, Space
+from invariance.method.interfaces import Rotator
 
 from .head_svd import whitened
 

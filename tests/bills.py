@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from invariance.methods import _spend
 from torch import Tensor
 
-from invariance.budget import Bill
-from invariance.interfaces import Selector
-from invariance.space import Group, Space
+from invariance.core.space import Group, Space
+from invariance.method.budget import Bill
+from invariance.method.interfaces import Selector
 
 SPACES = [
     Space("mlp.0", "mlp", 12, Group.MONOMIAL),

@@ -10,10 +10,18 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 from transformers.utils import logging
 
-from invariance import interfaces
+from invariance.method import interfaces
 
-_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-_PHASES = (Phase.explicit, Phase.reuse, Phase.generate)  # shrinking a failing model test takes minutes
+_SLOW_IS_FINE = [
+    HealthCheck.too_slow,
+    HealthCheck.data_too_large,
+    HealthCheck.function_scoped_fixture,
+]
+_PHASES = (
+    Phase.explicit,
+    Phase.reuse,
+    Phase.generate,
+)  # shrinking a failing model test takes minutes
 
 settings.register_profile(
     "ci",

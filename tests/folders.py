@@ -16,7 +16,7 @@ from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from invariance import cli
+from invariance.cli import main as cli
 
 VOCABULARY = 41
 WORDS = ["The", "people", "of", "the", "United", "States", "are", "many", "and", "free", "."]
@@ -25,9 +25,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"intermediate_size": 64, "head_dim": 8},
     "gemma3_text": {"intermediate_size": 64, "head_dim": 8},
     "opt": {"ffn_dim": 64},
-    "phi": {"intermediate_size": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
-                                                         "partial_rotary_factor": 0.5}},
-}  # fmt: skip
+    "phi": {
+        "intermediate_size": 64,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+}
 
 
 def model_of(family: str, **options: Any) -> PreTrainedModel:
@@ -66,8 +72,11 @@ def save_tokens(path: Path, sequences: int = 16, tokens: int = 16, seed: int = 0
     """Token ids that are not all alike: each sequence prefers some of them."""
     g = np.random.default_rng(seed)
     liked = g.integers(1, VOCABULARY, (sequences, 1, 8))
-    ids = np.where(g.random((sequences, tokens)) < 0.5, g.integers(1, VOCABULARY, (sequences, tokens)),
-                   liked[:, 0, :][np.arange(sequences)[:, None], g.integers(0, 8, (sequences, tokens))])  # fmt: skip
+    ids = np.where(
+        g.random((sequences, tokens)) < 0.5,
+        g.integers(1, VOCABULARY, (sequences, tokens)),
+        liked[:, 0, :][np.arange(sequences)[:, None], g.integers(0, 8, (sequences, tokens))],
+    )
     np.save(path, ids)
     return path
 
@@ -77,7 +86,8 @@ def stored_numbers(folder: Path) -> int:
     total = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "numpy") as tensors:
-            names = [n for n in tensors.keys() if not n.endswith(("_weight_scale", "_weight_zero_point"))]  # noqa: SIM118
+            left_out = ("_weight_scale", "_weight_zero_point")
+            names = [n for n in tensors.keys() if not n.endswith(left_out)]  # noqa: SIM118
             slices = [tensors.get_slice(n) for n in names]
             total += sum(int(np.prod(s.get_shape())) for s in slices if s.get_dtype() != "I64")
     return total

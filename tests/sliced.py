@@ -13,18 +13,23 @@ from folders import VOCABULARY, model_of, workplace
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from invariance.canonical import canonicalize
-from invariance.data import Tokens, load_tokens
-from invariance.interfaces import Statistic
-from invariance.layout import Layout
-from invariance.moments import Moments
-from invariance.pipeline import Sliced, slice_model
-from invariance.plan import plan
-from invariance.recipe import Recipe
+from invariance.calibrate.moments import Moments
+from invariance.calibrate.statistic import Statistic
+from invariance.compress.pipeline import Sliced, slice_model
+from invariance.compress.plan import plan
+from invariance.io.data import Tokens, load_tokens
+from invariance.model.canonical import canonicalize
+from invariance.model.layout import Layout
+from invariance.recipe.recipe import Recipe
 
 RAW, NORMED, MEAN, WEIGHTED = Statistic.RAW, Statistic.NORMED, Statistic.MEAN, Statistic.WEIGHTED
 RESIDUAL = {"spaces": "residual", "rotate": "pca", "select": {"uniform": {"width": 24}}}
-MLP = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"width": 40}}, "slice": "least_squares"}
+MLP = {
+    "spaces": "mlp",
+    "rotate": "permute",
+    "select": {"uniform": {"width": 40}},
+    "slice": "least_squares",
+}
 HEADS = {"spaces": "vo", "rotate": "head_svd", "select": {"uniform": {"width": 6}}}
 ROUNDING = 1e-12  # of sums of a few hundred float64 products, relative
 
@@ -49,7 +54,9 @@ def recipe(*steps: dict[str, Any], calibrate: dict[str, Any] | None = None, **ke
     return Recipe.from_dict({"model": "m", "calibrate": found, "steps": list(steps)} | keys)
 
 
-def sliced(asked: Recipe, model: PreTrainedModel | None = None, store: Path | None = None) -> Sliced:
+def sliced(
+    asked: Recipe, model: PreTrainedModel | None = None, store: Path | None = None
+) -> Sliced:
     model = dense() if model is None else model
     return slice_model(model, plan(asked, model.config), tokens(), store=store)
 

@@ -14,11 +14,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from invariance import cli, families, interfaces, manual
-from invariance.interfaces import ENTRY_POINTS
-from invariance.recipe import Budget, Calibrate, Recipe, Step, parse_recipe
-from invariance.recipe_evaluate import Divergence, Perplexity, Samples, Tasks
-from invariance.recover_options import Local, Lora, Loss, Recover, Text
+from invariance.cli import main as cli
+from invariance.method import interfaces, manual
+from invariance.method.interfaces import ENTRY_POINTS
+from invariance.model import families
+from invariance.recipe.evaluate import Divergence, Perplexity, Samples, Tasks
+from invariance.recipe.recipe import Budget, Calibrate, Recipe, Step, parse_recipe
+from invariance.recipe.recover import Local, Lora, Loss, Recover, Text
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -54,7 +56,9 @@ def where(block: Block) -> str:
 def sandbox(tmp_path, monkeypatch):
     """An empty working folder and cache; what is registered inside is forgotten afterwards."""
     interfaces.registry("rotate")  # entry points first
-    monkeypatch.setattr(interfaces, "_REGISTRY", {k: dict(v) for k, v in interfaces._REGISTRY.items()})
+    monkeypatch.setattr(
+        interfaces, "_REGISTRY", {k: dict(v) for k, v in interfaces._REGISTRY.items()}
+    )
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     monkeypatch.setenv("INVARIANCE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
@@ -68,7 +72,9 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, sandbox, monkeypatch):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     for block in blocks("python"):
         if block.page == page:
-            source = "\n" * (block.line - 1) + block.text  # so that a traceback has the page's lines
+            source = (
+                "\n" * (block.line - 1) + block.text
+            )  # so that a traceback has the page's lines
             exec(compile(source, ROOT / page, "exec"), vars(module))
 
 
@@ -82,7 +88,9 @@ def commands() -> list[tuple[Block, list[str]]]:
     ]
 
 
-@pytest.mark.parametrize("block, words", commands(), ids=lambda x: " ".join(x) if isinstance(x, list) else "")
+@pytest.mark.parametrize(
+    "block, words", commands(), ids=lambda x: " ".join(x) if isinstance(x, list) else ""
+)
 def test_a_command_parses_and_what_it_names_exists(block, words):
     program, *arguments = words
     if program == "make":
@@ -91,8 +99,12 @@ def test_a_command_parses_and_what_it_names_exists(block, words):
         return
     if program == "python":
         script = (ROOT / arguments[0]).read_text()
-        assert all(f'"{word}"' in script for word in arguments if word.startswith("--")), where(block)
-        assert all((ROOT / word).exists() for word in arguments if word.endswith(".yaml")), where(block)
+        assert all(f'"{word}"' in script for word in arguments if word.startswith("--")), where(
+            block
+        )
+        assert all((ROOT / word).exists() for word in arguments if word.endswith(".yaml")), where(
+            block
+        )
         return
     assert program == "invariance", f"{where(block)}: nothing checks {program}"
     group = typer.main.get_command(cli.app)
@@ -129,7 +141,9 @@ def plug_in(folder: Path) -> Path:
 
 
 def test_the_plugin_that_the_docs_build_is_found_by_name(sandbox):
-    shown = CliRunner().invoke(cli.app, ["methods", "ends_whole", "--plugin", str(plug_in(sandbox))])
+    shown = CliRunner().invoke(
+        cli.app, ["methods", "ends_whole", "--plugin", str(plug_in(sandbox))]
+    )
     assert shown.exit_code == 0 and "keep: " in shown.output, shown.output
 
 
@@ -140,7 +154,7 @@ def test_the_entry_point_of_the_docs_is_the_one_that_is_read():
 
 def test_the_methods_page_is_what_the_docstrings_make():
     assert (ROOT / "docs/methods.md").read_text() == manual.markdown(), (
-        "run `python -m invariance.manual > docs/methods.md`"
+        "run `python -m invariance.method.manual > docs/methods.md`"
     )
 
 
@@ -151,7 +165,9 @@ def test_the_methods_page_is_what_the_docstrings_make():
 )
 def test_every_key_of_a_recipe_is_explained(part):
     text = (ROOT / "docs/recipes.md").read_text()
-    missing = [key for key in part.model_fields if f"`{key}`" not in text and f"`{{{key}: " not in text]
+    missing = [
+        key for key in part.model_fields if f"`{key}`" not in text and f"`{{{key}: " not in text
+    ]
     assert not missing
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from invariance.errors import InputError
-from invariance.recipe import parse_recipe
+from invariance.core.errors import InputError
+from invariance.recipe.recipe import parse_recipe
 
 GOOD = """\
 # A recipe in which every key is on a line of its own.

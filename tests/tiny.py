@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from invariance.canonical import canonicalize
-from invariance.families import FAMILIES, architecture
-from invariance.layout import Layout
-from invariance.space import Change, Space, columns
-from invariance.verify import exact_copy
+from invariance.core.space import Change, Space, columns
+from invariance.model.canonical import canonicalize
+from invariance.model.families import FAMILIES, architecture
+from invariance.model.layout import Layout
+from invariance.model.verify import exact_copy
 
 VOCABULARY = 31
 LENGTH = 32  # the most positions that a tiny model takes
@@ -74,7 +74,8 @@ def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
         elif isinstance(module, nn.Embedding):
             small = (model.config.tie_word_embeddings and "position" not in name) or family.scaled
             weight.copy_(
-                (torch.randn(weight.shape, generator=g) + 0.3) * (weight.shape[1] ** -0.5 if small else 0.7)
+                (torch.randn(weight.shape, generator=g) + 0.3)
+                * (weight.shape[1] ** -0.5 if small else 0.7)
             )
         elif weight is not None:
             weight.copy_(1 - family.rms.offset + 0.3 * torch.randn(weight.shape, generator=g))
@@ -94,14 +95,20 @@ def tiny_models(
     eps = draw(st.sampled_from([1e-6, 1e-5, 1e-3]))
     options: dict[str, Any] = {
         "num_attention_heads": heads,
-        "hidden_size": heads * head_dim if family == "opt" else heads * draw(st.sampled_from([4, 6, 8])),
+        "hidden_size": heads * head_dim
+        if family == "opt"
+        else heads * draw(st.sampled_from([4, 6, 8])),
         "num_hidden_layers": draw(st.sampled_from(list(layers))),
         "tie_word_embeddings": draw(st.booleans()),
     }
     width = draw(st.sampled_from([8, 12, 20]))
     act = draw(st.sampled_from(["silu", "gelu", "relu"]))
     if family == "opt":
-        options |= {"ffn_dim": width, "activation_function": act, "enable_bias": draw(st.booleans())}
+        options |= {
+            "ffn_dim": width,
+            "activation_function": act,
+            "enable_bias": draw(st.booleans()),
+        }
         options["layer_norm_elementwise_affine"] = draw(st.booleans())
         return tiny(family, draw(seeds), **options)
     options |= {
@@ -109,11 +116,19 @@ def tiny_models(
         "hidden_activation" if family == "gemma3_text" else "hidden_act": act,
     }
     options["num_key_value_heads"] = draw(st.sampled_from([n for n in (1, 2, 4) if heads % n == 0]))
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": draw(st.sampled_from([100.0, 10000.0]))}
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": draw(st.sampled_from([100.0, 10000.0])),
+    }
     if family == "phi":
         options["layer_norm_eps"] = eps
-        options["hidden_size"], head_dim = heads * head_dim, head_dim  # no explicit head_dim in this family
-        rope["partial_rotary_factor"] = {4: 0.5, 6: draw(st.sampled_from([1 / 3, 1.0])), 8: 0.25}[head_dim]
+        options["hidden_size"], head_dim = (
+            heads * head_dim,
+            head_dim,
+        )  # no explicit head_dim in this family
+        rope["partial_rotary_factor"] = {4: 0.5, 6: draw(st.sampled_from([1 / 3, 1.0])), 8: 0.25}[
+            head_dim
+        ]
     else:
         options["rms_norm_eps"] = eps
         if family in ("qwen2", "qwen3", "gemma3_text") or draw(st.booleans()):
@@ -127,10 +142,14 @@ def tiny_models(
     if family == "gemma3_text":
         options["final_logit_softcapping"] = draw(st.sampled_from([None, 3.0]))
         rope = {kind: rope for kind in ("sliding_attention", "full_attention")}
-        rope["full_attention"] = rope["full_attention"] | {"rope_theta": draw(st.sampled_from([50.0, 1e6]))}
+        rope["full_attention"] = rope["full_attention"] | {
+            "rope_theta": draw(st.sampled_from([50.0, 1e6]))
+        }
     if family in ("qwen2", "qwen3"):
         options |= draw(
-            st.sampled_from([{}, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}])
+            st.sampled_from(
+                [{}, {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}]
+            )
         )
     return tiny(family, draw(seeds), rope_parameters=rope, **options)
 
@@ -140,7 +159,9 @@ seeds = st.integers(0, 2**16)
 
 def tokens(seed: int = 0, batch: int = 2, length: int = 7) -> Tensor:
     """Token ids, none of them padding."""
-    return torch.randint(1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        1, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def elements(layout: Layout, names: Iterable[str], seed: int) -> dict[str, Tensor]:
@@ -210,7 +231,9 @@ def widths(layout: Layout, names: Iterable[str], data: st.DataObject) -> dict[st
 
 def subset(data: st.DataObject, names: Sequence[str], least: int = 0) -> list[str]:
     """Any of the names; hypothesis alone would mostly draw few."""
-    kept = data.draw(st.lists(st.booleans(), min_size=len(names), max_size=len(names)), label="kept")
+    kept = data.draw(
+        st.lists(st.booleans(), min_size=len(names), max_size=len(names)), label="kept"
+    )
     chosen = [n for n, k in zip(names, kept, strict=True) if k]
     return chosen if len(chosen) >= least else list(names)
 

@@ -1,0 +1,5 @@
+"""`python -m invariance` is the command `invariance`."""
+
+from .cli import main
+
+main()

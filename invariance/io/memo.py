@@ -1,0 +1,79 @@
+"""What several runs on one model have in common, computed once: bases, certificates, the dense model's losses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..core.files import write_tensors
+from .models import memory, weights_digest
+
+HELD_BYTES = 4 * 2**30  # of bases, in memory; the oldest go first
+T = TypeVar("T")
+
+
+@dataclass
+class Memo:
+    """The memory of the runs on ONE model, which nobody changes meanwhile; keys say all that a value hangs on.
+
+    Values that hold tensors are kept within HELD_BYTES. What ``kept`` gives also goes to ``folder``, where the next
+    process finds it.
+    """
+
+    folder: Path | None = None
+    values: OrderedDict[Hashable, tuple[Any, int]] = field(default_factory=OrderedDict)
+    computed: list[Hashable] = field(
+        default_factory=list
+    )  # the keys of what was computed, not remembered
+
+    def once(
+        self, key: Hashable, make: Callable[[], T], size: Callable[[T], int] = lambda value: 0
+    ) -> T:
+        """The value of a key, made when it is asked for first."""
+        if key in self.values:
+            self.values.move_to_end(key)
+        else:
+            self.computed.append(key)
+            value = make()
+            self.values[key] = value, size(value)
+            while len(self.values) > 1 and sum(n for _, n in self.values.values()) > HELD_BYTES:
+                heavy = next(k for k, (_, n) in self.values.items() if n)
+                del self.values[heavy]
+                if heavy == key:
+                    return value
+        found: T = self.values[key][0]
+        return found
+
+    def kept(self, key: tuple[str, ...], make: Callable[[], Tensor]) -> Tensor:
+        """A tensor, looked up on disk as well; a file that cannot be read counts as missing."""
+        if self.folder is None or key in self.values:
+            return self.once(key, make, lambda value: value.nbytes)
+        path = self.folder / f"{digest(json.dumps(key))}.safetensors"
+        try:
+            return load_file(path)["value"]
+        except (OSError, SafetensorError):
+            value = self.once(key, make, lambda value: value.nbytes)
+            write_tensors(path, {"value": value})
+            return value
+
+    def weights(self, model: PreTrainedModel) -> str:
+        """The hash of the model's weights."""
+        return self.once(("weights",), lambda: weights_digest(model))
+
+
+def digest(text: str, tensors: Iterable[Tensor] = ()) -> str:
+    """A hash of a text and of tensors' bytes."""
+    made = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        made.update(memory(tensor))
+    return made.hexdigest()[:32]

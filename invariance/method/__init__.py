@@ -1,0 +1,1 @@
+"""What a compression method is: the interfaces, the registry, the budget."""

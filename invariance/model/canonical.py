@@ -1,0 +1,181 @@
+"""The canonical form: blocks rewritten, gains and biases of norms folded into their readers, writers centred. Exact."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..core.errors import InputError, did_you_mean
+from .families import architecture
+from .labels import label
+from .layout import Layout, Role
+from .modules import Block, Factored, Linear, Norm, Stage, factors
+
+
+def canonicalize(
+    model: PreTrainedModel, *, fold: bool, tie: str = "untie", split: Collection[str] = ()
+) -> Layout:
+    """Rewrite a family's model in place, without changing its function, and return its layout.
+
+    ``fold=False`` rewrites the blocks alone: enough for changes inside MLPs and heads, and the model keeps its norms,
+    its tied head and its stock form. ``fold=True`` also makes the residual stream's group orthogonal: norms lose
+    their gains and biases, LayerNorm loses its centring (its writers are centred instead). A tied head must then be
+    separated from the table (``tie="untie"``) or read it through a d×d matrix diag(γ) (``tie="keep"``). ``split`` names
+    the matrices (``edge.3.down``) that become two factors with a space between them.
+
+    Raises InputError for a family or variant that is not known, a tie that cannot be kept, or an edge that is not there.
+    """
+    if tie not in ("keep", "untie"):
+        raise InputError(f"tie '{tie}' is not known. Use 'keep' or 'untie'.")
+    arch = architecture(model.config)
+    blocks = model.get_submodule(arch.blocks)
+    if not any(isinstance(m, Block) for m in blocks.children()):
+        arch.restructure(model)
+    layout = label(model)
+    if new := [name for name in split if name not in layout.spaces]:
+        _split(model, layout.matrices, new)
+        layout = label(model)
+    if not fold or layout.folded:
+        return layout
+    if layout.tied and layout.centred and tie == "keep":
+        raise InputError(
+            f"tie: keep cannot hold for model type '{model.config.model_type}': its LayerNorm needs a centred "
+            "embedding, and its head reads the table uncentred. Use `tie: untie`."
+        )
+    with torch.no_grad():
+        _fold_stages(model, layout)
+        _fold_head(model, layout, tie)
+        if layout.centred:
+            _centre(model, label(model))
+    return label(model)
+
+
+def layout_of(
+    config: PretrainedConfig, *, fold: bool = False, tie: str = "untie", split: Collection[str] = ()
+) -> Layout:
+    """The layout of a config's canonical model, without reading or making a weight. Raises InputError."""
+    model = architecture(config).skeleton(config)
+    return canonicalize(model, fold=fold, tie=tie, split=split)
+
+
+def _split(model: PreTrainedModel, matrices: Mapping[str, str], names: list[str]) -> None:
+    for name in names:
+        if name not in matrices:
+            raise InputError(
+                f"no matrix of this model makes a space '{name}'{did_you_mean(name, matrices)}"
+            )
+        linear = model.get_submodule(matrices[name])
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(matrices[name], Factored.split(linear))
+
+
+@torch.no_grad()
+def join(model: PreTrainedModel) -> Layout:
+    """Make one matrix of two factors that store no less than it, and return the layout: the inverse of ``split``."""
+    found = [(n, m) for n, m in model.named_modules() if isinstance(m, Factored)]
+    for name, pair in found:
+        first, second = pair.first.weight, pair.second.weight
+        if first.numel() + second.numel() >= pair.in_features * pair.out_features:
+            model.set_submodule(name, pair.joined())
+    return label(model)
+
+
+def _fold(norm: Norm, readers: Sequence[Linear]) -> None:
+    """W(γ ⊙ n + β) + b = (W diag γ) n + (b + Wβ), in float64; of two factors the first has γ, the second the bias.
+
+    γ is the norm's offset plus its gain."""
+    for reader in readers:
+        first, last = factors(reader)[0], factors(reader)[-1]
+        if norm.bias is not None:
+            bias = norm.bias.double()
+            for factor in factors(reader):
+                bias = factor.weight.double() @ bias
+            if last.bias is not None:
+                bias = bias + last.bias.double()
+            last.bias = _like(bias, last.weight)
+        if norm.gain is not None:
+            first.weight = _like(
+                first.weight.double() * (norm.offset + norm.gain.double()), first.weight
+            )
+    norm.gain = norm.bias = None
+    norm.offset = 0.0
+
+
+def _fold_stages(model: PreTrainedModel, layout: Layout) -> None:
+    for edge in layout.edges:
+        stage = model.get_submodule(edge.stage)
+        assert isinstance(stage, Stage)
+        if stage.norm is not None:
+            _fold(stage.norm, [m for n, m in stage.linears().items() if n not in ("out", "down")])
+
+
+@torch.no_grad()
+def fold_again(model: PreTrainedModel, layout: Layout) -> None:
+    """Fold the gains that norms of a folded model have got since, its final one too, into what reads them."""
+    _fold_stages(model, layout)
+    norm: nn.Module = model.get_submodule(layout.architecture.final_norm)
+    reader: nn.Module = model.get_submodule(layout.architecture.head)
+    if isinstance(norm, nn.Sequential):  # a tied head is read through a matrix of its own
+        norm, reader = norm.children()
+    assert isinstance(norm, Norm) and isinstance(reader, nn.Linear)
+    _fold(norm, [reader])
+
+
+def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
+    arch = layout.architecture
+    head, norm = model.get_submodule(arch.head), model.get_submodule(arch.final_norm)
+    assert isinstance(head, nn.Linear) and isinstance(norm, Norm)
+    if layout.tied and tie == "keep":
+        mix = nn.Linear(
+            norm.d, norm.d, bias=False, device=head.weight.device, dtype=head.weight.dtype
+        )
+        mix.weight = _like(
+            torch.eye(norm.d, device=head.weight.device, dtype=torch.float64), head.weight
+        )
+        _fold(norm, [mix])
+        model.set_submodule(arch.final_norm, nn.Sequential(norm, mix))
+        return
+    if layout.tied:
+        head.weight = _like(head.weight.double().clone(), head.weight)
+        model.config.tie_word_embeddings = False
+        model._tied_weights_keys = (
+            model.all_tied_weights_keys
+        ) = {}  # else transformers ties them again
+    _fold(norm, [head])
+
+
+def _centre(model: PreTrainedModel, layout: Layout) -> None:
+    """Take the mean out of all that writes the stream, so that LayerNorm finds nothing to subtract."""
+    for name, axes in layout.axes.items():
+        for i, axis in enumerate(axes):
+            if (
+                axis is not None
+                and axis.role is Role.WRITE
+                and layout.spaces[axis.space].kind == "residual"
+            ):
+                W = model.get_parameter(name).double()
+                assign(model, name, W - W.mean(i, keepdim=True))
+    for module in model.modules():
+        if isinstance(module, Norm):
+            module.centred = False
+
+
+def assign(model: nn.Module, name: str, value: Tensor) -> None:
+    """Put a tensor in a parameter's place, whatever its shape, in the parameter's dtype."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    parameter = _like(value, module.get_parameter(leaf))
+    setattr(module, leaf, parameter)
+    if isinstance(module, nn.Linear) and leaf == "weight":
+        module.out_features, module.in_features = parameter.shape
+    if isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = parameter.shape
+
+
+def _like(value: Tensor, parameter: Tensor) -> nn.Parameter:
+    return nn.Parameter(
+        value.to(parameter.dtype).contiguous(), requires_grad=parameter.requires_grad
+    )

@@ -1,0 +1,165 @@
+"""Labels: a model's layout, read off its modules; that of a config, without a weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..core.space import Group, Space
+from . import modules
+from .architecture import Architecture
+from .families import architecture
+from .layout import Axis, Edge, Layout, Role
+
+
+def label(model: PreTrainedModel) -> Layout:
+    """The layout of a restructured model (also one already rotated, sliced, or on the meta device)."""
+    arch = architecture(model.config)
+    blocks = model.get_submodule(arch.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    spaces: dict[str, Space] = {}
+    axes: dict[str, tuple[Axis | None, ...]] = {}
+    edges: list[Edge] = []
+    ranks: dict[str, int] = {}
+    branches: dict[str, str] = {}
+    windows: dict[str, int | None] = {}
+    rotary = _rotary(model, arch)
+    shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}  # each tied tensor once
+
+    def put(weight: str, *where: Axis | None) -> None:
+        """Label a linear layer's weight (out, in) and bias (out), where it has them; its factors, where it is split."""
+        if isinstance(pair := model.get_submodule(weight), modules.Factored):
+            name = f"edge.{i}.{weight.rpartition('.')[2]}"
+            even = 1 / (1 / pair.in_features + 1 / pair.out_features)
+            spaces[name] = Space(name, "edge", pair.second.in_features, Group.INVERTIBLE, even=even)
+            put(f"{weight}.first", Axis(name, Role.WRITE), where[1])
+            put(f"{weight}.second", where[0], Axis(name, Role.READ))
+            return
+        for name, labels in ((f"{weight}.weight", where), (f"{weight}.bias", where[:1])):
+            if name in shapes:
+                axes[name] = labels
+
+    final = model.get_submodule(arch.final_norm)
+    norm = final[0] if isinstance(final, nn.Sequential) else final
+    assert isinstance(norm, modules.Norm)
+    folded = norm.gain is None and norm.bias is None and not norm.centred
+
+    turns = Group.SIGNED_PERMUTATION if arch.post_normed else Group.ORTHOGONAL
+
+    def stream(point: str, width: int) -> None:
+        group = turns if folded else Group.IDENTITY
+        spaces[point] = Space(point, "residual", width, group)
+
+    points = [(i, s) for i, b in enumerate(blocks) for s in range(len(b.stages))]  # type: ignore[arg-type]
+    head = model.get_submodule(arch.head)
+    assert isinstance(head, nn.Linear)
+    end: int = final[1].in_features if isinstance(final, nn.Sequential) else head.in_features  # type: ignore
+    width = _stream_widths(
+        [model.get_submodule(f"{arch.blocks}.{i}.stages.{s}") for i, s in points], end
+    )
+    for n, (i, s) in enumerate(points):
+        path, point = f"{arch.blocks}.{i}.stages.{s}", f"x.{i}.{s}"
+        after = "x.{}.{}".format(*points[n + 1]) if n + 1 < len(points) else f"x.{len(blocks)}.0"
+        stage = model.get_submodule(path)
+        assert isinstance(stage, modules.Stage)
+        edges.append(Edge(path, point, after, stage.post is not None))
+        read, write = Axis(point, Role.READ), Axis(after, Role.WRITE)
+        for name in ("norm.gain", "norm.bias"):
+            if f"{path}.{name}" in shapes:
+                axes[f"{path}.{name}"] = (None,)
+        if stage.post is not None:
+            axes[f"{path}.post.gain"] = (Axis(after, Role.GATE),)
+        if f"{path}.shortcut" in shapes:
+            axes[f"{path}.shortcut"] = (read, None if stage.low_rank else write)
+            if stage.low_rank:
+                ranks[after] = shapes[f"{path}.shortcut"][1]
+        stream(point, width[n])
+        if (a := stage.attention) is not None:
+            qk, vo = a.k.out_features // a.kv_heads, a.v.out_features // a.kv_heads
+            normed = a.q_norm is not None
+            group = Group.IDENTITY if normed else Group.ROTARY if rotary else Group.INVERTIBLE
+            turned = rotary if a.pairs is None else 2 * a.pairs.shape[1]
+            spaces[f"qk.{i}"] = Space(f"qk.{i}", "qk", qk, group, a.kv_heads, turned, normed=normed)
+            spaces[f"vo.{i}"] = Space(f"vo.{i}", "vo", vo, Group.INVERTIBLE, a.kv_heads)
+            name, grain = f"heads.{i}", a.heads // a.kv_heads * vo
+            spaces[name] = Space(name, "heads", a.kv_heads, Group.PERMUTATION, grain=grain)
+            branches[f"{path}.attention"] = name
+            windows[name] = a.sliding_window
+            made, mixed = Axis(name, Role.WRITE), Axis(name, Role.READ)
+            put(f"{path}.attention.q", Axis(f"qk.{i}", Role.READ, a.heads, made), read)
+            put(f"{path}.attention.k", Axis(f"qk.{i}", Role.WRITE, a.kv_heads, made), read)
+            for part in ("q_norm", "k_norm") if normed else ():
+                axes[f"{path}.attention.{part}.gain"] = (Axis(f"qk.{i}", Role.GATE),)
+            put(f"{path}.attention.v", Axis(f"vo.{i}", Role.WRITE, a.kv_heads, made), read)
+            put(f"{path}.attention.out", write, Axis(f"vo.{i}", Role.READ, a.heads, mixed))
+        if (m := stage.mlp) is not None:
+            branches[f"{path}.mlp"] = f"mlp.{i}"
+            spaces[f"mlp.{i}"] = Space(f"mlp.{i}", "mlp", m.up.out_features, _mlp_group(m))
+            if m.gate is not None:
+                put(f"{path}.mlp.gate", Axis(f"mlp.{i}", Role.GATE), read)
+            put(f"{path}.mlp.up", Axis(f"mlp.{i}", Role.WRITE), read)
+            put(f"{path}.mlp.down", write, Axis(f"mlp.{i}", Role.READ))
+    first, last = edges[0].source, edges[-1].target
+    stream(last, end)
+    for embedding in arch.embed:
+        axes[f"{embedding}.weight"] = (None, Axis(first, Role.WRITE))
+    tied = f"{arch.head}.weight" not in shapes
+    behind = isinstance(
+        final, nn.Sequential
+    )  # a tied head behind a k×k matrix: the table's own basis is x.0.0's
+    if isinstance(final, nn.Sequential):
+        put(f"{arch.final_norm}.1", Axis(first, Role.READ), Axis(last, Role.READ))
+    else:
+        for name in ("gain", "bias"):
+            if f"{arch.final_norm}.{name}" in shapes:
+                axes[f"{arch.final_norm}.{name}"] = (None,)
+    put(arch.head, None, None if behind else Axis(last, Role.READ))
+    missing = shapes.keys() - axes.keys()
+    assert not missing, f"weights without a label: {sorted(missing)}"
+    return Layout(
+        architecture=arch,
+        spaces=spaces,
+        axes=axes,
+        shapes=shapes,
+        edges=tuple(edges),
+        branches=branches,
+        windows=windows,
+        shortcuts=frozenset(e.stage for e in edges if f"{e.stage}.shortcut" in shapes),
+        ranks=ranks,
+        tied=tied,
+        centred=norm.centred,
+        folded=folded,
+    )
+
+
+def _rotary(model: PreTrainedModel, arch: Architecture) -> int:
+    """How many dims of a head rotary positions turn; alike in layers of all types, which may turn by other angles."""
+    if arch.rotary is None:
+        return 0
+    buffers = model.get_submodule(arch.rotary).named_buffers()
+    return next(
+        2 * frequencies.numel() for name, frequencies in buffers if name.endswith("inv_freq")
+    )
+
+
+def _stream_widths(stages: Sequence[nn.Module], end: int) -> list[int]:
+    """The stream's width before each stage, behind all of which it is ``end``; a stage may have no branch left."""
+    widths: list[int] = []
+    for stage in reversed(stages):
+        assert isinstance(stage, modules.Stage)
+        if stage.attention is not None:
+            end = stage.attention.q.in_features
+        elif stage.mlp is not None:
+            end = stage.mlp.up.in_features
+        elif stage.shortcut is not None:
+            end = stage.shortcut.shape[0]
+        widths.append(end)
+    return widths[::-1]
+
+
+def _mlp_group(mlp: modules.Mlp) -> Group:
+    if mlp.gate is not None:
+        return Group.MONOMIAL
+    return Group.POSITIVE_MONOMIAL if isinstance(mlp.act, nn.ReLU) else Group.PERMUTATION

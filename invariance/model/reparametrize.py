@@ -1,0 +1,308 @@
+"""Apply changes to a model's weights: the one operator behind rotation, slicing, and pruning of heads and channels."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import replace
+
+import torch
+from einops import einsum, rearrange, repeat
+from jaxtyping import Float64, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..core.errors import InvarianceError
+from ..core.space import Change, Space, pairs_kept, picks, support
+from .canonical import assign
+from .layout import Axis, Edge, Layout, Role
+from .modules import Attention, Stage
+
+_NO_OFFSET = {
+    "residual": "a norm stands between the stream and its readers",
+    "qk": "queries multiply keys, so nothing adds an offset up",
+}
+
+
+def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
+    """Change the basis of the named spaces, in place, in float64 with one cast back.
+
+    Each labelled axis is contracted with the change of its space: writers with ``encode``, readers with ``decode``;
+    readers' biases take up W·``offset``. A residual edge whose ends change differently carries D_sᵀ E_t, or what
+    ``entry`` of the target puts in its place. Applying one change after another is applying their product, so spaces can
+    be changed one at a time. Changes speak of the copies that the layout has: where KV groups move or go in the same
+    call, the changes of their copies move and go with them.
+    Where rotary positions turn pairs of dims, the frequencies go with the pairs that ``encode`` keeps. A branch that is
+    cut to width 0 goes with all its weights, and with a stage's last branch its norm; the residual edge stays.
+
+    Raises InvarianceError, with nothing changed, for a space that the layout has not, a change of another shape, a cut
+    under a norm, an offset whose readers do not add it up, KV groups that are mixed, or a change that does more to the
+    pairs that carry rotary positions than to choose among them, one complex scale each.
+    """
+    chosen = _check(layout, changes)
+    _check_cache(model, layout, changes)
+    gone = layout.gone({name: change.width for name, change in changes.items()})
+    with torch.no_grad():
+        for name, change in changes.items():
+            if change.offset is not None:
+                _shift_readers(model, layout, layout.spaces[name], change.offset, changes)
+        present = {
+            name for name, _ in model.named_parameters()
+        }  # an earlier call may have let branches go
+        for name, axes in {**layout.axes, **_new_biases(present, layout)}.items():
+            changed = any(
+                a.space in changes for axis in axes if axis is not None for a in axis.spaces
+            )
+            if (
+                not changed
+                or name not in present
+                or name.endswith(".shortcut")
+                or name.startswith(gone)
+            ):
+                continue
+            W = model.get_parameter(name).double()
+            for i, axis in enumerate(axes):
+                for part, change in [] if axis is None else along(axis, changes):
+                    W = contract(W, i, part, change)
+            assign(model, name, W)
+        for name, pairs in chosen.items():
+            attention_of(model, layout, name).choose(pairs)
+        _resize(model, layout, changes)
+        if layout.tied:
+            table = model.get_parameter(f"{layout.architecture.embed[0]}.weight")
+            head = model.get_submodule(layout.architecture.head)
+            assert isinstance(head, nn.Linear) and isinstance(table, nn.Parameter)
+            head.weight, head.in_features = table, table.shape[1]
+        for edge in layout.edges:
+            _change_edge(model, layout, edge, changes)
+
+
+def attention_of(model: PreTrainedModel, layout: Layout, space: str) -> Attention:
+    """The attention whose queries and keys a space holds."""
+    found = model.get_submodule(layout.attention(space))
+    assert isinstance(found, Attention)
+    return found
+
+
+def _check(layout: Layout, changes: Mapping[str, Change]) -> dict[str, Int[Tensor, "c n"]]:
+    """The pairs kept by name, of those spaces whose frequencies do not stay as they are."""
+    chosen = {}
+    for name, change in changes.items():
+        space = layout.spaces.get(name)
+        if space is None:
+            raise InvarianceError(
+                f"the layout has no space '{name}'. `invariance inspect` lists a model's spaces."
+            )
+        shape, g = (space.copies, space.dim, change.width), space.grain
+        seen = (space.copies, g * space.dim, g * change.width)
+        if change.encode.shape != shape or change.decode.shape not in (shape, seen):
+            raise InvarianceError(
+                f"a change of space '{name}' has the shapes {tuple(change.encode.shape)} and "
+                f"{tuple(change.decode.shape)}, where {shape} would fit: (copies, dim, width)."
+            )
+        if change.offset is not None and (
+            space.kind in _NO_OFFSET or change.offset.shape != (space.copies, space.seen)
+        ):
+            raise InvarianceError(
+                f"a change of space '{name}' has an offset of shape {tuple(change.offset.shape)}, which cannot be: "
+                f"{_NO_OFFSET.get(space.kind, f'{shape[:2]} would fit')}. Leave it out, or choose another space."
+            )
+        if not change.width and name not in layout.branches.values():
+            raise InvarianceError(
+                f"a change cuts space '{name}' to width 0, and no branch vanishes with it. Keep one direction at least."
+            )
+        if space.normed and not space.fits(change.width):
+            raise InvarianceError(
+                f"a change cuts space '{name}' to width {change.width}, and {space.why}. Leave it whole."
+            )
+        E = change.encode
+        if space.kind == "heads" and not (E.is_meta or bool((support(E).sum(-2) == 1).all())):
+            raise InvarianceError(
+                f"a change of space '{name}' mixes KV groups, because {space.why}. Choose among them."
+            )
+        if not space.rotary or space.normed:
+            continue
+        kept, read = (pairs_kept(X, space.rotary) for X in (change.encode, change.decode))
+        if kept is None or read is None or kept.shape != read.shape:
+            raise InvarianceError(
+                f"a change of space '{name}', to {change.width} dims, does more than choose among the "
+                f"{space.rotary // 2} pairs (j, j + {space.rotary // 2}) of the {space.rotary} dims that carry rotary "
+                "positions, with one complex scale each: every pair is turned by an angle of its own, so a mix of them, "
+                "or half of one, commutes with none. Keep whole pairs, as (i, i + half), and other dims behind them."
+            )
+        same = torch.arange(space.rotary // 2, device=kept.device).repeat(space.copies, 1)
+        if not torch.equal(kept, same):
+            chosen[name] = kept
+    return chosen
+
+
+def _check_cache(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
+    """A cache counts the tokens that it holds in its first slot, which a window may make another kind than the rest."""
+    found = [
+        (a.layer_idx, a.sliding_window, changes.get(layout.branches[b]))
+        for b, a in _attentions(model, layout)
+    ]
+    if found and not any(
+        w == min(found)[1] for _, w, change in found if change is None or change.width
+    ):
+        raise InvarianceError(
+            "changes take every attention that fills the first slot of a cache (of its window, where windows differ), "
+            "and the model could not count its tokens. Keep one of them."
+        )
+
+
+def along(axis: Axis, changes: Mapping[str, Change]) -> list[tuple[Axis, Change]]:
+    """What an axis is contracted with, in turn: first the runs of it move or go, then what is in each changes."""
+    found = []
+    inner = changes.get(axis.space)
+    if axis.outer is not None and (groups := changes.get(axis.outer.space)) is not None:
+        found.append((axis.outer, groups))
+        kept = support(groups.encode[0]).int().argmax(0)
+        axis = replace(axis, heads=axis.heads // groups.encode.shape[1] * groups.width)
+        inner = (
+            Change(inner.encode[kept], inner.decode[kept])
+            if inner is not None and len(kept)
+            else None
+        )
+    return found if inner is None else [*found, (axis, inner)]
+
+
+def _shift_readers(
+    model: PreTrainedModel,
+    layout: Layout,
+    space: Space,
+    offset: Float64[Tensor, "c d"],
+    changes: Mapping[str, Change],
+) -> None:
+    """W(x + o) + b = Wx + (b + W·o): readers without a bias get one.
+
+    What KV groups give that go in the same call is no longer there to be shifted: the groups' change made up for all of it.
+    """
+    for name, i in layout.readers(space.name):
+        axis = layout.axes[name][i]
+        reader = model.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(reader, nn.Linear) and axis is not None and i == 1
+        W = reader.weight.double()
+        if (
+            axis.outer is not None
+            and axis.space == space.name
+            and (groups := changes.get(axis.outer.space))
+        ):
+            W, offset = (
+                contract(W, i, axis.outer, groups),
+                offset[support(groups.encode[0]).int().argmax(0)],
+            )
+            if not offset.numel():
+                return
+        shift = W @ repeat(offset.to(W.device), "c d -> (c r d)", r=W.shape[1] // offset.numel())
+        bias = shift if reader.bias is None else shift + reader.bias.double()
+        reader.bias = nn.Parameter(
+            bias.to(reader.weight.dtype), requires_grad=reader.weight.requires_grad
+        )
+
+
+def _new_biases(present: Container[str], layout: Layout) -> dict[str, tuple[Axis | None, ...]]:
+    """The labels of biases that readers got by an offset after the layout was made."""
+    could = {
+        bias: axes
+        for name, space in layout.spaces.items()
+        if space.kind not in _NO_OFFSET
+        for bias, axes in layout.missing_biases(name).items()
+    }
+    return {b: axes for b, axes in could.items() if b in present}
+
+
+def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor, ...]:
+    """One axis of a weight, in ``heads`` runs of d, against the change's d × k of the copy that each head uses.
+
+    A direction may stand for several numbers of the axis, neighbours all.
+    """
+    X = (change.decode if axis.role is Role.READ else change.encode).to(W.device)
+    grain = W.shape[dim] // (axis.heads * X.shape[-2])
+    if grain > 1:
+        X = torch.kron(X.contiguous(), torch.eye(grain, dtype=X.dtype, device=X.device))
+    if axis.role is Role.GATE:
+        X = support(X).to(X.dtype)
+    if axis.heads == 1:
+        index = (
+            picks(X[0])
+            if grain > 1
+            else change.read_picks
+            if axis.role is Role.READ
+            else change.write_picks
+        )
+        if index is not None:  # columns that pick and scale: no product
+            index = index.to(W.device)
+            shape = [-1 if i == dim else 1 for i in range(W.ndim)]
+            return W.index_select(dim, index) * X[0][index, torch.arange(len(index))].view(shape)
+        return torch.tensordot(W, X[0], ([dim], [0])).movedim(-1, dim)
+    X = repeat(X, "c d k -> (c r) d k", r=axis.heads // X.shape[0])
+    W = rearrange(W.movedim(dim, -1), "... (h d) -> ... h d", h=axis.heads)
+    return rearrange(einsum(W, X, "... h d, h d k -> ... h k"), "... h k -> ... (h k)").movedim(
+        -1, dim
+    )
+
+
+def _resize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
+    """Tell the branches how many KV groups they have, and let those of width 0 go."""
+    slots: dict[int | None, list[int]] = {}
+    for _, attention in _attentions(model, layout):
+        slots.setdefault(attention.sliding_window, []).append(attention.layer_idx)
+    for branch, space in layout.branches.items():
+        if space not in changes:
+            continue
+        path, _, name = branch.rpartition(".")
+        resized = model.get_submodule(path)
+        assert isinstance(resized, Stage)
+        if not changes[space].width:
+            resized.drop(name)
+        elif layout.spaces[space].kind == "heads":
+            assert resized.attention is not None
+            resized.attention.keep_groups(support(changes[space].encode[0]).int().argmax(0))
+    for _, attention in _attentions(
+        model, layout
+    ):  # a cache counts its tokens in the first slot of a kind
+        attention.layer_idx = slots[attention.sliding_window].pop(0)
+
+
+def _attentions(model: PreTrainedModel, layout: Layout) -> list[tuple[str, Attention]]:
+    """The attentions that a model still has, and their names, in order."""
+    found = [(e.stage, model.get_submodule(e.stage)) for e in layout.edges]
+    return [
+        (f"{n}.attention", s.attention)
+        for n, s in found
+        if isinstance(s, Stage) and s.attention is not None
+    ]
+
+
+def _change_edge(
+    model: PreTrainedModel, layout: Layout, edge: Edge, changes: Mapping[str, Change]
+) -> None:
+    source, target = changes.get(edge.source), changes.get(edge.target)
+    stage = model.get_submodule(edge.stage)
+    assert isinstance(stage, Stage)
+    if source is target and (source is None or stage.shortcut is None):
+        return  # neither side changes, or one basis is on both
+    like = next(model.parameters())
+    entry = None if target is None else target.entry
+    if entry is not None:
+        M, gone = entry.to(like.device), not entry.shape[1]
+    else:
+        d = layout.spaces[edge.source].dim if stage.shortcut is None else stage.shortcut.shape[0]
+        M = stage.carry(torch.eye(d, dtype=torch.float64, device=like.device))
+        if source is not None:
+            M = source.decode[0].to(M.device).mT @ M
+        if target is not None:
+            M = M @ target.encode[0].to(M.device)
+        gone = is_identity(M)
+    stage.low_rank = entry is not None
+    stage.shortcut = (
+        None if gone else nn.Parameter(M.to(like.dtype), requires_grad=like.requires_grad)
+    )
+
+
+def is_identity(M: Float64[Tensor, "s t"]) -> bool:
+    """Whether a shortcut would change nothing, to the rounding of a product of d terms in float64."""
+    if M.shape[0] != M.shape[1] or M.is_meta:
+        return False
+    eye = torch.eye(M.shape[0], dtype=M.dtype, device=M.device)
+    return bool((M - eye).abs().amax() <= 8 * M.shape[0] * torch.finfo(M.dtype).eps)

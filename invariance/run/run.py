@@ -1,0 +1,477 @@
+"""A whole run: a model and a recipe in, a smaller model and a report out, and the folder that both are written to."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ..compress.calibration import timed
+from ..compress.nested import Members
+from ..compress.pipeline import Sliced, slice_model
+from ..compress.plan import Plan, plan
+from ..core.errors import InputError
+from ..core.files import replacing, write_json, write_text
+from ..core.progress import Progress, quiet
+from ..io.basis_file import Basis
+from ..io.checkpoint import InvarianceForCausalLM, wrap
+from ..io.data import Tokens, load_tokens
+from ..io.export import cast, stock
+from ..io.memo import Memo
+from ..io.models import (
+    cache_dir,
+    licence,
+    load_config,
+    load_model,
+    load_tokenizer,
+    origin,
+    stored_bytes,
+    weights_digest,
+)
+from ..io.rounded import check_installed
+from ..measure.bench import tokens_per_second
+from ..measure.evaluate import Evaluation, Models, Samples, measure, peak_memory, prepare, unasked
+from ..model.families import check_positions, positions
+from ..model.verify import copy_in
+from ..recipe.recipe import Recipe, load_recipe
+from .nested_report import costs, measure_members, members_of
+from .quantize_run import quantize_both
+
+PACKAGES = ("invariance", "torch", "transformers", "safetensors", "numpy", "scipy")
+RECOVERED = "recover.json"  # what `invariance recover` says of its training
+SLICED = "sliced.json"  # the report of the run that sliced what was trained
+
+
+@dataclass
+class Outcome:
+    """The sliced model, ready to generate and save, and all that is known of how it came about."""
+
+    model: PreTrainedModel
+    report: dict[str, Any]
+    spectra: dict[str, list[float]]
+    stored: torch.dtype  # what the checkpoint holds; the model's numbers are rounded to it already
+    basis: Basis  # of its residual stream
+    blocks: list[int]  # those that the checkpoint has, of the dense model's
+    logs: Path | None = None  # the curves of recovery
+
+
+@dataclass
+class Data:
+    """The tokens that a recipe speaks of, read before anything is computed."""
+
+    calibration: Tokens | None
+    evaluations: tuple[Evaluation, ...]
+    training: Tokens | None = None
+
+
+def compress(
+    model: PreTrainedModel,
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    progress: Progress = quiet,
+) -> PreTrainedModel:
+    """A smaller model, by a recipe (an object, a file, or a mapping); the model given is left as it is.
+
+    It generates, saves with ``save_pretrained`` and loads again: under a stock config where one basis and uniform
+    widths allow it, else through ``AutoModelForCausalLM`` once ``invariance`` is imported. ``tokenizer`` is needed
+    where the recipe's data is text; by default the one of ``recipe.model``. The recipe's ``evaluate`` is not run.
+
+    Raises InputError for a recipe, model or data that cannot be, CertificateError for a rotation that is not exact.
+    """
+    return outcome(
+        model, as_recipe(recipe), tokenizer=tokenizer, evaluate=False, progress=progress
+    ).model
+
+
+def load(path: str, **options: Any) -> PreTrainedModel:
+    """A model from disk, the hub, a GGUF file or ``packaged:``; sliced or dense. Options as ``models.load_model``."""
+    return load_model(path, **options)
+
+
+def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else load_recipe(recipe)
+
+
+def read_data(
+    recipe: Recipe, config: PretrainedConfig, tokenizer: Any, evaluate: bool = True
+) -> Data:
+    """All the tokens that a recipe names. Raises InputError, with the recipe's line."""
+
+    def read(spec: Any, *where: str | int) -> Tokens:
+        place = recipe.where(*where)
+        found = load_tokens(
+            spec.data,
+            tokenizer,
+            vocab_size=config.vocab_size,
+            split=spec.split,
+            sequences=spec.sequences,
+            tokens=spec.tokens,
+            where=place,
+        )
+        check_positions(config, found.ids.shape[1], place)
+        return found
+
+    calibration = read(recipe.calibrate, "calibrate", "data") if recipe.calibrate else None
+    evaluations = tuple(
+        prepare(e.part, e.kind, config, tokenizer, recipe.where("evaluate", n, e.kind, "data"))
+        for n, e in enumerate(recipe.evaluate if evaluate else ())
+    )
+    where = (
+        ("recover", "train", "data") if recipe.recover and recipe.recover.train else ("recover",)
+    )
+    training = read(recipe.recover.text(recipe.calibrate), *where) if recipe.recover else None
+    return Data(calibration, evaluations, training)
+
+
+def outcome(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    *,
+    tokenizer: Any = None,
+    evaluate: bool = True,
+    data: Data | None = None,
+    stored: torch.dtype | None = None,
+    progress: Progress = quiet,
+    memo: Memo | None = None,
+    extras: bool = True,
+    early: Callable[[PreTrainedModel], None] | None = None,
+) -> Outcome:
+    """Slice, export and, if asked, measure a model by a recipe.
+
+    ``stored`` is the dtype of the checkpoint that the model came from, by default the model's own. ``memo`` remembers
+    what the runs on one model have in common; ``extras`` are the speed and a sampled text, which no recipe asks for.
+    ``early`` sees the finished model before it is measured, and may raise.
+    """
+    memo = memo or Memo()
+    chart = plan(recipe, model.config, device=model.device, progress=progress)
+    if tokenizer is None and recipe.calibrate and not recipe.calibrate.data.endswith(".npy"):
+        tokenizer = load_tokenizer(recipe.model)
+    data = data or read_data(recipe, model.config, tokenizer, evaluate)
+    if recipe.recover is not None:
+        from ..recover.recover import check, recover  # which imports Lightning
+
+        assert data.training is not None
+        check(recipe.recover, data.training, model.device, recipe.where("recover"))
+    if recipe.quantize is not None:
+        check_installed(recipe.where("quantize"))
+    sliced = slice_model(
+        model, chart, data.calibration, store=cache_dir("moments"), progress=progress, memo=memo
+    )
+    stored = stored or model.dtype
+    basis = Basis.of(sliced.layout, sliced.encodes)
+    before, recovered = None, None
+    shared = members_of(sliced, recipe)
+    if recipe.recover is not None:
+        assert data.training is not None
+        if evaluate:
+            with timed(sliced.seconds, "export"):
+                kept = replace(sliced, model=copy_in(sliced.model.dtype, sliced.model))
+                before, _ = _exported(kept, chart, recipe, model, stored, shared)
+        with timed(sliced.seconds, "recover"):
+            recovered = recover(
+                sliced.model,
+                basis,
+                model,
+                data.training,
+                recipe.recover,
+                seed=recipe.seed,
+                identity={"student": weights_digest(sliced.model), "dense": memo.weights(model)},
+                where=recipe.where("recover"),
+                nested=shared,
+                progress=progress,
+            )
+    with timed(sliced.seconds, "export"):
+        small, why = _exported(sliced, chart, recipe, model, stored, shared)
+    report = _report(recipe, chart, sliced, small, why, model.config, stored)
+    if recovered is not None:
+        report["recover"] = recovered.report
+        report["versions"] |= {p: version(p) for p in ("lightning", "peft")}
+    if early is not None:
+        early(small)
+    models = {"dense": model, "sliced": small if before is None else before}
+    models |= {} if before is None else {"recovered": small}
+    made = small
+    if recipe.quantize is not None:
+        with timed(sliced.seconds, "quantize"):
+            found = quantize_both(
+                model,
+                small,
+                recipe.quantize,
+                stored,
+                data.calibration if evaluate else None,
+                progress,
+            )
+        models |= found.models
+        made, report["quantize"] = found.models["quantized"], found.report
+        report["versions"]["torchao"] = version("torchao")
+    if evaluate:
+        _measure(report, sliced.seconds, models, data, progress, memo)
+        if isinstance(small, InvarianceForCausalLM) and shared:
+            with timed(sliced.seconds, "evaluate"):
+                measure_members(report, small, model, stored, data.evaluations, progress, memo)
+        if extras:
+            _extras(report, sliced.seconds, models, data, tokenizer, progress)
+    report["seconds"] = {step: round(s, 3) for step, s in sliced.seconds.items()}
+    report["peak_memory_bytes"] = peak_memory()
+    spectra = {name: energy.sum(0).tolist() for name, energy in sliced.spectra.items()}
+    blocks = (
+        sliced.layout.blocks(sliced.widths)
+        if report["model"]["stock"]
+        else sliced.layout.blocks({})
+    )
+    logs = recovered.logs if recovered is not None else None
+    return Outcome(made, report, spectra, stored, basis, blocks, logs)
+
+
+def _exported(
+    sliced: Sliced,
+    chart: Plan,
+    recipe: Recipe,
+    dense: PreTrainedModel,
+    stored: torch.dtype,
+    shared: Members,
+) -> tuple[PreTrainedModel, str]:
+    """A sliced model as its checkpoint has it, to compute with in the dense one's dtype, and why it is no stock one."""
+    made, why = (
+        None,
+        f"it holds {len(shared)} nested models, which `invariance extract` makes checkpoints of",
+    )
+    if not shared:
+        made, why = stock(sliced.model, sliced.layout, chart.dense, dense.config)
+        if made is None and recipe.stock:
+            raise InputError(
+                f"{recipe.where('stock')}: no stock checkpoint holds this model: {why}. Change that, or remove `stock`."
+            )
+    small = (
+        made
+        if made is not None
+        else wrap(sliced.model, sliced.layout, dense.config, recipe.tie, shared)
+    )
+    cast(small, stored)
+    cast(small, dense.dtype)
+    return small, why
+
+
+def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
+    """What a checkpoint's numbers are stored in, if its config says so and they are floating-point."""
+    return (
+        config.dtype
+        if isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point
+        else None
+    )
+
+
+def _report(
+    recipe: Recipe,
+    chart: Plan,
+    sliced: Sliced,
+    small: PreTrainedModel,
+    why: str,
+    original: PretrainedConfig,
+    stored: torch.dtype,
+) -> dict[str, Any]:
+    layout, widths = chart.layout, sliced.widths
+    is_stock = not isinstance(small, InvarianceForCausalLM)
+    dense, after = chart.dense.parameters({}), chart.parameters(widths, stock=is_stock)
+    assert after.total == sum(p.numel() for p in small.parameters())
+    return {
+        "version": version("invariance"),
+        "model": {
+            "name": recipe.model,
+            "family": original.model_type,
+            "exported_as": small.config.model_type,
+            "stock": is_stock,
+            "dtype": str(stored).removeprefix("torch."),
+            "why_not_stock": why or None,
+            "origin": None,
+            "licence": None,
+        },
+        "output": None,
+        "recipe": recipe.to_dict(),
+        "parameters": {"dense": dense.to_dict(), "sliced": after.to_dict()},
+        "flops_per_token": {"dense": chart.dense.flops({}), "sliced": chart.flops(widths)},
+        "kv_bytes_per_token": {
+            "dense": stored.itemsize * chart.dense.kv_entries({}),
+            "sliced": stored.itemsize * layout.kv_entries(widths),
+        },
+        "predicted_seconds": {"dense": chart.seconds({}), "sliced": chart.seconds(widths)},
+        "perplexity": {},
+        "divergence": {},
+        "tasks": [],
+        "predicted": {
+            "loss": sliced.foretold.loss,
+            "by": sliced.foretold.by,
+            "measured": None,
+            "energy": sliced.energy,
+        },
+        "search": sliced.search,
+        "nested": costs(recipe, chart, sliced, stored),
+        "member": None,
+        "recover": None,
+        "quantize": None,
+        "exactness": sliced.certificate.to_dict(),
+        "widths": {name: widths.get(name, s.dim) for name, s in layout.spaces.items()},
+        "dims": {name: s.dim for name, s in layout.spaces.items()},
+        "kinds": {name: s.kind for name, s in layout.spaces.items()},
+        "tokens_per_second": {"dense": None, "sliced": None},
+        "samples": [],
+        "seconds": {},
+        "peak_memory_bytes": 0,
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
+    }
+
+
+def _measure(
+    report: dict[str, Any],
+    seconds: dict[str, float],
+    models: Models,
+    data: Data,
+    progress: Progress,
+    memo: Memo,
+) -> None:
+    """All that was asked for, of the dense model, the sliced one, and where there is one, the recovered one."""
+    with timed(seconds, "evaluate"):
+        report |= measure(data.evaluations, models, progress, memo)
+    for found in report["perplexity"].values():
+        found.setdefault("recovered", None)
+    for found in list(report["perplexity"].values())[:1]:
+        report["predicted"]["measured"] = log_ratio(found["dense"], found["sliced"])
+
+
+def _extras(
+    report: dict[str, Any],
+    seconds: dict[str, float],
+    models: Models,
+    data: Data,
+    tokenizer: Any,
+    progress: Progress,
+) -> None:
+    """What a single run shows unasked: a text of each model, and the speed of the dense and the sliced one."""
+    if tokenizer is not None and not any(isinstance(e, Samples) for e in data.evaluations):
+        with timed(seconds, "evaluate"):
+            text = unasked(models["dense"].config, tokenizer)
+            report["samples"] = text.measure(models, progress) if text else []
+    with timed(seconds, "speed"):
+        report["tokens_per_second"] = speed(models["dense"], models["sliced"])
+
+
+def speed(dense: PreTrainedModel, sliced: PreTrainedModel) -> dict[str, float]:
+    """Tokens per second of both, in windows that the dense model takes."""
+    length = min(256, positions(dense.config) or 256)
+    return tokens_per_second({"dense": dense, "sliced": sliced}, length)
+
+
+def log_ratio(dense: float, sliced: float) -> float | None:
+    """By how many nats per token a perplexity is above another; None where it is no finite number."""
+    return math.log(sliced / dense) if math.isfinite(sliced / dense) else None
+
+
+def check_output(output: Path, overwrite: bool, made: str = "report.json") -> None:
+    """Refuse an output folder that holds something, before any work is done; ``made`` is in every folder of a run."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: a file is there. Name a folder.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise InputError(
+            f"--output {output}: the folder is not empty. Name another, or say --overwrite."
+        )
+    if output.is_dir() and any(output.iterdir()) and not (output / made).is_file():
+        raise InputError(
+            f"--output {output}: the folder holds something that is no run's output. Name another."
+        )
+    parent = next(p for p in (output, *output.parents) if p.exists())
+    try:
+        tempfile.TemporaryDirectory(
+            dir=parent
+        ).cleanup()  # permissions alone do not tell: /proc, a full disk
+    except OSError as e:
+        raise InputError(
+            f"--output {output}: '{parent}' cannot be written to ({e.strerror}). Name a folder that can."
+        ) from None
+
+
+def write(output: Path, result: Outcome, recipe: Recipe, tokenizer: Any) -> None:
+    """The whole folder, under a temporary name and then in one step into place."""
+    from ..report.card import card, readme
+    from ..report.report import page
+
+    result.report["output"] = str(output)
+    with replacing(output) as folder:
+        folder.mkdir()
+        cast(result.model, result.stored)
+        result.model.save_pretrained(folder / "model")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder / "model")
+        if result.report["quantize"] is not None:
+            result.report["quantize"]["file_bytes"] = stored_bytes(str(folder / "model"))
+        write_text(folder / "model" / "README.md", card(result.report))
+        write_json(folder / "report.json", result.report)
+        write_json(folder / "spectra.json", result.spectra)
+        write_text(folder / "report.html", page(result.report, result.spectra))
+        write_text(folder / "recipe.yaml", recipe.to_yaml())
+        result.basis.write(folder, result.blocks)
+        if result.logs is not None:
+            shutil.copytree(result.logs, folder / "recover")
+        write_text(folder / "README.md", readme(result.report, folder))
+    if result.logs is not None:
+        shutil.rmtree(result.logs.parent, ignore_errors=True)  # what was kept to resume from
+
+
+def run(
+    path: Path,
+    output: Path,
+    overrides: list[str],
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """What ``invariance run`` does. Returns the report."""
+    recipe = load_recipe(path, overrides)
+    output = Path(os.path.abspath(output))
+    check_output(output, overwrite)
+    try:
+        config = load_config(recipe.model, trust_remote_code=trust_remote_code)
+        plan(recipe, config, device=device, progress=progress)
+        tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
+    except InputError as e:
+        raise InputError(_located(recipe, str(e))) from None
+    data = read_data(recipe, config, tokenizer)
+    try:
+        model = load_model(recipe.model, device=device, trust_remote_code=trust_remote_code)
+    except InputError as e:
+        raise InputError(_located(recipe, str(e))) from None
+    result = outcome(
+        model,
+        recipe,
+        tokenizer=tokenizer,
+        data=data,
+        stored=stored_dtype(config),
+        progress=progress,
+    )
+    result.report["model"] |= {"origin": origin(recipe.model), "licence": licence(recipe.model)}
+    write(output, result, recipe, tokenizer)
+    return result.report
+
+
+def _located(recipe: Recipe, message: str) -> str:
+    """A message about the model with the recipe's line before it, unless it has one."""
+    where = recipe.where("model")
+    return (
+        message
+        if message.startswith(where.rsplit(":", 1)[0]) or message.startswith("--set")
+        else f"{where}: {message}"
+    )

@@ -1,0 +1,1 @@
+"""Ablation studies: many recipes, one calibration, one page of results."""

@@ -1,0 +1,236 @@
+"""One run of a study: what names it, what it is asked in a process that may be another, and what comes back."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import platform
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..compress import calibration
+from ..compress.plan import plan
+from ..compress.setting import Setting
+from ..core.errors import InvarianceError
+from ..core.progress import Progress, quiet
+from ..io.data import Tokens
+from ..io.memo import Memo
+from ..io.models import cache_dir, load_config, load_model, load_tokenizer
+from ..measure.evaluate import Perplexity, perplexity
+from ..method.interfaces import begin
+from ..recipe.recipe import Recipe
+from ..run.run import Data, outcome, read_data, speed, stored_dtype
+
+EARLY = 4  # a run that may be stopped early is measured on one in so many windows first
+PRUNED = "stopped early"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Work for one process, as plain data: recipes in full. One of them is run; several are prepared together."""
+
+    name: str
+    recipes: tuple[Mapping[str, Any], ...]
+    prepares: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a request gave: report and spectra, or the reason of its failure."""
+
+    request: Request
+    report: dict[str, Any] | None = None
+    spectra: dict[str, list[float]] = field(default_factory=dict)
+    reason: str | None = None
+    details: str = ""
+
+
+class Pruned(Exception):
+    """A run that is stopped because others were better at this point."""
+
+
+def key(recipe: Recipe, setting: Setting) -> str:
+    """What a run hangs on, hashed: its recipe, the local files that it names, methods that do not ship, our version, the
+    kind of device."""
+    identity = [
+        recipe.to_dict(),
+        [_stamp(Path(name)) for name in _named(recipe.to_dict())],
+        _sources(recipe),
+        [platform.python_version(), version("invariance")],
+        setting.speed,
+        setting.device,
+    ]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _named(value: Any, key: str = "") -> list[str]:
+    """What may be local files in a recipe: its model, data, and tasks."""
+    if isinstance(value, str):
+        return [value] if key in ("model", "data", "names") else []
+    inside = (
+        value.items()
+        if isinstance(value, dict)
+        else ((key, v) for v in value)
+        if isinstance(value, list)
+        else ()
+    )
+    return [name for k, child in inside for name in _named(child, k)]
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Names, sizes and times of a local file, or of those in a folder; nothing of what is not there."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
+    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+
+
+def _sources(recipe: Recipe) -> list[str]:
+    """Hashes of the files of those methods that do not ship, so that a changed method is run again."""
+    classes = {type(m) for step in recipe.steps for m in step.methods.values()}
+    files = {
+        inspect.getsourcefile(c) for c in classes if not c.__module__.startswith("invariance.")
+    }
+    return sorted(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files if f is not None)
+
+
+@dataclass
+class Bench:
+    """A model in memory with what its runs have in common. A process holds one at a time."""
+
+    name: str
+    setting: Setting
+    progress: Progress
+
+    def __post_init__(self) -> None:
+        trust = self.setting.trust_remote_code
+        self.config = load_config(self.name, trust_remote_code=trust)
+        self.tokenizer = load_tokenizer(self.name, trust_remote_code=trust)
+        self.model = load_model(self.name, device=self.setting.device, trust_remote_code=trust)
+        self.memo = Memo(cache_dir("losses"))
+
+    def data(self, recipe: Recipe) -> Data:
+        """The tokens that a recipe names, read once."""
+        full = recipe.to_dict()
+        training = recipe.recover.text(recipe.calibrate).model_dump() if recipe.recover else None
+        spec = json.dumps([full["calibrate"], full["evaluate"], training])
+        return self.memo.once(
+            ("data", spec), lambda: read_data(recipe, self.config, self.tokenizer)
+        )
+
+    def prepare(self, recipes: Sequence[Recipe]) -> None:
+        """What the runs of several recipes share: one walk over the calibration tokens, and the dense losses."""
+        plans = [plan(recipe, self.config, device=self.setting.device) for recipe in recipes]
+        reading = [p for p in plans if p.reads_tokens]
+        if reading:
+            tokens = self.data(reading[0].recipe).calibration
+            assert tokens is not None
+            if self.setting.processes > 1:
+                from ..compress.distributed import calibrate
+
+                calibrate(reading, tokens, self.setting)
+            calibration.calibrate(
+                self.model,
+                reading,
+                tokens,
+                store=cache_dir("moments"),
+                memo=self.memo,
+                progress=self.progress,
+            )
+        for evaluation in _perplexities(*map(self.data, recipes)):
+            evaluation.losses(self.model, "dense", self.progress, self.memo)
+
+    def run(
+        self, recipe: Recipe, judge: Callable[[float], bool] | None
+    ) -> tuple[dict[str, Any], dict[str, list[float]]]:
+        """Report and spectra of one run. Raises Pruned where ``judge`` stops it at its early perplexity."""
+        data = self.data(recipe)
+        measured = _perplexities(data)
+
+        def early(model: Any) -> None:
+            tokens, batch = measured[0].tokens, measured[0].part.batch
+            n = max(len(tokens.ids) // EARLY, 1)
+            some = Tokens(tokens.ids[:n], tokens.mask[:n])
+            value = perplexity(model, some, batch, self.progress, "early perplexity")
+            if judge is not None and judge(value):
+                raise Pruned(f"{PRUNED}: perplexity {value:.2f} on the first {n} windows")
+
+        made = outcome(
+            self.model,
+            recipe,
+            tokenizer=self.tokenizer,
+            data=data,
+            stored=stored_dtype(self.config),
+            progress=self.progress,
+            memo=self.memo,
+            extras=False,
+            early=early if judge and measured else None,
+        )
+        if made.logs is not None:
+            shutil.rmtree(made.logs.parent, ignore_errors=True)  # what was kept to resume from
+        if self.setting.speed:
+            made.report["tokens_per_second"] = speed(self.model, made.model)
+        return made.report, made.spectra
+
+
+def _perplexities(*found: Data) -> list[Perplexity]:
+    return [e for data in found for e in data.evaluations if isinstance(e, Perplexity)]
+
+
+_BENCHES: list[Bench] = []  # at most one
+
+
+def carry_out(
+    request: Request,
+    setting: Setting,
+    progress: Progress = quiet,
+    judge: Callable[[float], bool] | None = None,
+) -> Answer:
+    """Do what is asked in this process; whatever goes wrong is told in the answer."""
+    try:
+        with _threads(setting.threads):
+            recipes = [Recipe.from_dict(found) for found in request.recipes]
+            bench = _bench(recipes[0].model, setting, progress)
+            if request.prepares:
+                bench.prepare(recipes)
+                return Answer(request)
+            report, spectra = bench.run(recipes[0], judge)
+            return Answer(request, report, spectra)
+    except Pruned as e:
+        return Answer(request, reason=str(e))
+    except Exception as e:  # a run that fails leaves the others alone
+        kind = "" if isinstance(e, InvarianceError) else f"{type(e).__name__}: "
+        reason = kind + (" ".join(str(e).split()) or "no message")
+        return Answer(request, reason=reason[:500], details=traceback.format_exc())
+
+
+def carry_out_alone(request: Request, setting: Setting) -> Answer:
+    """The same in a process of its own, whose methods are not registered yet."""
+    begin(setting.plugins)
+    return carry_out(request, setting)
+
+
+def _bench(model: str, setting: Setting, progress: Progress) -> Bench:
+    if not (_BENCHES and (_BENCHES[0].name, _BENCHES[0].setting) == (model, setting)):
+        _BENCHES.clear()  # first, so that two models never lie in memory
+        _BENCHES.append(Bench(model, setting, progress))
+    _BENCHES[0].progress = progress
+    return _BENCHES[0]
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Torch's threads within a block."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(count or before)
+        yield
+    finally:
+        torch.set_num_threads(before)
