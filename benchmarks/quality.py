@@ -17,8 +17,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from invariance.cli.main import progress
-from invariance.cli.terminal import device_named
+from invariance.cli.terminal import device_named, progress
 from invariance.core.errors import InputError
 from invariance.core.files import write_json
 from invariance.io.models import load_model, load_tokenizer

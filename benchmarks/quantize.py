@@ -27,7 +27,7 @@ import torch
 from quality import evaluations, perplexities
 from transformers import PreTrainedModel
 
-from invariance.cli.main import progress
+from invariance.cli.terminal import progress
 from invariance.compress.outliers import of_stream, of_weights
 from invariance.compress.quantize import packed_bytes, quantized, rounding_error
 from invariance.core.files import write_json

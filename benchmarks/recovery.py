@@ -20,8 +20,7 @@ from typing import Any
 
 from quality import evaluations, perplexities
 
-from invariance.cli.main import progress
-from invariance.cli.terminal import device_named
+from invariance.cli.terminal import device_named, progress
 from invariance.core.files import write_json
 from invariance.io.models import load_config, load_model, load_tokenizer
 from invariance.measure.evaluate import prepare

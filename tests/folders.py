@@ -16,7 +16,7 @@ from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from invariance.cli import main as cli
+from invariance.cli import commands as cli
 
 VOCABULARY = 41
 WORDS = ["The", "people", "of", "the", "United", "States", "are", "many", "and", "free", "."]

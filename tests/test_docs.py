@@ -14,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from invariance.cli import main as cli
+from invariance.cli import commands as cli
 from invariance.method import interfaces, manual
 from invariance.method.interfaces import ENTRY_POINTS
 from invariance.model import families
