@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 from invariance.core.files import write_json
-from invariance.io.models import cache_dir
+from invariance.io.hub import cache_dir
 
 ROTATORS = ["identity", "hadamard", {"pca": {"of": "raw"}}, {"pca": {"of": "normed"}}]
 WIDTHS = [549, 513, 477, 441, 405]

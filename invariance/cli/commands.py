@@ -59,7 +59,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         ):  # on import, of kernels that this machine cannot load
             logging.getLogger(name).setLevel(logging.ERROR)
         from .. import publish
-        from ..io.models import quiet
+        from ..io.hub import quiet
 
         publish()
         with quiet():

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..calibrate.moments import Moment, Moments
 from ..core.errors import InputError
 from ..io.data import Tokens
-from ..io.models import cache_dir, load_model, quiet
+from ..io.hub import cache_dir, quiet
+from ..io.models import load_model
 from ..method.interfaces import begin
 from ..recipe.recipe import Recipe
 from . import calibration

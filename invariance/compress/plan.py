@@ -17,7 +17,7 @@ from ..core.progress import Progress, quiet
 from ..core.shortcuts import enough
 from ..core.space import Group
 from ..io.export import config_obstacle, obstacle
-from ..io.models import cache_dir
+from ..io.hub import cache_dir
 from ..measure.latency import Latency, table
 from ..method.interfaces import Method, Selector
 from ..model.canonical import layout_of

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import sys
 import tempfile
-import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from collections.abc import Mapping
+from contextlib import nullcontext, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +14,19 @@ import huggingface_hub
 import torch
 import transformers
 from gguf import GGUFReader
-from rich.console import Console
 from torch import Tensor
 
 from ..core.errors import InputError, did_you_mean
-from ..core.files import replacing
+from .hub import FORMS, converted, hub, line, progress, quiet, reading
+from .kept import keep
 from .packaged import PACKAGED, download
-from .weights import check_finite, check_folder, check_format, check_keys
+from .shards import INDEX, SINGLE, check_finite, files_of
+from .ties import note_ties, settle_ties
+from .weights import check_folder, check_format, check_keys
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-FORMS = "Give a hub id (owner/name), a folder that save_pretrained wrote, a .gguf file, or packaged:NAME."
 TOKENIZERS = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -40,11 +38,13 @@ TOKENIZERS = (
 
 def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """The configuration of a model, without its weights (packaged ones are fetched on first use)."""
-    source = _source(model)
-    with _reading(model, "configuration"):
-        return transformers.AutoConfig.from_pretrained(
+    source = locate(model)
+    with reading(model, "configuration"):
+        config = transformers.AutoConfig.from_pretrained(
             **source, trust_remote_code=trust_remote_code
         )
+    settle_ties(config, _weights_here(source))
+    return config
 
 
 def load_model(
@@ -59,15 +59,18 @@ def load_model(
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:  # torch asserts that it was built with CUDA
         raise InputError(
-            f"device '{device}': {_line(e)}. Use `cpu`, or a device that this machine has."
+            f"device '{device}': {line(e)}. Use `cpu`, or a device that this machine has."
         ) from e
-    source = _source(model)
+    source = locate(model)
     gguf = "gguf_file" in source
     if not gguf:
         config = load_config(model, trust_remote_code=trust_remote_code)
-        check_format(model, Path(source["pretrained_model_name_or_path"]), config)
+        folder = Path(source["pretrained_model_name_or_path"])
+        check_format(model, folder, config)
+        if folder.is_dir():
+            files_of(folder)
     read: Any = transformers.AutoModelForCausalLM.from_pretrained
-    with _reading(model, "weights"), redirect_stderr(io.StringIO()) if gguf else nullcontext():
+    with reading(model, "weights"), redirect_stderr(io.StringIO()) if gguf else nullcontext():
         loaded, keys = read(  # a GGUF's progress bar has no switch, hence the line above
             **source,
             dtype=dtype,
@@ -82,13 +85,15 @@ def load_model(
 
             dequantize(loaded, dtype)
     check_keys(model, keys)
-    check_finite(model, loaded)
+    for name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):
+        check_finite(model, name, tensor)
     if (
         gguf or rounded
     ):  # floating point now, but the model says otherwise and would refuse to be saved
         vars(loaded.config).pop("quantization_config", None)
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
             vars(loaded).pop(attribute, None)
+    note_ties(loaded)
     return loaded.to(device).eval()
 
 
@@ -100,7 +105,7 @@ def is_rounded(model: str, *, trust_remote_code: bool = False) -> bool:
 
 def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any | None:
     """The tokenizer beside a model's weights; None for a local folder that holds none."""
-    source = _source(model)
+    source = locate(model)
     folder = Path(source["pretrained_model_name_or_path"])
     if (
         "gguf_file" not in source
@@ -108,7 +113,7 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any | None
         and not any((folder / f).exists() for f in TOKENIZERS)
     ):
         return None
-    with _reading(model, "tokenizer"):
+    with reading(model, "tokenizer"):
         return transformers.AutoTokenizer.from_pretrained(
             **source, trust_remote_code=trust_remote_code
         )
@@ -137,7 +142,7 @@ def check_same_tokens(
 
 def stored_bytes(model: str) -> int:
     """The size of a model's weight files; of one from the hub, in its local cache."""
-    source = _source(model)
+    source = locate(model)
     folder = Path(source["pretrained_model_name_or_path"])
     if "gguf_file" in source:
         return (folder / source["gguf_file"]).stat().st_size
@@ -161,7 +166,7 @@ def licence(model: str) -> str | None:
     """The licence that a model is under: of its card or its GGUF file; None where neither says."""
     if model.startswith("packaged:"):
         return PACKAGED[model.removeprefix("packaged:")].licence
-    source = _source(model)
+    source = locate(model)
     folder = Path(source["pretrained_model_name_or_path"])
     if "gguf_file" in source:
         field = GGUFReader(folder / source["gguf_file"]).get_field("general.license")
@@ -191,94 +196,7 @@ def memory(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def cache_dir(*parts: str) -> Path:
-    """A folder below ``$INVARIANCE_CACHE`` (``~/.cache/invariance`` if unset), made if it is not there."""
-    root = os.environ.get("INVARIANCE_CACHE") or Path.home() / ".cache" / "invariance"
-    folder = Path(root).expanduser().joinpath(*parts)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(
-            f"cache {folder}: {_line(e)}. Set INVARIANCE_CACHE to a folder that can be written."
-        ) from e
-    return folder
-
-
-@contextmanager
-def hub() -> Iterator[bool]:
-    """Whether the hub answers; if not, its libraries read their cache at once instead of retrying."""
-    constants: Any = huggingface_hub.constants
-    was = constants.HF_HUB_OFFLINE
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
-        online = not was
-    except Exception:  # whichever HTTP client is installed: no answer is no answer
-        online = False
-    constants.HF_HUB_OFFLINE = not online
-    try:
-        yield online
-    finally:
-        constants.HF_HUB_OFFLINE = was
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no warnings from transformers."""
-    log = transformers.utils.logging
-    verbosity, bar = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.set_verbosity(verbosity)
-        if bar:
-            log.enable_progress_bar()
-
-
-@contextmanager
-def _reading(model: str, what: str) -> Iterator[None]:
-    """Quiet, quick to give up on a hub that does not answer; any failure becomes one line about the input."""
-    packaged = model.startswith("packaged:")
-    local = packaged or Path(model).expanduser().exists()
-    with (
-        quiet(),
-        nullcontext(False) if local else hub() as online,
-        _progress(f"Reading {model}", online),
-    ):
-        try:
-            yield
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except (
-            Exception
-        ) as e:  # transformers, safetensors, gguf and the hub client each raise their own
-            if not local and not online:
-                raise InputError(
-                    f"model '{model}': no such folder, the model hub cannot be reached, and its local cache "
-                    f"lacks the {what}. {FORMS}"
-                ) from e
-            if packaged:
-                remedy = f"Delete {_converted(model.removeprefix('packaged:'))} and run again."
-            elif local:
-                remedy = "Save or download the model again."
-            else:
-                remedy = "Check the name; a gated model needs `hf auth login`."
-            raise InputError(f"{model}: the {what} cannot be read: {_line(e)}. {remedy}") from e
-
-
-def _progress(message: str, shown: bool = True) -> AbstractContextManager[object]:
-    return Console(file=sys.stderr).status(message) if shown else nullcontext()
-
-
-def _line(e: Exception, limit: int = 300) -> str:
-    line = " ".join(str(e).split()) or type(e).__name__
-    return (line if len(line) <= limit else f"{line[:limit]} …").rstrip(".")
-
-
-def _source(model: str) -> dict[str, str]:
+def locate(model: str) -> dict[str, str]:
     """Where the weights are, as keyword arguments of ``from_pretrained``."""
     if model.startswith("packaged:"):
         return {"pretrained_model_name_or_path": str(_packaged(model.removeprefix("packaged:")))}
@@ -295,8 +213,18 @@ def _source(model: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": model}
 
 
-def _converted(name: str) -> Path:
-    return cache_dir("models") / f"{name}-{PACKAGED[name].digest}"
+def _weights_here(source: Mapping[str, str]) -> Path | None:
+    """The folder of a model's safetensors, as far as they are on this machine already."""
+    folder = Path(source["pretrained_model_name_or_path"])
+    if "gguf_file" in source:
+        return None
+    if folder.is_dir():
+        return folder if any((folder / name).is_file() for name in (SINGLE, INDEX)) else None
+    for name in (SINGLE, INDEX):
+        known = huggingface_hub.try_to_load_from_cache(str(folder), name)
+        if isinstance(known, str):
+            return Path(known).parent
+    return None
 
 
 def _packaged(name: str) -> Path:
@@ -305,12 +233,15 @@ def _packaged(name: str) -> Path:
         raise InputError(
             f"packaged:{name}: no packaged weights have this name{did_you_mean(name, PACKAGED)}"
         )
-    folder, package = _converted(name), PACKAGED[name]
-    if not folder.is_dir():
-        with replacing(folder) as made, tempfile.TemporaryDirectory() as scratch:
-            with _progress(f"Downloading {package.requirements} (once)"):
+    folder, package = converted(name), PACKAGED[name]
+
+    def make(made: Path) -> None:
+        with tempfile.TemporaryDirectory() as scratch:
+            with progress(f"Downloading {package.requirements} (once)"):
                 gguf = str(download(name, package, Path(scratch)))
-            with _progress(f"Converting {Path(gguf).name} for {folder.parent} (once)"), quiet():
+            with progress(f"Converting {Path(gguf).name} for {folder.parent} (once)"), quiet():
                 load_model(gguf).save_pretrained(made)
-                transformers.AutoTokenizer.from_pretrained(**_source(gguf)).save_pretrained(made)
+                transformers.AutoTokenizer.from_pretrained(**locate(gguf)).save_pretrained(made)
+
+    keep(folder, make)
     return folder

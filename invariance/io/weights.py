@@ -7,9 +7,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import nn
-
 from ..core.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +34,11 @@ def check_folder(folder: Path) -> None:
         raise InputError(
             f"{path}: no model_type, and the family of a model is never guessed. "
             'Add it as transformers writes it, for example "model_type": "llama".'
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise InputError(
+            f"{folder}: holds an adapter (adapter_config.json) beside the model, and what is computed would be of one "
+            "of the two. Merge the adapter into the model first (peft: merge_and_unload), and save that."
         )
 
 
@@ -78,15 +80,4 @@ def check_keys(model: str, keys: Mapping[str, Iterable[Any]]) -> None:
             raise InputError(
                 f"{model}: the checkpoint {fault} {', '.join(names[:5])}{more}. "
                 "Config and weights do not belong together; save or download both again."
-            )
-
-
-def check_finite(model: str, loaded: nn.Module) -> None:
-    """Refuse NaN and infinite weights. Numpy looks for them many times as fast as torch does on a CPU."""
-    for name, tensor in (*loaded.named_parameters(), *loaded.named_buffers()):
-        values = tensor.detach().float() if tensor.element_size() < 4 else tensor.detach()
-        if tensor.is_floating_point() and not np.isfinite(values.numpy()).all():
-            raise InputError(
-                f"{model}: {name} holds NaN or infinite weights, and nothing can be computed from it. "
-                "Use another checkpoint, or another dtype if the weights overflow in this one."
             )

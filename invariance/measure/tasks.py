@@ -17,7 +17,7 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from ..core.errors import InputError, did_you_mean
-from ..io.models import hub
+from ..io.hub import hub
 from ..recipe.evaluate import Tasks
 
 GROUPS = {

@@ -21,7 +21,7 @@ from ..core.files import replacing
 from ..core.progress import Progress, quiet
 from ..io.basis_file import Basis
 from ..io.data import Tokens
-from ..io.models import cache_dir
+from ..io.hub import cache_dir
 from ..measure.evaluate import perplexity
 from ..measure.losses import scored
 from ..model.labels import label

@@ -20,7 +20,8 @@ from ..core.files import write_tensors
 from ..core.progress import Progress
 from ..io.basis_file import Basis
 from ..io.data import Tokens
-from ..io.models import cache_dir, weights_digest
+from ..io.hub import cache_dir
+from ..io.models import weights_digest
 from ..model.canonical import canonicalize
 from ..model.layout import Layout
 from ..model.verify import copy_in

@@ -27,9 +27,9 @@ from ..io.basis_file import Basis
 from ..io.checkpoint import InvarianceForCausalLM, wrap
 from ..io.data import Tokens, load_tokens
 from ..io.export import cast, stock
+from ..io.hub import cache_dir
 from ..io.memo import Memo
 from ..io.models import (
-    cache_dir,
     licence,
     load_config,
     load_model,

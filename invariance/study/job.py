@@ -23,8 +23,9 @@ from ..compress.setting import Setting
 from ..core.errors import InvarianceError
 from ..core.progress import Progress, quiet
 from ..io.data import Tokens
+from ..io.hub import cache_dir
 from ..io.memo import Memo
-from ..io.models import cache_dir, load_config, load_model, load_tokenizer
+from ..io.models import load_config, load_model, load_tokenizer
 from ..measure.evaluate import Perplexity, perplexity
 from ..method.interfaces import begin
 from ..recipe.recipe import Recipe

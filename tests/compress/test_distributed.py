@@ -15,7 +15,8 @@ from invariance.compress.plan import Plan, plan
 from invariance.compress.setting import Setting
 from invariance.core.errors import InputError
 from invariance.io.data import load_tokens
-from invariance.io.models import cache_dir, load_model
+from invariance.io.hub import cache_dir
+from invariance.io.models import load_model
 from invariance.recipe.recipe import Recipe
 
 BATCHES = 4

@@ -20,15 +20,10 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from invariance.core.errors import InputError
-from invariance.io import models, packaged
-from invariance.io.models import (
-    cache_dir,
-    hub,
-    load_config,
-    load_model,
-    load_tokenizer,
-    weights_digest,
-)
+from invariance.io import kept, models, packaged
+from invariance.io.hub import cache_dir, hub
+from invariance.io.models import load_config, load_model, load_tokenizer, weights_digest
+from invariance.io.source import open_source
 
 NORM = "model.norm.weight"
 SMOL = "smollm2-135m-instruct"
@@ -273,6 +268,27 @@ def test_a_gguf_file_gives_the_same_logits_and_can_be_saved(folder, tmp_path, ca
     assert capfd.readouterr() == ("", "")
 
 
+def test_a_gguf_file_is_a_source_that_is_converted_once(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("INVARIANCE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "tiny.gguf"
+    write_gguf(folder, path)
+    source, plain = open_source(str(path)), open_source(str(folder))
+    read = plain.read(plain.names)
+    assert list(source.names) == list(plain.names) and source.digest() == plain.digest()
+    assert all(torch.equal(t, read[n]) for n, t in source.read(source.names).items())
+    monkeypatch.setattr("invariance.io.folder.load_model", lambda *a, **k: 1 / 0)
+    assert open_source(str(path)).digest() == plain.digest()
+    (folder_kept,) = (tmp_path / "cache" / "models").iterdir()
+    weights = bytearray((folder_kept / "model.safetensors").read_bytes())
+    weights[-5] ^= 1  # a flipped bit: what is not as it was made counts as missing
+    (folder_kept / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ZeroDivisionError):
+        open_source(str(path))
+    monkeypatch.undo()
+    monkeypatch.setenv("INVARIANCE_CACHE", str(tmp_path / "cache"))
+    assert open_source(str(path)).digest() == plain.digest()
+
+
 def test_a_broken_gguf_file_is_refused(folder, tmp_path):
     path = tmp_path / "tiny.gguf"
     write_gguf(folder, path)
@@ -361,8 +377,11 @@ def test_packaged_weights_are_converted_once_and_never_half(folder, tmp_path, mo
     digests = {weights_digest(load_model(f"packaged:{SMOL}")) for _ in range(2)}
     assert digests == {weights_digest(load_model(str(folder)))} and len(calls) == 2
     (saved,) = (tmp_path / "cache" / "models").iterdir()
-    (saved / "model.safetensors").write_bytes(b"")
-    assert f"Delete {saved}" in refused(f"packaged:{SMOL}")
+    whole = (saved / "model.safetensors").read_bytes()
+    (saved / "model.safetensors").write_bytes(whole[:-3] + b"\0\0\0")
+    assert {weights_digest(load_model(f"packaged:{SMOL}"))} == digests and len(calls) == 3
+    (saved / kept.SUMS).unlink()  # as an earlier version left it
+    assert {weights_digest(load_model(f"packaged:{SMOL}"))} == digests and len(calls) == 3
 
 
 def test_the_packaged_model_speaks_english():
@@ -375,7 +394,10 @@ def test_the_packaged_model_speaks_english():
     started = time.monotonic()
     model = load_model(f"packaged:{SMOL}")
     assert time.monotonic() - started < 15  # converted already: no second conversion
-    assert json.loads((models._converted(SMOL) / "config.json").read_text())["dtype"] == "float32"
+    assert json.loads((models.converted(SMOL) / "config.json").read_text())["dtype"] == "float32"
+    source, own = open_source(f"packaged:{SMOL}"), dict(model.named_parameters())
+    assert list(source.names) == list(own)
+    assert all(torch.equal(source.read([n])[n], p) for n, p in own.items())
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     answer = model.generate(**prompt, max_new_tokens=2, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0])
