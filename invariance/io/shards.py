@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ class Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def files_of(folder: Path, *, present: bool = True) -> list[Path]:
     """The safetensors files that make up a checkpoint, all of them there if ``present``. Raises InputError."""
@@ -57,7 +62,7 @@ def files_of(folder: Path, *, present: bool = True) -> list[Path]:
 def stored(folder: Path) -> dict[str, Stored]:
     """Every tensor of a checkpoint by its name in the files, from their headers alone. Raises InputError."""
     files = files_of(folder)
-    found = {s.key: s for file in files for s in _header(file)}
+    found = {s.key: s for file in files for s in header(file)}
     if files != [folder / SINGLE]:
         for key, name in _weight_map(folder / INDEX).items():
             if key not in found or found[key].file.name != name:
@@ -85,7 +90,8 @@ def _weight_map(index: Path) -> Mapping[str, str]:
     return names
 
 
-def _header(file: Path) -> list[Stored]:
+def header(file: Path) -> list[Stored]:
+    """What one file says of its tensors. Raises InputError."""
     try:
         with safe_open(file, "pt", backend="pread") as tensors:
             slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118
@@ -125,7 +131,7 @@ def equal(one: Stored, other: Stored) -> bool:
     """Whether two tensors hold the same numbers; of large ones no more is read than decides it."""
     if one.shape != other.shape:
         return False
-    step = max(1, CHUNK // max(1, int(np.prod(one.shape[1:]))))
+    step = max(1, CHUNK // max(1, math.prod(one.shape[1:])))
     with _open(one.file, "mmap") as first, _open(other.file, "mmap") as second:
         a, b = first.get_slice(one.key), second.get_slice(other.key)
         return all(
