@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,11 @@ from .terminal import (
     progress,
     say,
 )
+
+if TYPE_CHECKING:
+    from ..study.ablate import Ablation
+    from ..study.runners import Runner
+    from ..study.table import Row
 
 
 def ablate(
@@ -83,7 +88,7 @@ def ablate(
     study.html, and its charts as front.svg and curves.svg. Studies that ship: recipes/ablations/*.yaml.
     """
     from ..compress.setting import Setting
-    from ..core.files import write_text
+    from ..core.outputs import alone
     from ..study import ablate as studies
     from ..study.log import check, log
     from ..study.runners import chosen
@@ -100,7 +105,7 @@ def ablate(
     load_plugins(plugin)
     found = load_study(study, set_)
     folder = Path(os.path.abspath(output or Path("runs") / study.stem))
-    studies.check_output(folder)
+    studies.folder_of(folder).check()
     setting = Setting(
         device_named(device),
         trust_remote_code,
@@ -120,19 +125,8 @@ def ablate(
             say({"study": found.name, **outlook.to_dict(), "rows": ablation.rows()}, True)
         return
     runner = chosen(setting, progress, workers, ray, 1 if cpus is None else cpus, gpus or 0)
-    trials = None
-    if found.searched:
-        from ..study.search import opened, search
-
-        trials = opened(ablation, workers, ray is not None)
-    write_text(folder / "study.yaml", found.to_yaml())
-    try:
-        if trials is not None:
-            search(ablation, trials, runner, workers, progress)
-        else:
-            ablation.run(runner)
-    finally:
-        rows = ablation.write()
+    with alone(folder):
+        rows = _carry_out(ablation, runner, workers, ray is not None)
     log(logger, folder, found, rows)
     table = terminal(found.name, found.titles, rows)
     say(
@@ -150,6 +144,24 @@ def ablate(
         raise typer.Exit(1)
 
 
+def _carry_out(ablation: Ablation, runner: Runner, workers: int, elsewhere: bool) -> list[Row]:
+    """The study in its folder: run what is missing, and write what there is, whatever stops it."""
+    trials = None
+    if ablation.study.searched:
+        from ..study.search import opened, search
+
+        trials = opened(ablation, workers, elsewhere)
+    ablation.begin()
+    try:
+        if trials is not None:
+            search(ablation, trials, runner, workers, progress)
+        else:
+            ablation.run(runner)
+    finally:
+        rows = ablation.write()
+    return rows
+
+
 def compare(
     runs: Annotated[
         list[Path],
@@ -164,10 +176,12 @@ def compare(
 
     For example `invariance compare runs/demo runs/slicegpt --html both.html`.
     """
-    from ..core.files import write_text
+    from ..core.signed import check_page, write_page
     from ..report import compare as comparing
 
+    if html is not None:
+        check_page(html, "--html")
     found = comparing.load(runs)
     if html is not None:
-        write_text(html, comparing.page(found))
+        write_page(html, comparing.page(found), "--html")
     say(comparing.document(found), as_json, *([] if as_json else comparing.tables(found)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -255,13 +255,13 @@ def bench(
     """
     import torch
 
-    from ..core.files import replacing, write_json, write_text
+    from ..core.files import write_json, write_text
+    from ..core.outputs import claimed
     from ..io.checkpoint import layout_of_config
     from ..io.models import load_config
     from ..measure import bench as benchmark
     from ..model.families import check_positions
     from ..report.bench_report import grids, page
-    from ..run.run import check_output
 
     if dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(
@@ -271,9 +271,6 @@ def bench(
         raise InputError(
             f"{twice}: a model stands there twice. Name each once; the first is the reference."
         )
-    if output is not None:
-        output = Path(os.path.abspath(output))
-        check_output(output, overwrite, "bench.json")
     where = device_named(device)
     for name in models:
         config = load_config(name, trust_remote_code=trust_remote_code)
@@ -283,18 +280,19 @@ def bench(
         )
     kind = {"cpu": "float32", "cuda": "bfloat16"}[where] if dtype == "auto" else dtype
     settings = [benchmark.Setting(b, p, new) for p in prompt for b in batch]
-    document = benchmark.bench(
-        models,
-        settings,
-        repeats,
-        device=where,
-        dtype=getattr(torch, kind),
-        trust_remote_code=trust_remote_code,
-        progress=progress,
-    )
-    if output is not None:
-        with replacing(output) as folder:
-            folder.mkdir()
-            write_json(folder / "bench.json", document)
-            write_text(folder / "bench.html", page(document))
+    place = nullcontext() if output is None else claimed(output, overwrite=overwrite, reads=models)
+    with place as claim:
+        document = benchmark.bench(
+            models,
+            settings,
+            repeats,
+            device=where,
+            dtype=getattr(torch, kind),
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+        if claim is not None:
+            with claim.writing() as folder:
+                write_json(folder / "bench.json", document)
+                write_text(folder / "bench.html", page(document))
     say(document, as_json, *([] if as_json else [g.table() for g in grids(document)]))

@@ -1,35 +1,96 @@
-"""Writing that never leaves half a file: to a temporary name first, then into place."""
+"""Writing that never leaves half a file: beside its place under another name first, then renamed into it."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import glob
+import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .locks import Lock, Taken, uninterrupted
+
+PART = ".part"  # how folders end that something is being written in
+LOCK, NEW, OLD = "lock", "new", "old"  # what such a folder holds
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` to write a file or folder at; moved into place if all goes well."""
+    """A path to write a file or folder at; moved to ``path`` if all goes well.
+
+    Until then, what was at ``path`` stays. What a killed process has left of this is cleared.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    for left in path.parent.glob(f".{glob.escape(short(path))}.*{PART}"):
+        with suppress(OSError, Taken):
+            clear(left)
+    place = Path(tempfile.mkdtemp(prefix=f".{short(path)}.", suffix=PART, dir=path.parent))
+    lock = Lock(place / LOCK)
     try:
-        yield temporary / path.name
-        made = temporary / path.name
-        if path.is_dir() and made.is_dir():  # a folder cannot replace a full one in one step
-            old = temporary / "old"
-            os.replace(path, old)
-        os.replace(made, path)
+        yield place / NEW
+        put(place / NEW, path, place / OLD)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
+        lock.release()
+
+
+def short(path: Path) -> str:
+    """A name that tells paths apart and is short enough to be made longer."""
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    return path.name if len(os.fsencode(path.name)) <= 200 else f"{path.name[:40]}.{digest}"
+
+
+def clear(place: Path) -> None:
+    """Remove a folder in which nobody is writing any more. Raises Taken where somebody is."""
+    lock = Lock(place / LOCK)
+    try:
+        shutil.rmtree(place)
+    finally:
+        lock.release()
+
+
+def put(made: Path, path: Path, aside: Path) -> None:
+    """Rename a file or folder to ``path``; a folder that is there is ``aside`` afterwards, or back if that fails."""
+    with uninterrupted():
+        if not (path.is_dir() and made.is_dir()) or path.is_symlink():
+            os.replace(made, path)
+        elif exchange(made, path):
+            os.replace(made, aside)
+        else:
+            os.replace(path, aside)
+            try:
+                os.replace(made, path)
+            except BaseException:
+                os.replace(aside, path)
+                raise
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Let two paths change places in one step, where the system can do that (Linux)."""
+    at_here, renames_exchange = -100, 2
+    call = _renameat2()
+    args = (at_here, os.fsencode(a), at_here, os.fsencode(b), renames_exchange)
+    return call is not None and call(*args) == 0
+
+
+@functools.cache
+def _renameat2() -> Callable[..., int] | None:
+    try:
+        found: Callable[..., int] = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return None
+    return found
 
 
 def beside(model: str, name: str) -> Path | None:

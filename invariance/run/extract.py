@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ..compress.nested import chosen, extract, family
 from ..core.errors import InputError
-from ..core.files import beside, replacing, write_json, write_text
+from ..core.files import beside, write_json, write_text
+from ..core.outputs import Claim, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import NAME, Basis, read_basis
 from ..io.checkpoint import InvarianceForCausalLM
@@ -22,7 +22,7 @@ from ..report.card import card, gain, member, readme
 from ..report.grid import Grid
 from ..report.report import page
 from .nested_report import of_member
-from .run import RECOVERED, SLICED, check_output, stored_dtype
+from .run import RECOVERED, SLICED, stored_dtype
 
 DOCUMENT = "extract.json"
 
@@ -34,8 +34,11 @@ def run(
 
     Raises InputError, with the members that there are, for one that there is not.
     """
-    output = Path(os.path.abspath(output))
-    check_output(output, overwrite, DOCUMENT)
+    with claimed(output, overwrite=overwrite, reads=[folder]) as claim:
+        return _run(folder, share, claim, progress)
+
+
+def _run(folder: Path, share: float, output: Claim, progress: Progress) -> dict[str, Any]:
     if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder. Name one that a recipe with `nested` was run into."
@@ -59,13 +62,12 @@ def run(
         "version": version("invariance"),
         "family": str(folder),
         "share": share,
-        "output": str(output),
+        "output": str(output.folder),
         "exported_as": made.config.model_type,
         "why_not_stock": why or None,
         "parameters": made.num_parameters(),
     }
-    with replacing(output) as place:
-        place.mkdir()
+    with output.writing() as place:
         made.save_pretrained(place / "model")
         if tokenizer is not None:
             tokenizer.save_pretrained(place / "model")
@@ -79,7 +81,9 @@ def run(
             write_json(place / SLICED, mine)
         if told is not None:
             _write_report(
-                place, of_member(told, share, made, why) | {"output": str(output)}, model.parent
+                place,
+                of_member(told, share, made, why) | {"output": str(output.folder)},
+                model.parent,
             )
     return document
 

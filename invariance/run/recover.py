@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shutil
 import time
@@ -16,7 +15,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..core.errors import InputError, InvarianceError
-from ..core.files import beside, replacing, write_json, write_text
+from ..core.files import beside, write_json, write_text
+from ..core.outputs import Claim, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import NAME, read_basis
 from ..io.checkpoint import InvarianceForCausalLM
@@ -39,7 +39,7 @@ from ..model.verify import double_copy
 from ..recipe.recover import Recover
 from ..recover.recover import check, recover
 from ..report.card import recovered
-from .run import RECOVERED, SLICED, check_output, stored_dtype
+from .run import RECOVERED, SLICED, stored_dtype
 
 PACKAGES = ("invariance", "torch", "transformers", "lightning", "peft")
 
@@ -61,9 +61,26 @@ def run(
 
     ``teacher`` is the model that it was sliced from, for losses that ask for one. Raises InputError.
     """
+    reads = [model] if teacher is None else [model, teacher]
+    with claimed(output, overwrite=overwrite, reads=reads) as claim:
+        return _run(
+            model, claim, options, teacher, where, seed, device, trust_remote_code, progress
+        )
+
+
+def _run(
+    model: str,
+    output: Claim,
+    options: Recover,
+    teacher: str | None,
+    where: str,
+    seed: int,
+    device: str,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """The training itself, its output folder claimed."""
     start = time.perf_counter()
-    output = Path(os.path.abspath(output))
-    check_output(output, overwrite, RECOVERED)
     config = load_config(model, trust_remote_code=trust_remote_code)
     if config.model_type != "invariance":
         architecture(config)
@@ -95,7 +112,7 @@ def run(
         "version": version("invariance"),
         "model": model,
         "teacher": teacher if options.needs_teacher else None,
-        "output": str(output),
+        "output": str(output.folder),
         "exported": {
             "stock": not isinstance(loaded, InvarianceForCausalLM),
             "exported_as": made.config.model_type,
@@ -107,8 +124,7 @@ def run(
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }
     cast(made, stored_dtype(config) or made.dtype)
-    with replacing(output) as folder:
-        folder.mkdir()
+    with output.writing() as folder:
         made.save_pretrained(folder / "model")
         if (sliced := _sliced(model)) is not None:
             write_json(folder / SLICED, sliced)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,7 +19,8 @@ from ..compress.nested import Members
 from ..compress.pipeline import Sliced, slice_model
 from ..compress.plan import Plan, plan
 from ..core.errors import InputError
-from ..core.files import replacing, write_json, write_text
+from ..core.files import write_json, write_text
+from ..core.outputs import Claim, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import Basis
 from ..io.checkpoint import InvarianceForCausalLM, wrap
@@ -379,37 +378,13 @@ def log_ratio(dense: float, sliced: float) -> float | None:
     return math.log(sliced / dense) if math.isfinite(sliced / dense) else None
 
 
-def check_output(output: Path, overwrite: bool, made: str = "report.json") -> None:
-    """Refuse an output folder that holds something, before any work is done; ``made`` is in every folder of a run."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: a file is there. Name a folder.")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise InputError(
-            f"--output {output}: the folder is not empty. Name another, or say --overwrite."
-        )
-    if output.is_dir() and any(output.iterdir()) and not (output / made).is_file():
-        raise InputError(
-            f"--output {output}: the folder holds something that is no run's output. Name another."
-        )
-    parent = next(p for p in (output, *output.parents) if p.exists())
-    try:
-        tempfile.TemporaryDirectory(
-            dir=parent
-        ).cleanup()  # permissions alone do not tell: /proc, a full disk
-    except OSError as e:
-        raise InputError(
-            f"--output {output}: '{parent}' cannot be written to ({e.strerror}). Name a folder that can."
-        ) from None
-
-
-def write(output: Path, result: Outcome, recipe: Recipe, tokenizer: Any) -> None:
+def write(output: Claim, result: Outcome, recipe: Recipe, tokenizer: Any) -> None:
     """The whole folder, under a temporary name and then in one step into place."""
     from ..report.card import card, readme
     from ..report.report import page
 
-    result.report["output"] = str(output)
-    with replacing(output) as folder:
-        folder.mkdir()
+    result.report["output"] = str(output.folder)
+    with output.writing() as folder:
         cast(result.model, result.stored)
         result.model.save_pretrained(folder / "model")
         if tokenizer is not None:
@@ -441,8 +416,14 @@ def run(
 ) -> dict[str, Any]:
     """What ``invariance run`` does. Returns the report."""
     recipe = load_recipe(path, overrides)
-    output = Path(os.path.abspath(output))
-    check_output(output, overwrite)
+    with claimed(output, overwrite=overwrite, reads=[recipe.model]) as claim:
+        return _run(recipe, claim, device, trust_remote_code, progress)
+
+
+def _run(
+    recipe: Recipe, output: Claim, device: str, trust_remote_code: bool, progress: Progress
+) -> dict[str, Any]:
+    """The run itself, its output folder claimed."""
     try:
         config = load_config(recipe.model, trust_remote_code=trust_remote_code)
         plan(recipe, config, device=device, progress=progress)

@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..compress.setting import Setting
-from ..core.errors import InputError
 from ..core.files import replacing, write_json, write_text
+from ..core.growing import Growing
 from ..core.progress import Progress, quiet
 from ..report import words
 from . import table as tables
@@ -24,6 +24,14 @@ from .runners import Runner
 from .study import Study, Variant, check_measured
 from .table import Row
 
+PRODUCTS = (
+    "study.yaml",
+    "results.parquet",
+    "results.csv",
+    "study.html",
+    "front.svg",
+    "curves.svg",
+)
 Tell = Callable[[str], None]
 
 
@@ -151,7 +159,6 @@ class Ablation:
         from .page import figures, page
 
         rows = self.rows()
-        tables.write(self.output, rows)
         done = finished(self.runs, self.jobs)
         reports = {key: _json(folder / "report.json") for key, folder in done.items()}
         spectra = {key: _json(folder / "spectra.json") for key, folder in done.items()}
@@ -159,24 +166,27 @@ class Ablation:
             key: (folder / "recipe.yaml").read_text(encoding="utf-8")
             for key, folder in done.items()
         }
-        write_text(self.output / "study.html", page(self.study, rows, reports, spectra, recipes))
-        for name, drawn in figures(self.study, rows).items():
-            write_text(self.output / f"{name}.svg", drawn)
+        with folder_of(self.output).filling() as made:
+            tables.write(made, rows)
+            write_text(made / "study.html", page(self.study, rows, reports, spectra, recipes))
+            for name, drawn in figures(self.study, rows).items():
+                write_text(made / f"{name}.svg", drawn)
         return rows
+
+    def begin(self) -> None:
+        """Make the folder, and write the study into it. Raises InputError where something else is there."""
+        folder_of(self.output).begin()
+        with folder_of(self.output).filling() as made:
+            write_text(made / "study.yaml", self.study.to_yaml())
 
 
 def _json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def check_output(output: Path) -> None:
-    """Refuse a folder that holds something that is no study's."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: a file is there. Name a folder.")
-    if output.is_dir() and any(output.iterdir()) and not (output / "study.yaml").is_file():
-        raise InputError(
-            f"--output {output}: the folder holds something that is no study's. Name another."
-        )
+def folder_of(output: Path) -> Growing:
+    """A study's folder, in which nothing is replaced that we did not write. Runs and trials are added beside its products."""
+    return Growing(output, PRODUCTS)
 
 
 def plan_table(ablation: Ablation, outlook: Outlook) -> Table:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..core.errors import InputError
 from ..core.progress import Progress
-from .ablate import Ablation
+from .ablate import Ablation, folder_of
 from .factors import Alternative, Factor
 from .job import PRUNED, Answer, carry_out
 from .plan import Job, finished, preparations
@@ -31,7 +31,7 @@ def opened(ablation: Ablation, workers: int, elsewhere: bool = False) -> Any:
             f"{ablation.study.where}: a search that prunes runs one trial at a time, in this process. Leave out --workers "
             "and --ray, or remove `prune`."
         )
-    ablation.output.mkdir(parents=True, exist_ok=True)
+    folder_of(ablation.output).begin()
     found = optuna.create_study(
         storage=f"sqlite:///{ablation.output / STORAGE}",
         study_name=ablation.study.name,

@@ -281,7 +281,7 @@ def test_a_folder_that_is_no_studys_is_left_alone(root: Path) -> None:
     status, _, err = invoke("ablate", write(root, STUDY), "--output", root / "mine")
     assert (
         status == 2
-        and "no study's" in err
+        and "no manifest.json says" in err
         and [p.name for p in (root / "mine").iterdir()] == ["thesis.txt"]
     )
 
