@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 try:
@@ -17,6 +17,7 @@ except ImportError:  # no POSIX system: then nothing guards against a second wri
 
 TAKEN = (errno.EACCES, errno.EAGAIN)
 _HELD: set[tuple[int, int]] = set()  # by device and inode: the system's locks are of a process
+_KEPT: set[tuple[int, int]] = set()  # those that are held to the end
 
 
 class Taken(Exception):
@@ -60,6 +61,15 @@ def _lock(handle: int, path: Path) -> None:
             raise Taken(path) from None
         if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # no locks there
             raise
+
+
+def keep(path: Path) -> None:
+    """Hold a lock until this process ends; again, where it holds it already. Raises Taken."""
+    with suppress(FileNotFoundError):
+        found = os.stat(path)
+        if (found.st_dev, found.st_ino) in _KEPT:
+            return
+    _KEPT.add(Lock(path).key)
 
 
 def is_helper() -> bool:

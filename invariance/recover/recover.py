@@ -32,6 +32,7 @@ from .adapt import adapt, settle
 from .local import reconstruct
 from .module import HELD_OUT, Recovery, Text, Windows, of_member, trained
 from .nested import Member
+from .resume import LOCAL, begin, read
 from .teacher import Teacher, predictions
 from .trainer import BEST, LAST, check_logger, fit, make, still
 
@@ -68,7 +69,7 @@ def recover(
     Raises InputError, with nothing changed, for options that cannot be; InvarianceError where training diverges.
     """
     train, held = split(tokens, options, where)
-    work = _work(tokens, options, seed, nested, identity)
+    work = begin(_work(tokens, options, seed, nested, identity), where)
     student = copy_in(torch.float32, model)
     layout = label(student)
     teacher = _teacher(student, layout, basis, dense, options)
@@ -78,7 +79,7 @@ def recover(
     count = trained(student)
     stages: list[dict[str, Any]] = []
     if teacher is not None and options.local is not None:
-        stages = _local(work / "local.pt", student, teacher, layout, train, options, progress)
+        stages = _local(work / LOCAL, student, teacher, layout, train, options, progress)
     kept = (
         predictions(dense, train, options.top, options.batch, progress)
         if options.loss.kl and dense
@@ -211,21 +212,16 @@ def _best(curve: list[dict[str, float]], where: str) -> dict[str, float]:
     return chosen
 
 
-def _read(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-    return found
-
-
 def _step(last: Path) -> int:
     """How many steps an interrupted run had made."""
-    return int(_read(last)["global_step"]) if last.is_file() else 0
+    return int(read(last)["global_step"]) if last.is_file() else 0
 
 
 def _finished(last: Path, steps: int) -> bool:
     """Whether an interrupted run had trained to its end, or until it was stopped early, and only its result is missing."""
     if not last.is_file():
         return False
-    found = _read(last)
+    found = read(last)
     waits = [s for name, s in found["callbacks"].items() if name.startswith("EarlyStopping")]
     return found["global_step"] >= steps or any(s["wait_count"] >= s["patience"] for s in waits)
 
@@ -237,13 +233,13 @@ def _end(last: Path, where: str) -> dict[str, Any]:
             f"{where}: training ended before its first check, so there is nothing to keep. Allow more `trainer.max_time`, or "
             "more `checks`. Nothing is written."
         )
-    return _read(last)
+    return read(last)
 
 
 def _weights(best: Path) -> dict[str, Tensor]:
     """The student's weights at the best check; narrower members hold its weights, and none of their own."""
     own = "student."
-    state = _read(best)["state_dict"]
+    state = read(best)["state_dict"]
     return {name.removeprefix(own): value for name, value in state.items() if name.startswith(own)}
 
 
@@ -310,7 +306,7 @@ def _local(
 ) -> list[dict[str, Any]]:
     """Train the stages one by one, or take over what an interrupted run had of that."""
     if path.is_file():
-        kept = _read(path)
+        kept = read(path)
         student.load_state_dict(kept["state_dict"], strict=False)
         return list(kept["stages"])
     stages = reconstruct(student, teacher, layout, train, options, progress)
