@@ -20,7 +20,7 @@ from ..compress.pipeline import Sliced, slice_model
 from ..compress.plan import Plan, plan
 from ..core.errors import InputError
 from ..core.files import write_json, write_text
-from ..core.outputs import Claim, claimed
+from ..core.outputs import Claim, check_room, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import Basis
 from ..io.checkpoint import InvarianceForCausalLM, wrap
@@ -426,7 +426,8 @@ def _run(
     """The run itself, its output folder claimed."""
     try:
         config = load_config(recipe.model, trust_remote_code=trust_remote_code)
-        plan(recipe, config, device=device, progress=progress)
+        chart = plan(recipe, config, device=device, progress=progress)
+        check_room(output.folder, _bytes(chart, stored_dtype(config) or torch.float32))
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
     except InputError as e:
         raise InputError(_located(recipe, str(e))) from None
@@ -446,6 +447,12 @@ def _run(
     result.report["model"] |= {"origin": origin(recipe.model), "licence": licence(recipe.model)}
     write(output, result, recipe, tokenizer)
     return result.report
+
+
+def _bytes(chart: Plan, stored: torch.dtype) -> int:
+    """How large the checkpoint will be at least, as far as it can be told before calibration."""
+    widths = chart.allocate(None)
+    return 0 if widths is None else stored.itemsize * chart.parameters(widths).total
 
 
 def _located(recipe: Recipe, message: str) -> str:

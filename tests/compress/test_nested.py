@@ -523,7 +523,7 @@ def test_without_a_report_a_checkpoint_is_extracted_all_the_same(root: Path) -> 
         (("dense", "--width", "0.8", "-o", "x"), "holds one model, no nested ones"),
         (("gone", "--width", "0.8", "-o", "x"), "no such folder"),
         (("family", "--width", "0.8", "-o", "family"), "--overwrite"),
-        (("family", "--width", "0.8", "-o", "dense", "--overwrite"), "no run's output"),
+        (("family", "--width", "0.8", "-o", "dense", "--overwrite"), "no manifest.json says"),
     ],
 )
 def test_a_member_that_cannot_be_is_refused(

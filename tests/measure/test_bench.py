@@ -198,7 +198,7 @@ def test_weights_of_few_bits_are_said_to_run_as_full_numbers(document: dict) -> 
         (("gone/gone/gone",), "there is no such file or folder"),
         (("opt", "--prompt", "400"), "the model has 320 positions"),
         (("dense", "--output", "file"), "Name a folder"),
-        (("dense", "--output", "sliced", "--overwrite"), "no run's output"),
+        (("dense", "--output", "sliced", "--overwrite"), "no manifest.json says"),
     ],
 )
 def test_what_cannot_be_is_refused(root: Path, arguments: tuple[str, ...], told: str) -> None:

@@ -618,11 +618,11 @@ def test_an_output_that_cannot_be_written_is_refused_before_any_work(root: Path)
     before = written(root)
     for output, says in (
         (root / "tokens.npy", "a file is there"),
-        (root / "tokens.npy" / "below", "cannot be written to"),
+        (root / "tokens.npy" / "below", "is a file"),
         (root / "full", "not empty"),
     ):
         said = refused(*invoke("run", recipe, "--output", output))
         assert said.startswith(f"--output {output}:") and says in said
     said = refused(*invoke("run", recipe, "--output", root / "full", "--overwrite"))
-    assert "no run's output" in said
+    assert "no manifest.json says" in said
     assert written(root) == before
