@@ -11,7 +11,9 @@ from torch import Tensor
 
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.core.space import Basis, Space
+from invariance.core.change import Basis
+from invariance.core.pick import Pick
+from invariance.core.space import Space
 from invariance.method.interfaces import NATS, Rotator
 
 Metric = Literal["readers", "fisher"]
@@ -51,10 +53,6 @@ class Weighing(Rotator):
         return moments.second(space, Statistic.SEEN), moments.second(space, Statistic.READERS)
 
 
-def identity(space: Space) -> Float64[Tensor, "c d d"]:
-    return torch.eye(space.dim, dtype=torch.float64).repeat(space.copies, 1, 1)
-
-
 def damped(C: Float64[Tensor, "c d d"], ridge: float) -> Float64[Tensor, "c d d"]:
     """C + λI, with λ = ridge × the mean diagonal entry."""
     diagonal = C.diagonal(dim1=-2, dim2=-1)
@@ -83,10 +81,5 @@ def ordered(
         (L[:, r:, r : r + WIDE], G[:, r:, r:]) for r in range(0, d, WIDE)
     )  # above its diagonal L is 0
     return Basis(
-        permutation(order), torch.cat([((g @ l) * l).sum(-2) for l, g in parts], -1).clamp_min(0)
+        Pick(order, d), torch.cat([((g @ l) * l).sum(-2) for l, g in parts], -1).clamp_min(0)
     )
-
-
-def permutation(order: Int[Tensor, "c d"]) -> Float64[Tensor, "c d d"]:
-    """The permutation whose column j picks channel order[j]."""
-    return torch.nn.functional.one_hot(order, order.shape[-1]).double().mT.contiguous()

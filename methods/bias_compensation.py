@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.core.space import Basis, Change, Space
+from invariance.core.change import Basis, Change
+from invariance.core.space import Space
 from invariance.method.interfaces import Slicer
 
 from .truncate import Truncate
@@ -32,6 +33,6 @@ class BiasCompensation(Slicer, name="bias_compensation"):
         plain = Truncate().cut(space, basis, k, moments)
         if k == space.dim:
             return plain
-        mean = moments.mean(space).unflatten(-1, (space.dim, space.grain))
-        left = mean - plain.decode @ (plain.encode.mT @ mean)
-        return Change(plain.encode, plain.decode, left.flatten(-2))
+        mean = moments.mean(space)
+        left = mean - plain.read(space, mean.flatten()).view_as(mean)
+        return Change(plain.encode, plain.decode, left)

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.core.space import Basis, Group, Space
+from invariance.core.change import Basis
+from invariance.core.group import Group
+from invariance.core.pick import Pick
+from invariance.core.space import Space
 from invariance.method.interfaces import Rotator
 
-from ._channels import identity
 from ._order import by_energy
 
 
@@ -31,4 +33,4 @@ class Fluctuation(Rotator, name="fluctuation"):
         variance = moments.second(space).diagonal(dim1=-2, dim2=-1) - moments.mean(space).square()
         readers = moments.second(space, Statistic.READERS).diagonal(dim1=-2, dim2=-1)
         energy = (variance.clamp_min(0) * readers).unflatten(-1, (space.dim, space.grain)).sum(-1)
-        return by_energy(identity(space), energy)
+        return by_energy(Pick.first(space.copies, space.dim), energy)

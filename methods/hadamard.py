@@ -13,7 +13,9 @@ from scipy.linalg import hadamard as sylvester
 from torch import Tensor
 
 from invariance.calibrate.moments import Moments
-from invariance.core.space import Basis, Group, Space
+from invariance.core.change import Basis
+from invariance.core.group import Group
+from invariance.core.space import Space
 from invariance.method.interfaces import Rotator, WidthLimit
 
 from ._fields import character, prime_power

@@ -9,8 +9,10 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from invariance.calibrate.moments import Moments
+from invariance.core.change import Basis
+from invariance.core.group import Group
 from invariance.core.linalg import svd
-from invariance.core.space import Basis, Group, Space
+from invariance.core.space import Space
 
 from ._channels import Weighing
 

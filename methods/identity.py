@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from invariance.calibrate.moments import Moments
-from invariance.core.space import Basis, Group, Space
+from invariance.core.change import Basis
+from invariance.core.group import Group
+from invariance.core.pick import Pick
+from invariance.core.space import Space
 from invariance.method.interfaces import Rotator
 
 
@@ -22,5 +25,5 @@ class Identity(Rotator, name="identity"):
     kinds = Rotator.kinds | {"heads"}
 
     def fit(self, space: Space, moments: Moments) -> Basis:
-        eye = torch.eye(space.dim, dtype=torch.float64).repeat(space.copies, 1, 1)
-        return Basis(eye, torch.ones(space.copies, space.dim, dtype=torch.float64))
+        same = Pick.first(space.copies, space.dim)
+        return Basis(same, torch.ones(space.copies, space.dim, dtype=torch.float64))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float64
-from torch import Tensor
 
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.core.space import Basis, Change, Space
+from invariance.core.change import Basis, Change
+from invariance.core.space import Space
 from invariance.method.interfaces import Slicer
 
 
@@ -39,12 +38,10 @@ class LeastSquares(Slicer, name="least_squares"):
         if k == space.dim:
             return Change.rotation(basis.A)
         C = moments.second(space, Statistic.SEEN)
-        E = basis.A[..., :k].contiguous()
-        whole = torch.kron(
-            E, torch.eye(space.grain, dtype=E.dtype)
-        )  # E ⊗ I, on all that a direction gives
-        CE = _times(C, whole)
-        S = _times(CE.mT, whole)
+        E = basis.A.columns(torch.arange(k))
+        whole = E.grained(space.grain)
+        CE = C @ whole
+        S = CE.mT @ whole
         scale = (
             S.diagonal(dim1=-2, dim2=-1)
             .mean(-1)[:, None, None]
@@ -52,12 +49,3 @@ class LeastSquares(Slicer, name="least_squares"):
         )
         S = S + max(self.ridge, 1e-14) * scale * torch.eye(S.shape[-1], dtype=S.dtype)
         return Change(E, torch.linalg.solve(S, CE.mT).mT.contiguous())
-
-
-def _times(M: Float64[Tensor, "c n d"], E: Float64[Tensor, "c d k"]) -> Float64[Tensor, "c n k"]:
-    """M E; where every column of E picks one channel, without a product."""
-    found = E != 0
-    if not bool((found.sum(-2) == 1).all()):
-        return M @ E
-    picked = found.int().argmax(-2, keepdim=True)
-    return M.gather(-1, picked.expand(-1, M.shape[-2], -1)) * E.gather(-2, picked)

@@ -9,7 +9,9 @@ from jaxtyping import Float64, Int
 from torch import Tensor
 
 from invariance.calibrate.moments import Moments
-from invariance.core.space import Basis, Group, Space
+from invariance.core.change import Basis
+from invariance.core.group import Group
+from invariance.core.space import Space
 
 from ._channels import Weighing, damped, ordered
 

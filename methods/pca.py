@@ -9,7 +9,9 @@ import torch
 
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.core.space import Basis, Group, Space
+from invariance.core.change import Basis
+from invariance.core.group import Group
+from invariance.core.space import Space
 from invariance.method.interfaces import Rotator
 
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from invariance.calibrate.moments import Moments
-from invariance.core.space import Basis, Group, Space
+from invariance.core.change import Basis
+from invariance.core.group import Group
+from invariance.core.pick import Pick
+from invariance.core.space import Space
 
-from ._channels import Weighing, identity
+from ._channels import Weighing
 from ._order import by_energy
 
 
@@ -33,4 +36,4 @@ class Permute(Weighing, name="permute"):
         energy = torch.einsum(
             "ciaib->ci", (C * G).unflatten(-1, groups).unflatten(-3, groups)
         ).clamp_min(0)
-        return by_energy(identity(space), energy)
+        return by_energy(Pick.first(space.copies, space.dim), energy)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
+from invariance.core.change import Basis
+from invariance.core.group import Group
 from invariance.core.linalg import svd
-from invariance.core.space import Basis, Group, Space
+from invariance.core.space import Space
 from invariance.method.interfaces import Rotator
 
 from .head_svd import _root

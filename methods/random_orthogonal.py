@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from invariance.calibrate.moments import Moments
-from invariance.core.space import Basis, Group, Space, haar
+from invariance.core.change import Basis
+from invariance.core.group import Group
+from invariance.core.space import Space, haar
 from invariance.method.interfaces import Rotator
 
 

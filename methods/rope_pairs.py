@@ -12,7 +12,10 @@ from torch import Tensor
 
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.core.space import Basis, Group, Space
+from invariance.core.change import Basis
+from invariance.core.group import Group
+from invariance.core.pick import Pick
+from invariance.core.space import Space
 from invariance.method.interfaces import NATS, Rotator
 
 Choice = tuple[Int[Tensor, "c h"], Float64[Tensor, "c h"], Float64[Tensor, "c s"]]
@@ -64,13 +67,10 @@ class RopePairs(Rotator, name="rope_pairs"):
     def fit(self, space: Space, moments: Moments) -> Basis:
         c, h, r = space.copies, space.rotary // 2, space.rotary
         order, pairs, spared = (self._by_loss if self.nats else self._by_score)(space, moments)
-        i, copy = torch.arange(h), torch.arange(c)[:, None]
-        A: Float64[Tensor, "c d d"] = torch.eye(space.dim, dtype=torch.float64).repeat(c, 1, 1)
-        A[:, :r, :r] = 0
-        A[copy, order, i] = A[copy, order + h, i + h] = 1
+        index = torch.cat((order, order + h, torch.arange(r, space.dim).expand(c, -1)), 1)
         pairs = pairs.repeat_interleave(2, 1)
         best = torch.cat((pairs, spared), 1).amax(1, keepdim=True)
-        return Basis(A, torch.cat((best.expand(c, space.spared), pairs), 1))
+        return Basis(Pick(index, space.dim), torch.cat((best.expand(c, space.spared), pairs), 1))
 
     def _by_score(self, space: Space, moments: Moments) -> Choice:
         h, r = space.rotary // 2, space.rotary

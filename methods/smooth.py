@@ -8,10 +8,12 @@ import torch
 
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.core.space import Basis, Group, Space
+from invariance.core.change import Basis
+from invariance.core.group import Group
+from invariance.core.pick import Pick
+from invariance.core.space import Space
 from invariance.method.interfaces import Rotator
 
-from ._channels import identity
 from ._order import by_energy
 
 
@@ -48,7 +50,8 @@ class Smooth(Rotator, name="smooth"):
             scale.log().mean(-1, keepdim=True).exp()
         )  # far from it, nothing is left of a channel in low precision
         scale = scale.clamp(middle / LIMIT, middle * LIMIT)
-        return by_energy(identity(space) / scale.unsqueeze(-2), (signal * readers).square())
+        order = Pick.first(space.copies, space.dim).scaled(1 / scale)
+        return by_energy(order, (signal * readers).square())
 
 
 LIMIT = 1e4  # how far a scale may be from their geometric mean

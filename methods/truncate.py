@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from invariance.calibrate.moments import Moments
-from invariance.core.space import Basis, Change, Space
+from invariance.core.change import Basis, Change
+from invariance.core.space import Space
 from invariance.method.interfaces import Slicer
 
 
@@ -22,6 +23,4 @@ class Truncate(Slicer, name="truncate"):
     prefix = True
 
     def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:
-        whole = Change.rotation(basis.A)
-        kept = space.kept(k)
-        return Change(whole.encode[..., kept].contiguous(), whole.decode[..., kept].contiguous())
+        return Change.rotation(basis.A).columns(space.kept(k))

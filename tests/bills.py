@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from invariance.methods import _spend
 from torch import Tensor
 
-from invariance.core.space import Group, Space
+from invariance.core.group import Group
+from invariance.core.space import Space
 from invariance.method.budget import Bill
 from invariance.method.interfaces import Selector
 

@@ -9,7 +9,7 @@ from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from invariance.core.space import Change
+from invariance.core.change import Change
 from invariance.model.layout import Layout
 
 
@@ -19,7 +19,7 @@ def project(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change
     def signal(x: Tensor, space: str) -> Tensor:
         if space not in changes:
             return x
-        E, D = changes[space].encode, changes[space].decode
+        E, D = changes[space].encode.matrix(), changes[space].decode.matrix()
         if layout.spaces[space].kind == "heads":
             E, D = (
                 torch.kron(X, torch.eye(x.shape[-1] // X.shape[1], dtype=X.dtype)) for X in (E, D)

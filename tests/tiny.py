@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from invariance.core.space import Change, Space, columns
+from invariance.core.change import Change
+from invariance.core.operator import Operator
+from invariance.core.space import Space, columns
 from invariance.model.canonical import canonicalize
 from invariance.model.families import FAMILIES, architecture
 from invariance.model.layout import Layout
@@ -164,7 +166,7 @@ def tokens(seed: int = 0, batch: int = 2, length: int = 7) -> Tensor:
     )
 
 
-def elements(layout: Layout, names: Iterable[str], seed: int) -> dict[str, Tensor]:
+def elements(layout: Layout, names: Iterable[str], seed: int) -> dict[str, Operator]:
     """A random element of the group of each named space."""
     return {name: layout.spaces[name].element(seed) for name in names}
 
@@ -184,7 +186,7 @@ def share(bases: Mapping[str, Any], heads: Mapping[str, str]) -> dict[str, Any]:
     return {name: made.setdefault(heads.get(name, name), value) for name, value in bases.items()}
 
 
-def rotations(bases: Mapping[str, Tensor]) -> dict[str, Change]:
+def rotations(bases: Mapping[str, Operator]) -> dict[str, Change]:
     """A rotation for each basis; one object where the basis is one object."""
     made: dict[int, Change] = {}
     return {name: made.setdefault(id(A), Change.rotation(A)) for name, A in bases.items()}
@@ -205,7 +207,7 @@ def cut(change: Change, k: int, space: Space | None = None, pairs: int | None = 
     if space is not None and space.rotary:
         n = min(space.rotary // 2, k // 2) if pairs is None else pairs
         kept = columns(space.rotary, n, k - 2 * n)
-    return Change(change.encode[..., kept].contiguous(), change.decode[..., kept].contiguous())
+    return change.columns(kept)
 
 
 def cuttable(layout: Layout, name: str) -> bool:

@@ -11,7 +11,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.space import Change
+from ..core.change import Change
 from ..model.canonical import assign
 from ..model.layout import Edge, Layout
 from ..model.modules import Stage
@@ -170,12 +170,11 @@ def refit_readers(
     """
     norm = model.get_submodule(f"{edge.stage}.norm")
     assert uncut.norm is not None
-    D = None if change is None else change.decode[0].mT
     parts: tuple[Normal, Normal] | None = None
     sequences = 0
     for batch, x in zip(batches, dense, strict=True):
         h, goal = norm(batch.x).float(), uncut.norm(x).float()
-        target = goal - (h if D is None else h @ D.to(h))
+        target = goal - (h if change is None else change.decode.back(h))
         parts = gather(parts, sequences, batch.mask, h, target)
         sequences += len(x)
     assert parts is not None

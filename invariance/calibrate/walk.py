@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..core.change import Change, bridge
 from ..core.progress import Progress, quiet
-from ..core.space import Change, Space
+from ..core.space import Space
 from ..model.layout import Edge, Layout
 from ..model.modules import Factored, Stage
 from ..model.reparametrize import reparametrize
@@ -280,8 +281,7 @@ def _cut_stream(
         reparametrize(model, layout, {point: change})
         for batch in batches:
             wide = torch.promote_types(batch.x.dtype, torch.float32)
-            E = change.encode[0].to(batch.x.device, wide)
-            batch.x = (batch.x.to(wide) @ E).to(batch.x.dtype)
+            batch.x = change.encode.contract(batch.x.to(wide)).to(batch.x.dtype)
         stage = next(
             (model.get_submodule(e.stage) for e in layout.edges if e.target == point), None
         )
@@ -292,7 +292,7 @@ def _cut_stream(
             stage.shortcut = None
         elif change.entry is not None and basis is not None:
             assert isinstance(stage, Stage)
-            whole = basis.decode[0].mT @ change.encode[0]
+            whole = bridge(basis, change)
             for batch, x in zip(batches, before, strict=True):
                 batch.x = batch.x + (stage.carry(x) - x @ whole.to(x))
     return change

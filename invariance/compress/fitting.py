@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..calibrate.statistic import Statistic
 from ..core.errors import InputError
-from ..core.space import Group
+from ..core.group import Group
 from ..model.layout import Layout
 from ..recipe.recipe import Recipe
 from .demand import Unit

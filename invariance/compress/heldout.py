@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..core.change import Change
 from ..core.errors import InputError
 from ..core.files import write_json
 from ..core.progress import Progress
-from ..core.space import Change
 from ..io.data import Tokens
 from ..measure.losses import perplexity
 from ..model.layout import Layout

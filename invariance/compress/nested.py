@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..core.change import Change
 from ..core.errors import InputError
-from ..core.space import Change, Space
+from ..core.space import Space
 from ..io.checkpoint import InvarianceForCausalLM, wrap
 from ..io.export import stock
 from ..model.canonical import layout_of
@@ -48,8 +48,7 @@ def first(layout: Layout, widths: Widths) -> dict[str, Change]:
 def _first(space: Space, k: int) -> Change:
     if not k:
         return Change.empty(space, 0)
-    E = torch.eye(space.dim, dtype=torch.float64)[:, space.kept(k)].repeat(space.copies, 1, 1)
-    return Change(E, E)
+    return Change.choice(space, space.kept(k))
 
 
 def extract(model: InvarianceForCausalLM, share: float) -> tuple[PreTrainedModel, str]:

@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from ..calibrate import walk
 from ..calibrate.moments import Moments, check_finite
 from ..calibrate.statistic import Statistic
+from ..core.change import Basis, Change
 from ..core.errors import CertificateError, InvarianceError
+from ..core.operator import Operator
 from ..core.progress import Progress, quiet
 from ..core.shortcuts import Chain
-from ..core.space import Basis, Change
 from ..io.data import Tokens
 from ..io.memo import Memo, digest
 from ..model.canonical import join
@@ -142,11 +143,9 @@ class _Run:
             narrower, members = {}, {}
         join(self.model)
         spectra = {name: basis.energy for name, basis in self.bases.items()}
-        encodes = {
-            n: c.encode[0]
-            for n, c in self.changes.items()
-            if self.layout.spaces[n].kind == "residual"
-        }
+        stream = {n: c for n, c in self.changes.items() if self.layout.spaces[n].kind == "residual"}
+        different = {id(c): c.encode.matrix()[0] for c in stream.values()}  # segments share theirs
+        encodes = {n: different[id(c)] for n, c in stream.items()}
         return Sliced(
             self.model,
             self.layout,
@@ -168,7 +167,7 @@ class _Run:
             for unit in self.progress(units, "fit bases", len(units)):
                 key = ("basis", *source, unit.members, unit.fitted, json.dumps(unit.rotate.spec()))
                 self.bases[unit.space.name] = self.memo.once(
-                    key, partial(self._basis, unit, moments), lambda basis: basis.A.nbytes
+                    key, partial(self._basis, unit, moments), lambda basis: basis.nbytes
                 )
 
     def _source(self) -> tuple[str, ...]:
@@ -185,8 +184,9 @@ class _Run:
                 f"'{unit.space.group.value}', so it would not be exact. This is a fault of the method, not of the recipe."
             )
         if unit.joint:
-            first, *others = basis.A.split(unit.space.copies)
-            if not all(torch.equal(first, other) for other in others):
+            each = torch.arange(basis.A.copies).split(unit.space.copies)
+            first, *others = (basis.A.take(copies) for copies in each)
+            if not all(first.same(other) for other in others):
                 raise InvarianceError(
                     f"rotator '{unit.rotate.name}' says that it gives all layers one basis, and gave space "
                     f"'{unit.space.name}' another one than the rest. This is a fault of the method, not of the recipe."
@@ -386,7 +386,7 @@ class _Run:
 
     def _certify(self) -> Certificate:
         """The certificate of all bases at once, on probe tokens that need no text."""
-        bases: Mapping[str, Tensor] = {
+        bases: Mapping[str, Operator] = {
             m: self.bases[u.space.name].A for m, u in self.unit_of.items()
         }
         g = torch.Generator().manual_seed(self.plan.recipe.seed)
@@ -397,11 +397,12 @@ class _Run:
             asked = json.dumps(
                 [[*bases], self.plan.fold, self.plan.recipe.tie, self.plan.recipe.seed]
             )
-            different = {id(A): A for A in (*bases.values(), ids)}  # segments share theirs
+            different = {id(A): A for A in bases.values()}  # segments share theirs
             places = {at: n for n, at in enumerate(different)}
             which = [places[id(A)] for A in bases.values()]
             rotation = digest(
-                f"{self.memo.weights(self.original)} {asked} {which}", different.values()
+                f"{self.memo.weights(self.original)} {asked} {which}",
+                (ids, *(t for A in different.values() for t in A.tensors)),
             )
             certificate = self.memo.once(
                 ("certificate", rotation),

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from ..calibrate.fisher import SEED, score
 from ..calibrate.moments import real_tokens
 from ..calibrate.walk import inside, norm_at, tap
+from ..core.change import Basis, Change
 from ..core.progress import Progress, quiet
-from ..core.space import Basis, Change
 from ..io.data import Tokens
 from ..method.budget import Predicted
 from ..model.layout import Layout

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from jaxtyping import Float64
 from torch import Tensor
 
+from .change import Change, bridge
 from .linalg import svd
-from .space import Change
 
 
 def follow(source: Change, target: Change, rank: int, C: Float64[Tensor, "k k"]) -> Change:
@@ -19,13 +19,13 @@ def follow(source: Change, target: Change, rank: int, C: Float64[Tensor, "k k"])
     principal angles between the two subspaces. F = U √(I − Σ), of the columns whose lack adds most to the stream:
     (1 − σ)² uᵀ C u, with C the second moment of the stream in the source's basis. F is never of more than ``enough``.
     """
-    U, cosines, Vh = svd(source.decode[0].mT @ target.encode[0])
+    U, cosines, Vh = svd(bridge(source, target))
     R = Vh.mT @ U.mT
     lost = (1 - cosines).clamp_min(0)  # a cosine may round to more than 1
     weight = lost.square() * (U * (C @ U)).sum(0)
-    kept = weight.topk(min(rank, enough(*source.encode.shape[1:]))).indices.sort().values
+    kept = weight.topk(min(rank, enough(source.encode.dim, source.width))).indices.sort().values
     F = U[:, kept] * lost[kept].sqrt()
-    return replace(target, encode=target.encode @ R, decode=target.decode @ R, entry=F)
+    return Change(target.encode @ R[None], target.decode @ R[None], entry=F)
 
 
 def enough(d: int, k: int) -> int:
@@ -48,6 +48,5 @@ class Chain:
         if rank is not None and self.before is not None:
             source, seen = self.before
             change = follow(source, change, rank, seen)
-        E = change.encode[0]
-        self.before = change, E.mT @ C @ E
+        self.before = change, change.encode.contract(change.encode.contract(C), axis=0)
         return change

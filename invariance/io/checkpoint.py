@@ -16,8 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..core.change import Change
 from ..core.errors import InputError
-from ..core.space import Change, Space, columns
+from ..core.space import Space, columns
 from ..model.canonical import canonicalize, layout_of
 from ..model.families import architecture
 from ..model.labels import label
@@ -259,8 +260,7 @@ def _blank(space: Space, k: int, pairs: Mapping[str, int]) -> Change:
         return Change.empty(space, k)
     n = pairs.get(space.name, space.rotary // 2)
     kept = columns(space.rotary, n, k - 2 * n)
-    E = torch.eye(space.dim, dtype=torch.float64, device="cpu")[:, kept].repeat(space.copies, 1, 1)
-    return Change(E, E)
+    return Change.choice(space, kept)
 
 
 def layout_of_config(config: PretrainedConfig, *, fold: bool = False) -> Layout:

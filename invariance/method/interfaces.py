@@ -16,8 +16,10 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from ..calibrate.statistic import Statistic
+from ..core.change import Basis, Change
 from ..core.errors import InputError, did_you_mean
-from ..core.space import Basis, Change, Group, Space
+from ..core.group import Group
+from ..core.space import Space
 
 if TYPE_CHECKING:
     from ..calibrate.moments import Moments

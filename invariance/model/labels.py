@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..core.space import Group, Space
+from ..core.group import Group
+from ..core.space import Space
 from . import modules
 from .architecture import Architecture
 from .families import architecture

@@ -6,13 +6,15 @@ from collections.abc import Container, Mapping
 from dataclasses import replace
 
 import torch
-from einops import einsum, rearrange, repeat
+from einops import repeat
 from jaxtyping import Float64, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..core.change import Change
+from ..core.dense import pairs_kept
 from ..core.errors import InvarianceError
-from ..core.space import Change, Space, pairs_kept, picks, support
+from ..core.space import Space
 from .canonical import assign
 from .layout import Axis, Edge, Layout, Role
 from .modules import Attention, Stage
@@ -114,8 +116,7 @@ def _check(layout: Layout, changes: Mapping[str, Change]) -> dict[str, Int[Tenso
             raise InvarianceError(
                 f"a change cuts space '{name}' to width {change.width}, and {space.why}. Leave it whole."
             )
-        E = change.encode
-        if space.kind == "heads" and not (E.is_meta or bool((support(E).sum(-2) == 1).all())):
+        if space.kind == "heads" and change.encode.picks is None:
             raise InvarianceError(
                 f"a change of space '{name}' mixes KV groups, because {space.why}. Choose among them."
             )
@@ -156,13 +157,9 @@ def along(axis: Axis, changes: Mapping[str, Change]) -> list[tuple[Axis, Change]
     inner = changes.get(axis.space)
     if axis.outer is not None and (groups := changes.get(axis.outer.space)) is not None:
         found.append((axis.outer, groups))
-        kept = support(groups.encode[0]).int().argmax(0)
-        axis = replace(axis, heads=axis.heads // groups.encode.shape[1] * groups.width)
-        inner = (
-            Change(inner.encode[kept], inner.decode[kept])
-            if inner is not None and len(kept)
-            else None
-        )
+        axis = replace(axis, heads=axis.heads // groups.encode.dim * groups.width)
+        kept = groups_kept(groups)
+        inner = inner.take(kept) if inner is not None and len(kept) else None
     return found if inner is None else [*found, (axis, inner)]
 
 
@@ -187,10 +184,7 @@ def _shift_readers(
             and axis.space == space.name
             and (groups := changes.get(axis.outer.space))
         ):
-            W, offset = (
-                contract(W, i, axis.outer, groups),
-                offset[support(groups.encode[0]).int().argmax(0)],
-            )
+            W, offset = contract(W, i, axis.outer, groups), offset[groups_kept(groups)]
             if not offset.numel():
                 return
         shift = W @ repeat(offset.to(W.device), "c d -> (c r d)", r=W.shape[1] // offset.numel())
@@ -216,30 +210,16 @@ def contract(W: Tensor, dim: int, axis: Axis, change: Change) -> Float64[Tensor,
 
     A direction may stand for several numbers of the axis, neighbours all.
     """
-    X = (change.decode if axis.role is Role.READ else change.encode).to(W.device)
-    grain = W.shape[dim] // (axis.heads * X.shape[-2])
-    if grain > 1:
-        X = torch.kron(X.contiguous(), torch.eye(grain, dtype=X.dtype, device=X.device))
-    if axis.role is Role.GATE:
-        X = support(X).to(X.dtype)
-    if axis.heads == 1:
-        index = (
-            picks(X[0])
-            if grain > 1
-            else change.read_picks
-            if axis.role is Role.READ
-            else change.write_picks
-        )
-        if index is not None:  # columns that pick and scale: no product
-            index = index.to(W.device)
-            shape = [-1 if i == dim else 1 for i in range(W.ndim)]
-            return W.index_select(dim, index) * X[0][index, torch.arange(len(index))].view(shape)
-        return torch.tensordot(W, X[0], ([dim], [0])).movedim(-1, dim)
-    X = repeat(X, "c d k -> (c r) d k", r=axis.heads // X.shape[0])
-    W = rearrange(W.movedim(dim, -1), "... (h d) -> ... h d", h=axis.heads)
-    return rearrange(einsum(W, X, "... h d, h d k -> ... h k"), "... h k -> ... (h k)").movedim(
-        -1, dim
-    )
+    X = change.decode if axis.role is Role.READ else change.encode
+    X = X.grained(W.shape[dim] // (axis.heads * X.dim))
+    return (X.pattern() if axis.role is Role.GATE else X).contract(W, dim, axis.heads)
+
+
+def groups_kept(groups: Change) -> Int[Tensor, " k"]:
+    """Which KV groups a change of them keeps."""
+    kept = groups.encode.picks
+    assert kept is not None  # else the change was refused
+    return kept[0]
 
 
 def _resize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
@@ -257,7 +237,7 @@ def _resize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change
             resized.drop(name)
         elif layout.spaces[space].kind == "heads":
             assert resized.attention is not None
-            resized.attention.keep_groups(support(changes[space].encode[0]).int().argmax(0))
+            resized.attention.keep_groups(groups_kept(changes[space]))
     for _, attention in _attentions(
         model, layout
     ):  # a cache counts its tokens in the first slot of a kind
@@ -290,9 +270,9 @@ def _change_edge(
         d = layout.spaces[edge.source].dim if stage.shortcut is None else stage.shortcut.shape[0]
         M = stage.carry(torch.eye(d, dtype=torch.float64, device=like.device))
         if source is not None:
-            M = source.decode[0].to(M.device).mT @ M
+            M = source.decode.contract(M, axis=0)
         if target is not None:
-            M = M @ target.encode[0].to(M.device)
+            M = target.encode.contract(M)
         gone = is_identity(M)
     stage.low_rank = entry is not None
     stage.shortcut = (

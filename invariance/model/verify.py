@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -12,7 +12,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..core.space import Change
+from ..core.change import Change
+from ..core.dense import in_group
+from ..core.group import Group
+from ..core.operator import Operator
+from ..core.pick import Pick
 from .canonical import canonicalize
 from .labels import label
 from .layout import Layout
@@ -105,7 +109,7 @@ def copy_in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
 @torch.no_grad()
 def certify(
     model: PreTrainedModel,
-    bases: Mapping[str, Tensor],
+    bases: Mapping[str, Operator | Tensor],
     ids: Int[Tensor, "B T"],
     *,
     fold: bool,
@@ -151,7 +155,7 @@ def half(layout: Layout, names: Mapping[str, Any], seed: int) -> dict[str, Chang
     """Random elements of the named spaces' groups, on the writers alone: no rotation of anything.
 
     Spaces of one shape and group take the same element, not the identity; it is wrong in each of them. A space that
-    has no other element has its writers doubled.
+    has no other element has its writers' columns moved or, of one dim, negated.
     """
     made: dict[Any, Change] = {}
     changes = {}
@@ -159,16 +163,22 @@ def half(layout: Layout, names: Mapping[str, Any], seed: int) -> dict[str, Chang
         space = layout.spaces[name]
         shape = (space.dim, space.copies, space.group, space.rotary)
         if shape not in made:
-            eye = torch.eye(space.dim, dtype=torch.float64).expand(space.copies, -1, -1)
-            A = space.element(seed)
-            if torch.equal(A, eye):
-                A = A.roll(1, -1) if space.dim > 1 else 2 * A
-            made[shape] = Change(A, eye)
-        changes[name] = replace(made[shape])
+            A, same = space.element(seed), Pick.first(space.copies, space.dim)
+            if in_group(Group.IDENTITY, A):
+                A = _another(same)
+            made[shape] = Change(A, same)
+        changes[name] = Change(made[shape].encode, made[shape].decode)
     return changes
 
 
-def random_bases(layout: Layout, seed: int = 0) -> dict[str, Tensor]:
+def _another(same: Pick) -> Pick:
+    """The identity's columns shifted by one; of one dim, the other sign, which no norm hides as it hides a size."""
+    if same.dim > 1:
+        return same.columns(torch.arange(same.dim).roll(1))
+    return same.scaled(-same.entries)
+
+
+def random_bases(layout: Layout, seed: int = 0) -> dict[str, Operator]:
     """A random group element for every space of a model, each point of the stream its own."""
     return {name: space.element(seed) for name, space in layout.spaces.items()}
 

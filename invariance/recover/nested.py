@@ -13,7 +13,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from ..compress.nested import first
-from ..core.space import Change
+from ..core.change import Change
 from ..model.labels import label
 from ..model.layout import Layout
 from ..model.reparametrize import along, contract, reparametrize

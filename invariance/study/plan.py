@@ -16,8 +16,8 @@ from ..compress.heldout import HELD_OUT
 from ..compress.plan import MEASURED, Plan, plan
 from ..compress.setting import Setting
 from ..core.errors import InputError
+from ..core.group import Group
 from ..core.progress import Progress, quiet
-from ..core.space import Group
 from ..io.data import DEFAULT_SEQUENCES, DEFAULT_TOKENS
 from ..io.models import load_config
 from .factors import Alternative

@@ -21,7 +21,8 @@ from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import slice_model
 from invariance.compress.plan import plan
 from invariance.core import files
-from invariance.core.space import Group, Space
+from invariance.core.group import Group
+from invariance.core.space import Space
 from invariance.io.data import load_tokens
 from invariance.io.models import weights_digest
 from invariance.recipe.recipe import Recipe

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from invariance.calibrate import walk
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.core.space import Change
+from invariance.core.change import Change
 from invariance.model import verify
 from invariance.model.labels import label
 from invariance.model.layout import Layout

@@ -18,8 +18,8 @@ from invariance.calibrate.moments import Moments
 from invariance.compress import calibration
 from invariance.compress.pipeline import slice_model
 from invariance.compress.plan import plan
+from invariance.core.change import Change
 from invariance.core.errors import InputError
-from invariance.core.space import Change
 from invariance.io.data import Tokens
 from invariance.model.families import architecture
 from invariance.model.verify import logits, relative_error
@@ -67,7 +67,7 @@ def test_the_stream_that_is_carried_is_the_refit_models_own(family: str) -> None
             kind == "heads"
         ):  # of llama's two groups one stays in the first block, none in the second
             k = whole.width - 1 - int(name[-1])
-        return whole if kind == "qk" else Change(whole.encode[..., :k], whole.decode[..., :k])
+        return whole if kind == "qk" else whole.columns(torch.arange(k))
 
     ids = tokens().ids
     inner = {n: frozenset({RAW}) for n, s in layout.spaces.items() if s.kind != "residual"}

@@ -21,8 +21,10 @@ from invariance.calibrate import walk
 from invariance.calibrate.moments import Moments, reader_moment
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.plan import plan
+from invariance.core.change import Change
 from invariance.core.errors import InputError
-from invariance.core.space import Change, Group, Space
+from invariance.core.group import Group
+from invariance.core.space import Space
 from invariance.io.checkpoint import InvarianceForCausalLM
 from invariance.method.budget import Bill
 from invariance.method.interfaces import find

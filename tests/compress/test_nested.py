@@ -34,8 +34,9 @@ from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.nested import extract, first
 from invariance.compress.plan import plan
+from invariance.core.change import Basis, Change
 from invariance.core.errors import InputError
-from invariance.core.space import Basis, Change, Space
+from invariance.core.space import Space
 from invariance.io.checkpoint import InvarianceForCausalLM
 from invariance.io.export import cast
 from invariance.method.budget import Bill
@@ -79,7 +80,7 @@ def cut(
 def last(layout: Layout, widths: Mapping[str, int]) -> dict[str, Change]:
     """The changes that keep the last directions; of rotary spaces, the last pairs."""
     return {
-        n: Change(c.encode.flip(-2).flip(-1), c.encode.flip(-2).flip(-1))
+        n: Change(c.encode.matrix().flip(-2).flip(-1), c.encode.matrix().flip(-2).flip(-1))
         for n, c in first(layout, widths).items()
     }
 
@@ -162,8 +163,8 @@ def test_a_slicer_that_says_that_its_cuts_are_prefixes_makes_such_cuts_and_one_t
     nests = {}
     for name, slicer in registry("slice").items():
         wide, narrow = (slicer().cut(space, basis, k, moments) for k in (5, 3))
-        same = torch.equal(wide.encode[..., :3], narrow.encode) and torch.equal(
-            wide.decode[..., :3], narrow.decode
+        same = torch.equal(wide.encode.matrix()[..., :3], narrow.encode.matrix()) and torch.equal(
+            wide.decode.matrix()[..., :3], narrow.decode.matrix()
         )
         nests[name] = same and wide.offset is None
         assert nests[name] or not slicer.prefix, name

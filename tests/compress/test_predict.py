@@ -21,7 +21,8 @@ from invariance.calibrate.statistic import Statistic
 from invariance.compress import predict
 from invariance.compress.pipeline import slice_model
 from invariance.compress.plan import plan
-from invariance.core.space import Change, Space
+from invariance.core.change import Change
+from invariance.core.space import Space
 from invariance.io.data import Tokens
 from invariance.io.memo import Memo
 from invariance.method.interfaces import find
@@ -53,13 +54,13 @@ def cut(space: Space) -> Change:
         E = torch.eye(space.dim, dtype=torch.float64)[:, space.kept(k)].repeat(space.copies, 1, 1)
         return Change(E, E)
     whole = Change.rotation(space.element(3))
-    return Change(whole.encode[..., : space.dim // 2], whole.decode[..., : space.dim // 2])
+    return whole.columns(torch.arange(space.dim // 2))
 
 
 def blended(space: Space, change: Change, share: float) -> Change:
     """A part of the way to a cut: no direction is gone, and readers get x + share · (x' − x)."""
     eye = torch.eye(space.dim, dtype=torch.float64).repeat(space.copies, 1, 1)
-    return Change(eye, eye + share * (change.decode @ change.encode.mT - eye))
+    return Change(eye, eye + share * (change.decode.matrix() @ change.encode.matrix().mT - eye))
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def nudged(
         layout.points[-1]: layout.architecture.final_norm
     }
     for name in cuts.keys() - inside.keys():
-        back = blended(layout.spaces[name], cuts[name], share).decode[0]
+        back = blended(layout.spaces[name], cuts[name], share).decode.matrix()[0]
         twin.get_submodule(norms[name]).register_forward_pre_hook(
             lambda _m, a, back=back: (a[0] @ back.mT, *a[1:])
         )
@@ -188,7 +189,7 @@ def test_what_readers_get_is_what_the_changed_weights_compute(kind: str, cutter:
     k = space.dim // 2
     change = find("slice", cutter)().cut(space, basis, k, moments)
     twin = changed(model, layout, {name: change})
-    E = change.encode
+    E = change.encode.matrix()
     small = torch.einsum(
         "ncrdg,cdk->ncrkg", runs.reshape(50, space.copies, heads, space.dim, space.grain), E
     )

@@ -23,8 +23,10 @@ from invariance.calibrate.statistic import Statistic
 from invariance.compress import heldout
 from invariance.compress.pipeline import Sliced, slice_model
 from invariance.compress.plan import plan
+from invariance.core.change import Basis
 from invariance.core.errors import InputError
-from invariance.core.space import Basis, Group, Space
+from invariance.core.group import Group
+from invariance.core.space import Space
 from invariance.io.data import Tokens
 from invariance.method.interfaces import Rotator, find
 from invariance.model.canonical import canonicalize

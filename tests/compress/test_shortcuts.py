@@ -25,10 +25,11 @@ from invariance.calibrate.statistic import Statistic
 from invariance.compress import pipeline
 from invariance.compress.pipeline import Sliced, slice_model
 from invariance.compress.plan import plan
+from invariance.core.change import Change
 from invariance.core.errors import InputError
 from invariance.core.progress import quiet
 from invariance.core.shortcuts import Chain, follow
-from invariance.core.space import Change, haar
+from invariance.core.space import haar
 from invariance.io.checkpoint import layout_of_config
 from invariance.io.data import Tokens, load_tokens
 from invariance.io.memo import Memo
@@ -121,13 +122,13 @@ def test_at_full_rank_a_turned_basis_is_joined_exactly(
     k = data.draw(st.integers(1, d))
     source, target = kept(d, k, seed), kept(d, k, seed + 1)
     turned = follow(source, target, d, moment(k, seed))
-    E, E0, F = turned.encode[0], target.encode[0], turned.entry
+    E, E0, F = turned.encode.matrix()[0], target.encode.matrix()[0], turned.entry
     assert F is not None and F.shape == (k, min(k, d - k))
     assert (E @ E.mT - E0 @ E0.mT).abs().max() <= ROUNDING  # what is kept stays the same
-    S = source.decode[0].mT @ E
+    S = source.decode.matrix()[0].mT @ E
     assert (S - (torch.eye(k) - F @ F.mT)).abs().max() <= ROUNDING
     if k > 1:  # as the target was, nothing of the kind holds
-        assert (source.decode[0].mT @ E0 - (torch.eye(k) - F @ F.mT)).abs().max() > 1e-6
+        assert (source.decode.matrix()[0].mT @ E0 - (torch.eye(k) - F @ F.mT)).abs().max() > 1e-6
 
 
 @given(seed=seeds, k=st.integers(1, 6), data=st.data())
@@ -141,7 +142,7 @@ def test_what_a_rank_leaves_out_adds_least_to_the_stream(
         return float((M.mT @ C @ M).trace())
 
     turned = follow(source, target, r, C)
-    S, F = source.decode[0].mT @ turned.encode[0], turned.entry
+    S, F = source.decode.matrix()[0].mT @ turned.encode.matrix()[0], turned.entry
     whole = follow(source, target, k, C).entry
     assert whole is not None and F is not None
     n = whole.shape[1]
@@ -166,7 +167,7 @@ def test_turning_bases_leaves_the_logits_alone() -> None:
     followed = {
         p: replace(chain.add(p, c, torch.eye(32).double()), entry=None) for p, c in cut.items()
     }
-    halfway = {p: replace(c, decode=cut[p].decode) for p, c in followed.items()}
+    halfway = {p: replace(c, decode=cut[p].decode.matrix()) for p, c in followed.items()}
     results = []
     for changes in (cut, followed, halfway):
         model = copy_in(torch.float64, before)

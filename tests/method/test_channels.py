@@ -10,15 +10,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from invariance.methods import _channels
-from invariance.methods._channels import ordered, permutation
+from invariance.methods._channels import ordered
 from invariance.methods.obs import survival, without
 from torch import Tensor
 
 from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.plan import plan
+from invariance.core.change import Basis, Change
+from invariance.core.dense import in_group
 from invariance.core.errors import InputError
-from invariance.core.space import Basis, Change, Group, Space, in_group
+from invariance.core.group import Group
+from invariance.core.pick import Pick
+from invariance.core.space import Space
 from invariance.method.interfaces import Rotator, find, registry
 from invariance.recipe.recipe import Recipe
 
@@ -62,7 +66,7 @@ class Case:
 
 def order(basis: Basis) -> np.ndarray:
     assert in_group(Group.PERMUTATION, basis.A)
-    return basis.A[0].argmax(0).numpy()
+    return basis.A.matrix()[0].argmax(0).numpy()
 
 
 def tails(basis: Basis) -> np.ndarray:
@@ -97,7 +101,7 @@ def test_a_rotators_energies_predict_what_a_least_squares_slice_loses(name: str)
     slicer = find("slice", "least_squares")(ridge=0.0)
     for k in (2, 5, 9):
         change = slicer.cut(case.space, basis, k, case.moments)
-        left = case.x - case.x @ (change.encode[0] @ change.decode[0].mT).numpy()
+        left = case.x - case.x @ (change.encode.matrix()[0] @ change.decode.matrix()[0].mT).numpy()
         lost = ((left @ case.W.T) ** 2).sum(1).mean()
         assert tails(basis)[k] == pytest.approx(
             lost, rel=1e-2
@@ -170,14 +174,14 @@ def test_smooth_shares_the_channels_differences_between_signal_and_readers(
     basis = case.fit("smooth", strength=strength)
     assert in_group(Group.POSITIVE_MONOMIAL, basis.A) and not in_group(Group.PERMUTATION, basis.A)
     change = Change.rotation(basis.A)
-    x, W = case.x @ change.encode[0].numpy(), case.W @ change.decode[0].numpy()
+    x, W = case.x @ change.encode.matrix()[0].numpy(), case.W @ change.decode.matrix()[0].numpy()
     assert np.allclose(x @ W.T, case.x @ case.W.T)
     signal, readers = np.sqrt((x**2).mean(0)), np.linalg.norm(W, axis=0)
     both = signal * readers
     assert np.allclose(signal, both ** (1 - strength)) and np.allclose(readers, both**strength)
     assert np.allclose(basis.energy[0].numpy(), both**2) and (np.diff(both) <= 1e-9).all()
     plain = case.fit("permute")  # the control: unscaled, the signal is none of these
-    before = np.sqrt(((case.x @ plain.A[0].numpy()) ** 2).mean(0))
+    before = np.sqrt(((case.x @ plain.A.matrix()[0].numpy()) ** 2).mean(0))
     assert not np.allclose(before, both ** (1 - strength))
 
 
@@ -187,9 +191,9 @@ def test_smooth_leaves_the_scale_of_channels_that_never_fire_or_that_nobody_read
         total = case.moments.known["mlp.0", known].total
         total[:, channel] = total[:, :, channel] = 0
     basis = case.fit("smooth")
-    assert bool(torch.isfinite(basis.A).all())
-    assert basis.A[0, 3].amax() == basis.A[0, 5].amax() == 1
-    assert basis.A[0, 4].amax() != 1
+    assert bool(torch.isfinite(basis.A.matrix()).all())
+    assert basis.A.matrix()[0, 3].amax() == basis.A.matrix()[0, 5].amax() == 1
+    assert basis.A.matrix()[0, 4].amax() != 1
 
 
 def direct(case: Case, ridge: float, rounds: int) -> list[int]:
@@ -267,7 +271,7 @@ def test_more_rounds_than_channels_and_one_channel_are_served() -> None:
         0,
         1,
     ]
-    assert torch.equal(permutation(torch.tensor([[2, 0, 1]]))[0][:, 0], eye[:, 2])
+    assert torch.equal(Pick(torch.tensor([[2, 0, 1]]), 3).matrix()[0][:, 0], eye[:, 2])
 
 
 # The metric
@@ -304,7 +308,7 @@ def test_whitened_directions_by_the_fisher_lose_what_their_energies_say() -> Non
         for s, m in ((Statistic.WEIGHTED, case.C), (Statistic.FISHER, case.F))
     }
     basis = find("rotate", "head_svd")(metric="fisher").fit(space, Moments(known))
-    A = basis.A[0].numpy()
+    A = basis.A.matrix()[0].numpy()
     for k in (2, 5):
         kept = A[:, :k] @ np.linalg.inv(A)[:k]  # what stays of xᵀ
         lost = np.eye(len(A)) - kept
@@ -350,7 +354,7 @@ def test_output_aware_keeps_most_of_signal_and_output_together(
     C, H = found[Statistic(of)].numpy(), found[Statistic.FISHER].numpy()
     M = tau * C / np.trace(C) + H / np.trace(H) / tau
     assert np.allclose(np.linalg.eigvalsh(M)[::-1], basis.energy[0].numpy())
-    A = basis.A[0].numpy()
+    A = basis.A.matrix()[0].numpy()
     assert np.allclose(A.T @ M @ A, np.diag(basis.energy[0].numpy()), atol=1e-12)
     scaled = Moments(
         {
@@ -365,10 +369,10 @@ def test_output_aware_keeps_most_of_signal_and_output_together(
 
 def test_output_aware_is_pca_for_a_large_tau_and_is_not_for_a_small_one() -> None:
     space, moments, _ = stream(1)
-    pca = find("rotate", "pca")().fit(space, moments).A[0, :, :4]
+    pca = find("rotate", "pca")().fit(space, moments).A.matrix()[0, :, :4]
 
     def apart(tau: float) -> float:
-        A = find("rotate", "output_aware")(tau=tau).fit(space, moments).A[0, :, :4]
+        A = find("rotate", "output_aware")(tau=tau).fit(space, moments).A.matrix()[0, :, :4]
         return (A @ A.mT - pca @ pca.mT).abs().max().item()
 
     assert apart(1e6) < 1e-6 and apart(0.1) > 0.1
@@ -383,7 +387,7 @@ def test_reader_weighted_with_readers_refit_is_reduced_rank_regression(seed: int
     best = np.linalg.eigvalsh(W @ C @ W.T)[::-1]
     for k in (2, 5, 8):
         change = find("slice", "least_squares")(ridge=0.0).cut(space, basis, k, moments)
-        left = np.eye(10) - (change.decode[0] @ change.encode[0].mT).numpy()
+        left = np.eye(10) - (change.decode.matrix()[0] @ change.encode.matrix()[0].mT).numpy()
         lost = np.trace(left @ C @ left.T @ G)
         assert abs(lost - best[k:].sum()) <= 1e-5 * best.sum()
         assert abs(lost - basis.energy[0, k:].sum().item()) <= 1e-5 * best.sum()
@@ -391,7 +395,7 @@ def test_reader_weighted_with_readers_refit_is_reduced_rank_regression(seed: int
         space, moments
     )  # the control: another orthogonal basis is worse
     change = find("slice", "least_squares")(ridge=0.0).cut(space, pca, 5, moments)
-    left = np.eye(10) - (change.decode[0] @ change.encode[0].mT).numpy()
+    left = np.eye(10) - (change.decode.matrix()[0] @ change.encode.matrix()[0].mT).numpy()
     assert np.trace(left @ C @ left.T @ G) > best[5:].sum() * (1 + 1e-6)
 
 

@@ -26,8 +26,11 @@ from invariance.calibrate import fisher, walk
 from invariance.calibrate.moments import Moment, Moments, reader_moment
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.plan import plan
+from invariance.core.change import Basis, Change
+from invariance.core.dense import in_group
 from invariance.core.errors import InputError
-from invariance.core.space import Basis, Change, Group, Space, haar, in_group
+from invariance.core.group import Group
+from invariance.core.space import Space, haar
 from invariance.io.data import Tokens
 from invariance.method.budget import Bill
 from invariance.method.interfaces import Rotator, Selector, Slicer, find, registry
@@ -143,20 +146,22 @@ def test_every_rotator_is_tried_and_each_kind_of_space_by_several() -> None:
 def test_a_rotator_keeps_its_contract(family: str, rotator: Rotator, space: Space) -> None:
     basis = rotator.fit(space, ready(family).moments)
     c, d = space.copies, space.dim
-    assert basis.A.shape == (c, d, d) and basis.A.dtype is torch.float64
+    assert basis.A.shape == (c, d, d) and basis.A.matrix().dtype is torch.float64
     assert space.contains(basis.A)
     if (
         rotator.produces is not Group.ROTARY
     ):  # which needs the space's pairs, and is the space's group then
         assert in_group(rotator.produces, basis.A)
     assert (
-        not basis.A.requires_grad and not basis.energy.requires_grad
+        not basis.A.matrix().requires_grad and not basis.energy.requires_grad
     )  # else the weights stay in memory
     assert basis.energy.shape == (c, d) and basis.energy.dtype is torch.float64
     assert bool((basis.energy >= 0).all())
     assert rotator.nested or bool((basis.energy.diff(dim=-1) <= 0).all())
     again = type(rotator)(**vars(rotator)).fit(space, copy.deepcopy(ready(family).moments))
-    assert torch.equal(basis.A, again.A) and torch.equal(basis.energy, again.energy)
+    assert torch.equal(basis.A.matrix(), again.A.matrix()) and torch.equal(
+        basis.energy, again.energy
+    )
 
 
 @pytest.mark.parametrize(("family", "rotator", "space"), CASES)
@@ -165,7 +170,9 @@ def test_a_rotator_measures_only_what_it_says_it_needs(
 ) -> None:
     needs = {(space.name, s.on(space)) for s in rotator.needs}
     only = Moments({key: m for key, m in ready(family).moments.known.items() if key in needs})
-    assert torch.equal(rotator.fit(space, only).A, rotator.fit(space, ready(family).moments).A)
+    assert torch.equal(
+        rotator.fit(space, only).A.matrix(), rotator.fit(space, ready(family).moments).A.matrix()
+    )
     for key in needs:
         less = Moments({k: m for k, m in only.known.items() if k != key})
         with pytest.raises(KeyError):
@@ -215,9 +222,9 @@ def test_another_seed_or_space_gives_another_random_basis(name: str) -> None:
         s for s in ready("llama").layout.spaces.values() if s.name in ("x.0.0", "x.0.1")
     )
     one, other = find("rotate", name)(seed=0), find("rotate", name)(seed=1)
-    A = one.fit(first, Moments()).A
-    assert not torch.equal(A, other.fit(first, Moments()).A)
-    assert not torch.equal(A, one.fit(second, Moments()).A)
+    A = one.fit(first, Moments()).A.matrix()
+    assert not torch.equal(A, other.fit(first, Moments()).A.matrix())
+    assert not torch.equal(A, one.fit(second, Moments()).A.matrix())
 
 
 @pytest.mark.parametrize("name", ["random_orthogonal", "hadamard"])
@@ -231,11 +238,13 @@ def test_the_recipes_seed_is_a_random_rotators_unless_it_has_its_own(name: str) 
         recipe = Recipe.from_dict(text)
         assert recipe.to_dict()["steps"][0]["rotate"] == spec  # planning leaves what is written
         (unit,) = plan(recipe, ready("llama").model.config).units
-        return unit.rotate.fit(unit.space, Moments()).A
+        return unit.rotate.fit(unit.space, Moments()).A.matrix()
 
     space = ready("llama").layout.spaces["x.0.0"]
     plain, own = find("rotate", name)(), {name: {"seed": 3}}
-    assert torch.equal(plain.fit(space, Moments()).A, basis(0, name))  # outside of a recipe: 0
+    assert torch.equal(
+        plain.fit(space, Moments()).A.matrix(), basis(0, name)
+    )  # outside of a recipe: 0
     assert not torch.equal(basis(0, name), basis(5, name))
     assert torch.equal(basis(5, name), basis(1, {name: {"seed": 5}}))
     assert torch.equal(basis(0, own), basis(5, own)) and not torch.equal(
@@ -380,7 +389,7 @@ def known(space: Space, C: Tensor) -> Moments:
 
 def loss(change: Change, C: Tensor) -> Tensor:
     """E‖x − D Eᵀx‖² per copy."""
-    P = torch.eye(C.shape[-1], dtype=C.dtype) - change.decode @ change.encode.mT
+    P = torch.eye(C.shape[-1], dtype=C.dtype) - change.decode.matrix() @ change.encode.matrix().mT
     return (P @ C @ P.mT).diagonal(dim1=-2, dim2=-1).sum(-1)
 
 
@@ -394,7 +403,7 @@ draws = {
 
 def drawn_basis(data: st.DataObject, space: Space, seed: int) -> Basis:
     group = data.draw(st.sampled_from([Group.PERMUTATION, Group.ORTHOGONAL, Group.INVERTIBLE]))
-    A = Space(space.name, space.kind, space.dim, group, space.copies).element(seed)
+    A = Space(space.name, space.kind, space.dim, group, space.copies).element(seed).matrix()
     return Basis(A, torch.ones(space.copies, space.dim, dtype=torch.float64))
 
 
@@ -410,13 +419,17 @@ def test_a_slice_is_a_projector(
     k = data.draw(st.integers(1, d), label="k")
     change = slicer.cut(space, drawn_basis(data, space, seed), k, known(space, C))
     assert change.encode.shape == change.decode.shape == (copies, d, k)
-    P = change.encode @ change.decode.mT
+    P = change.encode.matrix() @ change.decode.matrix().mT
     ridge = (
         0.0 if k == d else vars(slicer).get("ridge", 0.0)
     )  # which shrinks what is decoded a little
     eye = torch.eye(k, dtype=P.dtype)
-    shrunk = (change.decode.mT @ change.encode - eye).abs().amax()
-    cond = torch.linalg.cond(change.encode.mT @ C @ change.encode).amax() if ridge else 1.0
+    shrunk = (change.decode.matrix().mT @ change.encode.matrix() - eye).abs().amax()
+    cond = (
+        torch.linalg.cond(change.encode.matrix().mT @ C @ change.encode.matrix()).amax()
+        if ridge
+        else 1.0
+    )
     assert shrunk <= 4 * d * (ridge + 1e-14) * cond + 1e-9
     assert (P @ P - P).abs().amax() <= (shrunk + 1e-12) * d * P.abs().amax().clamp_min(1)
     assert torch.linalg.matrix_rank(P).eq(k).all()
@@ -435,8 +448,10 @@ def test_least_squares_never_reconstructs_worse_than_truncation(
     plain = find("slice", "truncate")().cut(space, basis, k, known(space, C))
     size = C.diagonal(dim1=-2, dim2=-1).sum(-1)
     # The ridge costs at most λ‖D‖², with D any other decoder; truncation's D bounds it.
-    scale = (refit.encode.mT @ C @ refit.encode).diagonal(dim1=-2, dim2=-1).mean(-1)
-    slack = max(ridge, 1e-14) * scale * plain.decode.square().sum((-2, -1)) + 1e-10 * size
+    scale = (
+        (refit.encode.matrix().mT @ C @ refit.encode.matrix()).diagonal(dim1=-2, dim2=-1).mean(-1)
+    )
+    slack = max(ridge, 1e-14) * scale * plain.decode.matrix().square().sum((-2, -1)) + 1e-10 * size
     assert bool((loss(refit, C) <= loss(plain, C) + slack).all())
 
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from invariance.methods import _spend
 
-from invariance.core.space import Group, Space
+from invariance.core.group import Group
+from invariance.core.space import Space
 from invariance.method.budget import Bill, Predicted
 from invariance.method.interfaces import Selector, find
 

@@ -33,8 +33,9 @@ from invariance.calibrate.moments import Moment, Moments, reader_moment
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import slice_model
 from invariance.compress.plan import Plan, plan
+from invariance.core.change import Change
 from invariance.core.errors import InputError
-from invariance.core.space import Change, Group
+from invariance.core.group import Group
 from invariance.io.checkpoint import layout_of_config, wrap
 from invariance.io.data import Tokens, load_tokens
 from invariance.method.interfaces import find
@@ -140,7 +141,7 @@ def test_the_certificate_splits_what_has_a_basis_and_sees_a_matrix_that_has_none
     found = certify(model, bases, tokens(seed), fold=True)
     assert found.passed and found.spaces == len(layout.spaces)
     name = f"edge.0.{'down' if seed % 2 else 'k'}"
-    singular = bases[name].clone()
+    singular = bases[name].matrix().clone()
     singular[..., -1] = 0
     assert layout.spaces[name].contains(bases[name]) and not layout.spaces[name].contains(singular)
 
@@ -196,7 +197,7 @@ def test_a_cut_edge_is_its_matrix_with_a_projector_inside(family):
     }
     reparametrize(split, layout, changes)
     for name, (first, second) in whole.items():
-        P = changes[name].decode[0] @ changes[name].encode[0].mT
+        P = changes[name].decode.matrix()[0] @ changes[name].encode.matrix()[0].mT
         assign(dense, f"{paths[name]}.weight", second @ P @ first)
     bound = tolerance(torch.float64, layout.depth)
     assert relative_error(logits(dense, tokens()), logits(split, tokens())) <= bound

@@ -10,7 +10,7 @@ from tiny import VOCABULARY, cut, elements, rotations, tiny, tiny_models, weight
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from invariance.core.errors import InputError
-from invariance.core.space import Group
+from invariance.core.group import Group
 from invariance.model.canonical import canonicalize, layout_of
 from invariance.model.families import FAMILIES, architecture
 from invariance.model.labels import label

@@ -12,8 +12,14 @@ from tiny import canonical_copy, cut, elements, rotations, tiny, tokens
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from invariance.core import dense
+from invariance.core.change import Change
+from invariance.core.dense import as_operator
 from invariance.core.errors import InvarianceError
-from invariance.core.space import Change, Group, haar
+from invariance.core.group import Group
+from invariance.core.operator import Operator
+from invariance.core.pick import Pick
+from invariance.core.space import haar
 from invariance.model import canonical, verify
 from invariance.model import reparametrize as operator
 from invariance.model.canonical import assign, canonicalize
@@ -376,7 +382,9 @@ def test_an_element_outside_the_group(family, options, kind, outsider, group, mo
         with pytest.raises(InvarianceError, match="does more than choose among"):
             certify(model, {name: A}, tokens(), fold=True)
         monkeypatch.setattr(
-            operator, "pairs_kept", lambda X, rotary: torch.arange(rotary // 2).repeat(len(X), 1)
+            operator,
+            "pairs_kept",
+            lambda X, rotary: torch.arange(rotary // 2).repeat(X.copies, 1),
         )
     wrong = certify(model, {name: A}, tokens(), fold=True)
     assert right.passed and not wrong.passed
@@ -389,8 +397,7 @@ def test_an_element_outside_the_group(family, options, kind, outsider, group, mo
 def test_query_heads_grouped_across_key_value_heads(monkeypatch):
     model = tiny("llama", num_key_value_heads=2)
     assert error(model, of("vo")) <= 1 and error(model, of("qk")) <= 1
-    repeat = operator.repeat
-    monkeypatch.setattr(operator, "repeat", lambda X, _, r: repeat(X, "c d k -> (r c) d k", r=r))
+    monkeypatch.setattr(dense, "spread", lambda X, runs: X.repeat(runs // len(X), 1, 1))
     assert error(model, of("vo")) > FAR and error(model, of("qk")) > FAR
 
 
@@ -409,9 +416,12 @@ def test_query_heads_that_do_not_move_with_their_group(monkeypatch):
 
 def test_query_heads_that_move_one_by_one_and_not_as_groups(monkeypatch):
     model = tiny("llama", num_key_value_heads=2)
-    kron = torch.kron
     assert error(model, swapped) <= 1
-    monkeypatch.setattr(torch, "kron", lambda X, eye: kron(eye[None], X[0]))  # every second one
+
+    def every_second(X: Pick, grain: int) -> Operator:
+        return as_operator(torch.kron(torch.eye(grain).double()[None], X.matrix()[0]))
+
+    monkeypatch.setattr(Pick, "grained", every_second)
     assert error(model, swapped) > FAR
 
 

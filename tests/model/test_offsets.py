@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.plan import plan
+from invariance.core.change import Basis, Change
 from invariance.core.errors import InputError, InvarianceError
-from invariance.core.space import Basis, Change, Space
+from invariance.core.space import Space
 from invariance.io.checkpoint import InvarianceForCausalLM
 from invariance.method.interfaces import find
 from invariance.model import reparametrize as operator
@@ -61,7 +62,7 @@ def drawn(space: Space, k: int, seed: int) -> Change:
     offset = torch.randn(
         space.copies, space.dim, generator=space.generator(seed + 1), dtype=torch.float64
     )
-    return Change(whole.encode[..., :k].contiguous(), whole.decode[..., :k].contiguous(), offset)
+    return replace(whole.columns(torch.arange(k)), offset=offset)
 
 
 def offsets(layout: Layout, seed: int = 0) -> dict[str, Change]:
@@ -157,9 +158,11 @@ def test_successive_changes_of_a_space_are_their_product(family: str) -> None:
         second = drawn(narrower, space.dim - 2, 5)
         reparametrize(two, label(two), {name: second})
         assert first.offset is not None and second.offset is not None
-        carried = (first.decode @ second.offset.unsqueeze(-1)).squeeze(-1)
+        carried = (first.decode.matrix() @ second.offset.unsqueeze(-1)).squeeze(-1)
         product[name] = Change(
-            first.encode @ second.encode, first.decode @ second.decode, first.offset + carried
+            first.encode.matrix() @ second.encode.matrix(),
+            first.decode.matrix() @ second.decode.matrix(),
+            first.offset + carried,
         )
     reparametrize(one, layout, product)
     bound = tolerance(torch.float64, layout.depth)
@@ -208,7 +211,7 @@ def test_the_mean_of_what_is_gone_is_kept() -> None:
 
     def left(slicer: str) -> Tensor:
         change = find("slice", slicer)().cut(space, basis, 7, moments)
-        read = x @ change.encode[0] @ change.decode[0].mT
+        read = x @ change.encode.matrix()[0] @ change.decode.matrix()[0].mT
         return x - (read if change.offset is None else read + change.offset)
 
     kept = left("bias_compensation")
@@ -260,8 +263,8 @@ def test_values_and_groups_that_share_readers_are_made_up_for_once(family: str) 
     path = layout.edges[0].stage + ".attention.out"
     before = model.get_submodule(path)(mean)
     reparametrize(model, layout, {"vo.0": values, "heads.0": kept})
-    first = int(kept.encode[0, :, 0].argmax())
-    left = (shared[first] @ values.encode[first]).repeat(r)[None]
+    first = int(kept.encode.matrix()[0, :, 0].argmax())
+    left = (shared[first] @ values.encode.matrix()[first]).repeat(r)[None]
     after = model.get_submodule(path)(left)
     assert relative_error(before, after) <= tolerance(torch.float64, layout.depth)
     assert (

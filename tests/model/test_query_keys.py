@@ -26,8 +26,11 @@ from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import Sliced, slice_model
 from invariance.compress.plan import plan
+from invariance.core.change import Change
+from invariance.core.dense import compose
 from invariance.core.errors import InputError, InvarianceError
-from invariance.core.space import Change, Group, Space
+from invariance.core.group import Group
+from invariance.core.space import Space
 from invariance.io.checkpoint import InvarianceForCausalLM
 from invariance.io.data import Tokens
 from invariance.method.interfaces import Slicer, find
@@ -194,7 +197,7 @@ def test_one_cut_after_another_is_their_product(seed):
     narrower = label(model).spaces["qk.0"]
     second = cut(Change.rotation(narrower.element(seed + 1)), 4, narrower)
     reparametrize(model, label(model), {"qk.0": second})
-    both = Change(first.encode @ second.encode, first.decode @ second.decode)
+    both = Change(compose(first.encode, second.encode), compose(first.decode, second.decode))
     reparametrize(twin, layout, {"qk.0": both})
     assert relative_error(logits(twin, tokens()), logits(model, tokens())) <= tolerance(
         torch.float64, 4
@@ -279,12 +282,15 @@ def test_pairs_go_by_what_they_add_to_the_scores(per, options):
     for c in range(space.copies):
         order = np.argsort(-score[c], kind="stable")
         for i, j in enumerate(order):
-            assert basis.A[c, j, i] == basis.A[c, j + h, i + h] == 1
+            assert basis.A.matrix()[c, j, i] == basis.A.matrix()[c, j + h, i + h] == 1
         np.testing.assert_allclose(basis.energy[c, space.spared :], np.repeat(score[c][order], 2))
-    assert basis.A[:, r:, r:].equal(
-        torch.eye(space.spared, dtype=torch.float64).expand_as(basis.A[:, r:, r:])
+    assert basis.A.matrix()[:, r:, r:].equal(
+        torch.eye(space.spared, dtype=torch.float64).expand_as(basis.A.matrix()[:, r:, r:])
     )
-    assert basis.A[:, :r].abs().sum(1).amax() == 1 and basis.A[:, r:, :r].abs().sum() == 0
+    assert (
+        basis.A.matrix()[:, :r].abs().sum(1).amax() == 1
+        and basis.A.matrix()[:, r:, :r].abs().sum() == 0
+    )
 
 
 @given(seed=seeds, per=st.sampled_from(["head", "layer"]))
@@ -303,7 +309,7 @@ def test_pairs_go_one_by_one_where_the_output_loses_least_and_energies_are_what_
 
     for c in range(2):
         mean = M[c] if per == "head" else M.mean(0)
-        order = basis.A[c, :4, :4].argmax(0).tolist()
+        order = basis.A.matrix()[c, :4, :4].argmax(0).tolist()
         gone: set[int] = set()
         worst = 0.0
         for i in reversed(range(4)):
@@ -326,8 +332,8 @@ def test_the_choice_of_pairs_is_the_same_in_any_basis_of_the_group(seed):
     g = torch.Generator().manual_seed(seed)
     space = Space("qk.0", "qk", 8, Group.ROTARY, 2, 8)
     x, y = (torch.randn(2, 8, 24, generator=g, dtype=torch.float64) for _ in range(2))
-    A = space.element(seed)
-    D = Change.rotation(A).decode
+    A = space.element(seed).matrix()
+    D = Change.rotation(A).decode.matrix()
     rotator = find("rotate", "rope_pairs")()
 
     def fit(q: Tensor, k: Tensor) -> Any:
@@ -339,9 +345,12 @@ def test_the_choice_of_pairs_is_the_same_in_any_basis_of_the_group(seed):
 
     there, here = fit(D.mT @ x, A.mT @ y), fit(x, y)
     torch.testing.assert_close(there.energy, here.energy)
-    there = cut(Change.rotation(A @ there.A), 4, space)
+    there = cut(Change.rotation(A @ there.A.matrix()), 4, space)
     here = cut(Change.rotation(here.A), 4, space)
-    torch.testing.assert_close(there.encode @ there.decode.mT, here.encode @ here.decode.mT)
+    torch.testing.assert_close(
+        there.encode.matrix() @ there.decode.matrix().mT,
+        here.encode.matrix() @ here.decode.matrix().mT,
+    )
     assert not torch.allclose(
         fit(x, A.mT @ y).energy, fit(x, y).energy
     )  # the control: half of a change
@@ -365,7 +374,7 @@ def test_no_map_of_its_rank_keeps_more_of_the_scores_than_qk_svd(seed, d, k):
         R = torch.eye(d, dtype=P.dtype) - P
         return torch.einsum("cij,cik,ckl,clj->c", R, Cq, R, Ck)
 
-    P = change.decode @ change.encode.mT
+    P = change.decode.matrix() @ change.encode.matrix().mT
     torch.testing.assert_close(
         lost(P), basis.energy[:, k:].sum(-1), atol=1e-8 * float(basis.energy.sum()), rtol=1e-8
     )
@@ -375,14 +384,16 @@ def test_no_map_of_its_rank_keeps_more_of_the_scores_than_qk_svd(seed, d, k):
     tail = torch.linalg.svdvals(middle)[:, k:].square().sum(-1)
     torch.testing.assert_close(lost(P), tail, atol=1e-8 * float(basis.energy.sum()), rtol=1e-8)
     balanced = torch.diag_embed(basis.energy.sqrt())
-    D = Change.rotation(basis.A).decode
-    for new in (basis.A.mT @ Ck @ basis.A, D.mT @ Cq @ D):
+    D = Change.rotation(basis.A).decode.matrix()
+    for new in (basis.A.matrix().mT @ Ck @ basis.A.matrix(), D.mT @ Cq @ D):
         assert (new - balanced).abs().amax() <= 1e-7 * balanced.amax()
     if k < d:  # the control: principal axes of the keys alone
         axes = find("slice", "truncate")().cut(
             space, find("rotate", "pca")().fit(space, known), k, known
         )
-        assert bool((lost(axes.decode @ axes.encode.mT) > tail * (1 + 1e-6)).any())
+        assert bool(
+            (lost(axes.decode.matrix() @ axes.encode.matrix().mT) > tail * (1 + 1e-6)).any()
+        )
 
 
 # Through a recipe
@@ -421,9 +432,10 @@ def test_what_all_layers_share_is_what_adds_most_to_the_scores_of_all() -> None:
     both = rotator.fit(unit.fitted, moments.beside(unit.members, "qk.0"))
     each = [find("rotate", "rope_pairs")(per="layer").fit(s, moments) for s in spaces]
     summed = sum(
-        torch.einsum("dk,k->d", b.A[0], b.energy[0].view(4, 2)[:, 0].repeat(2)) for b in each
+        torch.einsum("dk,k->d", b.A.matrix()[0], b.energy[0].view(4, 2)[:, 0].repeat(2))
+        for b in each
     )
-    assert both.A[0].argmax(0)[:4].equal(summed[:4].argsort(descending=True))
+    assert both.A.matrix()[0].argmax(0)[:4].equal(summed[:4].argsort(descending=True))
     pooled = rotator.fit(
         spaces[0], moments.pooled(unit.members, "qk.0")
     )  # of sums, which hang on the scales

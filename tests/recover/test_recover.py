@@ -153,7 +153,7 @@ def test_the_dense_stream_is_mapped_exactly_into_a_rotated_students_basis(
     model, layout = restructured(family, fold=True)
     bases = share({p: layout.spaces[p].element(5) for p in layout.points}, segments(layout, by))
     reparametrize(model, layout, changes := rotations(bases))
-    encode = {p: change.encode[0] for p, change in changes.items()}
+    encode = {p: change.encode.matrix()[0] for p, change in changes.items()}
     ids, mask = tokens().ids[:3], tokens().mask[:3]
     with tapped(model, layout) as found, torch.no_grad():
         model(input_ids=ids)
@@ -220,7 +220,7 @@ def test_stages_are_trained_towards_the_dense_stream_one_by_one() -> None:
     )
     reparametrize(model, layout, changes)
     master = Teacher.of(
-        model_of("llama"), Basis.of(layout, {p: c.encode[0] for p, c in changes.items()})
+        model_of("llama"), Basis.of(layout, {p: c.encode.matrix()[0] for p, c in changes.items()})
     )
     student = copy_in(F32, model)
     asked = options(weights="full", local={"sequences": 16}, learning_rate=1e-3)
