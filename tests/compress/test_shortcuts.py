@@ -159,15 +159,12 @@ def test_what_a_rank_leaves_out_adds_least_to_the_stream(
 def test_turning_bases_leaves_the_logits_alone() -> None:
     before, layout = canonical_copy(model_of("llama"), fold=True, tie="untie")
     bases = elements(layout, layout.points, 3)
-    cut = {
-        p: Change(A[..., :WIDTH].contiguous(), A[..., :WIDTH].contiguous())
-        for p, A in bases.items()
-    }
+    cut = {p: Change.rotation(A).columns(torch.arange(WIDTH)) for p, A in bases.items()}
     chain = Chain(dict.fromkeys(layout.points[1:], WIDTH))
     followed = {
         p: replace(chain.add(p, c, torch.eye(32).double()), entry=None) for p, c in cut.items()
     }
-    halfway = {p: replace(c, decode=cut[p].decode.matrix()) for p, c in followed.items()}
+    halfway = {p: replace(c, decode=cut[p].decode) for p, c in followed.items()}
     results = []
     for changes in (cut, followed, halfway):
         model = copy_in(torch.float64, before)
