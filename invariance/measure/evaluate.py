@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..core.errors import InputError
 from ..core.progress import Progress, quiet
-from ..io.data import Tokens, load_tokens
+from ..io.data import Making, Tokens, load_tokens
 from ..io.memo import Memo
 from ..model.families import FAMILIES, check_positions, positions
 from ..recipe import evaluate as parts
@@ -147,8 +147,26 @@ class Samples(Evaluation):
         ]
 
 
+def prepare_each(
+    part: Any,
+    kind: str,
+    config: PretrainedConfig,
+    tokenizer: Any,
+    where: str,
+    making: Making = Making(),
+) -> list[Evaluation]:
+    """An entry with its data read and its tasks found; of packaged:texts one for each text. Raises InputError."""
+    each = part.each() if isinstance(part, parts.HeldOut) else (part,)
+    return [prepare(one, kind, config, tokenizer, where, making) for one in each]
+
+
 def prepare(
-    part: Any, kind: str, config: PretrainedConfig, tokenizer: Any, where: str
+    part: Any,
+    kind: str,
+    config: PretrainedConfig,
+    tokenizer: Any,
+    where: str,
+    making: Making = Making(),
 ) -> Evaluation:
     """An entry with its data read and its tasks found. Raises InputError."""
     text = config.get_text_config()
@@ -163,6 +181,7 @@ def prepare(
             sequences=part.sequences,
             tokens=part.tokens,
             where=where,
+            making=making,
         )
         _check_room(text, found.ids.shape[1], where)
         check_windows(found, where)
