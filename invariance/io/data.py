@@ -10,51 +10,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Discriminator, Field, Tag
 from transformers import PreTrainedModel
 
 from ..core.errors import InputError
-from ..core.parts import Part, Positive, Word, as_tuple
 from ..core.progress import Progress, quiet
+from ..model.families import FAMILIES, check_positions
 from .documents import FORMS, documents
-from .own_text import SELF, write
+from .own_text import write
+from .sources import SELF, Source
 from .tokens import Origin, Shape, Tokens, available, check_ids, windows
 
-__all__ = ["Data", "Making", "Source", "Tokens", "load_tokens", "named", "needs_tokenizer"]
+__all__ = ["DEFAULT_SEQUENCES", "DEFAULT_TOKENS", "Making", "Tokens", "load_tokens"]
 
 DEFAULT_SEQUENCES, DEFAULT_TOKENS = 64, 512  # of text; token ids in a file are all taken
 POOL = 8  # a mixture draws its windows from so many times as many
 DRAWN = 4096  # documents of a source are drawn from so many, its first
-
-# The comment that ends a field's line is its description, in messages and in the JSON Schema.
-
-
-class Source(Part):
-    """One source of a mixture."""
-
-    data: Word  # a hub dataset, a local file, packaged:NAME, self, or token ids in an .npy
-    share: Positive = 1.0  # how much of the windows it gives, relative to the other shares
-    name: Word | None = None  # what the report calls it; null for its data
-    split: Word | None = None  # which split of it; null for that of the whole
-
-    @property
-    def label(self) -> str:
-        """What the report calls it."""
-        return self.name or self.data
-
-
-def _kind(value: Any) -> str:
-    return "several" if isinstance(value, list | tuple) else "one"
-
-
-Several = Annotated[tuple[Source, ...], Field(min_length=1), BeforeValidator(as_tuple)]
-Data = Annotated[
-    Annotated[Word, Tag("one")] | Annotated[Several, Tag("several")], Discriminator(_kind)
-]
 
 
 @dataclass(frozen=True)
@@ -78,21 +52,6 @@ class _Reading:
     def text(self, source: str) -> str:
         """Where a text stands, for messages."""
         return f"{self.where}: {source}, split '{self.split}'"
-
-
-def sources(data: str | Sequence[Source]) -> tuple[Source, ...]:
-    """The sources of data, one or several."""
-    return (Source(data=data),) if isinstance(data, str) else tuple(data)
-
-
-def named(data: str | Sequence[Source]) -> str:
-    """What messages and the report call data."""
-    return " + ".join(source.label for source in sources(data))
-
-
-def needs_tokenizer(data: str | Sequence[Source]) -> bool:
-    """Whether some of it is text, and no file of token ids."""
-    return not all(source.data.endswith(".npy") for source in sources(data))
 
 
 def load_tokens(
@@ -159,8 +118,12 @@ def _own(reading: _Reading, shape: Shape) -> np.ndarray:
         raise InputError(
             f"{where}: stride {shape.stride}: each text of {SELF} is one window. Remove `stride`."
         )
+    model = making.model()
+    config = model.config.get_text_config()
+    if config.model_type in FAMILIES:
+        check_positions(config, shape.tokens, where)
     seed = 2 * making.seed + (reading.split == "test")  # what is measured is not what calibrated
-    return write(making.model(), reading.tokenizer, shape, seed, making.progress).numpy()
+    return write(model, reading.tokenizer, shape, seed, making.progress).numpy()
 
 
 def _tokenizer(data: str, reading: _Reading) -> Any:

@@ -22,7 +22,6 @@ from ..core.progress import Progress, quiet
 from .models import cache_dir, weights_digest
 from .tokens import Shape
 
-SELF = "self"  # the name of this source in a recipe
 FORMAT = "1"  # counts up when the same model and seed write another text
 BATCH = 32  # texts that are written side by side; other sizes would draw other numbers
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for what the user says

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..core.parts import Count, Part, Several, Word, Words, as_tuple
-from ..io.data import Data, named
+from ..io.sources import Data, named
 from ..io.texts import PACKAGED_TEXTS, TEXTS
 from .complaints import Problem, comments
 from .yaml_text import show

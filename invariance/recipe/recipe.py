@@ -21,7 +21,7 @@ from pydantic import (
 from ..calibrate.statistic import Statistic
 from ..core.errors import did_you_mean
 from ..core.parts import Count, Fraction, Part, Seed, Word, as_tuple
-from ..io.data import Data
+from ..io.sources import Data
 from ..method.interfaces import Method, Rotator, Selector, Slicer
 from .complaints import Problem, validate
 from .evaluate import Evaluations

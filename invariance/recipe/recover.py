@@ -9,7 +9,8 @@ from pydantic import Field, field_validator, model_validator
 
 from ..core.errors import did_you_mean
 from ..core.parts import Count, Part, Positive, Several, Share, Weight, Word
-from ..io.data import DEFAULT_TOKENS, Data, Tokens, needs_tokenizer
+from ..io.data import DEFAULT_TOKENS, Tokens
+from ..io.sources import Data, are_arrays
 from .complaints import Problem
 from .yaml_text import show
 
@@ -172,7 +173,7 @@ class Recover(Part):
         if self.tokens is not None and (self.train is None or sequences is None):
             length = source.tokens or DEFAULT_TOKENS
             sequences = (
-                -(-self.tokens // length) + self.held_out if needs_tokenizer(source.data) else None
+                None if are_arrays(source.data) else -(-self.tokens // length) + self.held_out
             )
         return Text(data=source.data, sequences=sequences, tokens=source.tokens, split=source.split)
 

@@ -25,7 +25,7 @@ from ..core.outputs import Claim, check_room, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import Basis
 from ..io.checkpoint import InvarianceForCausalLM, wrap
-from ..io.data import Making, Tokens, load_tokens, needs_tokenizer
+from ..io.data import Making, Tokens, load_tokens
 from ..io.export import cast, stock
 from ..io.hub import cache_dir
 from ..io.memo import Memo
@@ -39,6 +39,7 @@ from ..io.models import (
     weights_digest,
 )
 from ..io.rounded import check_installed
+from ..io.sources import needs_tokenizer
 from ..measure.bench import tokens_per_second
 from ..measure.evaluate import (
     Evaluation,
@@ -215,6 +216,8 @@ def outcome(
     with timed(sliced.seconds, "export"):
         small, why = _exported(sliced, chart, recipe, model, stored, shared)
     report = _report(recipe, chart, sliced, small, why, model.config, stored)
+    for use, read in (("calibration", data.calibration), ("training", data.training)):
+        report["data"][use] = [origin.to_dict() for origin in read.origins] if read else []
     if recovered is not None:
         report["recover"] = recovered.report
         report["versions"] |= {p: version(p) for p in ("lightning", "peft")}
@@ -329,6 +332,8 @@ def _report(
         "predicted_seconds": {"dense": chart.seconds({}), "sliced": chart.seconds(widths)},
         "perplexity": {},
         "divergence": {},
+        "texts": {},
+        "data": {},
         "tasks": [],
         "predicted": {
             "loss": sliced.foretold.loss,
@@ -363,7 +368,9 @@ def _measure(
 ) -> None:
     """All that was asked for, of the dense model, the sliced one, and where there is one, the recovered one."""
     with timed(seconds, "evaluate"):
-        report |= measure(data.evaluations, models, progress, memo)
+        origins = data.calibration.origins if data.calibration else ()
+        calibrated = [origin.data for origin in origins]
+        report |= measure(data.evaluations, models, progress, memo, calibrated)
     for found in report["perplexity"].values():
         found.setdefault("recovered", None)
     for found in list(report["perplexity"].values())[:1]:
