@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
-from .models import hub
+from .hub import hub
 from .texts import packaged_documents
 
 DOWNLOAD_LIMIT = 2**30  # bytes: a larger hub dataset is streamed, not downloaded and cached

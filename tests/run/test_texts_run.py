@@ -61,4 +61,4 @@ def test_text_longer_than_the_model_can_write_is_refused(folder):
     asked = recipe().to_dict()
     asked["calibrate"] = {"data": "self", "sequences": 4, "tokens": LENGTH + 1}
     with pytest.raises(InputError, match=f"<recipe>: .*{LENGTH + 1}.*{LENGTH}"):
-        outcome(tiny("llama"), Recipe.from_dict(asked))
+        outcome(tiny("opt"), Recipe.from_dict(asked))
