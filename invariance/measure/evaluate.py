@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -15,11 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..core.errors import InputError
 from ..core.progress import Progress, quiet
-from ..io.data import Tokens, load_tokens
+from ..io.data import Making, Tokens, load_tokens
 from ..io.memo import Memo
+from ..io.sources import sources
 from ..model.families import FAMILIES, check_positions, positions
 from ..recipe import evaluate as parts
 from .losses import Each, Mean, check_windows, divergence, perplexity, scored, token_losses
+from .texts import texts
 
 __all__ = ["Evaluation", "measure", "peak_memory", "perplexity", "prepare", "sample", "unasked"]
 
@@ -147,8 +149,26 @@ class Samples(Evaluation):
         ]
 
 
+def prepare_each(
+    part: Any,
+    kind: str,
+    config: PretrainedConfig,
+    tokenizer: Any,
+    where: str,
+    making: Making = Making(),
+) -> list[Evaluation]:
+    """An entry with its data read and its tasks found; of packaged:texts one for each text. Raises InputError."""
+    each = part.each() if isinstance(part, parts.HeldOut) else (part,)
+    return [prepare(one, kind, config, tokenizer, where, making) for one in each]
+
+
 def prepare(
-    part: Any, kind: str, config: PretrainedConfig, tokenizer: Any, where: str
+    part: Any,
+    kind: str,
+    config: PretrainedConfig,
+    tokenizer: Any,
+    where: str,
+    making: Making = Making(),
 ) -> Evaluation:
     """An entry with its data read and its tasks found. Raises InputError."""
     text = config.get_text_config()
@@ -163,6 +183,7 @@ def prepare(
             sequences=part.sequences,
             tokens=part.tokens,
             where=where,
+            making=making,
         )
         _check_room(text, found.ids.shape[1], where)
         check_windows(found, where)
@@ -208,8 +229,11 @@ def measure(
     models: Models,
     progress: Progress = quiet,
     memo: Memo | None = None,
+    calibrated: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """All of them, by section; the models are compared with the first, whose ``memo`` it may be."""
+    """All of them, by section; the models are compared with the first, whose ``memo`` it may be. ``calibrated`` are the
+    data on which the others were calibrated, where that is known."""
+    evaluations = list(evaluations)
     report: dict[str, Any] = {"perplexity": {}, "divergence": {}, "tasks": [], "samples": []}
     for evaluation in evaluations:
         found = evaluation.measure(models, progress, memo)
@@ -217,6 +241,12 @@ def measure(
             report[evaluation.kind] += found
         else:
             report[evaluation.kind] |= found
+    measured = [
+        (e.part.label, [s.data for s in sources(e.part.data)])
+        for e in evaluations
+        if isinstance(e, Perplexity)
+    ]
+    report["texts"] = texts(report["perplexity"], measured, calibrated)
     if report["tasks"]:  # of several entries, which each say what is significant of their own
         from . import tasks
 

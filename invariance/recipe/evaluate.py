@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from ..core.parts import Count, Part, Several, Word, Words, as_tuple
+from ..io.sources import Data, named
+from ..io.texts import PACKAGED_TEXTS, TEXTS
 from .complaints import Problem, comments
 from .yaml_text import show
 
@@ -17,13 +19,15 @@ PROMPTS = (
     "def factorial(n):",
 )
 
+TEXTS_SEQUENCES = 16  # windows of each of packaged:texts, by default
+
 # The comment that ends a field's line is its description, in messages and in the JSON Schema.
 
 
 class HeldOut(Part):
     """Held-out tokens in windows."""
 
-    data: Word  # a hub dataset, a local file, packaged:NAME, or token ids in an .npy
+    data: Data  # a hub dataset, a local file, packaged:NAME, self, token ids in an .npy, or a list of them
     sequences: Count | None = None  # how many windows; null for all of an .npy, 64 of text
     tokens: Several | None = (
         None  # how many tokens a window has; null for those of an .npy, 512 of text
@@ -35,7 +39,22 @@ class HeldOut(Part):
     @property
     def label(self) -> str:
         """What the report calls it."""
-        return self.name or self.data
+        return self.name or named(self.data)
+
+    def each(self) -> tuple[Self, ...]:
+        """Itself, or of packaged:texts one for each text."""
+        if self.data != TEXTS:
+            return (self,)
+        return tuple(
+            self.model_copy(
+                update={
+                    "data": name,
+                    "name": f"{self.name or 'texts'}: {text.label}",
+                    "sequences": self.sequences or TEXTS_SEQUENCES,
+                }
+            )
+            for name, text in PACKAGED_TEXTS.items()
+        )
 
 
 class Perplexity(HeldOut):

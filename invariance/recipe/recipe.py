@@ -21,6 +21,7 @@ from pydantic import (
 from ..calibrate.statistic import Statistic
 from ..core.errors import did_you_mean
 from ..core.parts import Count, Fraction, Part, Seed, Word, as_tuple
+from ..io.sources import Data
 from ..method.interfaces import Method, Rotator, Selector, Slicer
 from .complaints import Problem, validate
 from .evaluate import Evaluations
@@ -75,7 +76,7 @@ Slice = Annotated[Slicer | None, *named("slice")]
 class Calibrate(Part):
     """The data on which moments are measured."""
 
-    data: Word  # a hub dataset, a local file, packaged:NAME, or token ids in an .npy
+    data: Data  # a hub dataset, a local file, packaged:NAME, self, token ids in an .npy, or a list of them
     sequences: Count | None = None  # how many sequences; null for all there are
     tokens: Count | None = (
         None  # how many tokens a sequence has; null for what the data or the model has

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from ..core.errors import did_you_mean
 from ..core.parts import Count, Part, Positive, Several, Share, Weight, Word
 from ..io.data import DEFAULT_TOKENS, Tokens
+from ..io.sources import Data, are_arrays
 from .complaints import Problem
 from .yaml_text import show
 
@@ -63,7 +64,7 @@ class Loss(Part):
 class Text(Part):
     """The text to train on."""
 
-    data: Word  # a hub dataset, a local file, packaged:NAME, or token ids in an .npy
+    data: Data  # a hub dataset, a local file, packaged:NAME, self, token ids in an .npy, or a list of them
     sequences: Count | None = None  # how many windows; null for as many as are asked for
     tokens: Several | None = (
         None  # how many tokens a window has; null for what the data or the model has
@@ -172,7 +173,7 @@ class Recover(Part):
         if self.tokens is not None and (self.train is None or sequences is None):
             length = source.tokens or DEFAULT_TOKENS
             sequences = (
-                None if source.data.endswith(".npy") else -(-self.tokens // length) + self.held_out
+                None if are_arrays(source.data) else -(-self.tokens // length) + self.held_out
             )
         return Text(data=source.data, sequences=sequences, tokens=source.tokens, split=source.split)
 

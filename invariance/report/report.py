@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from ruamel.yaml import YAML
 
-from . import charts, evaluate_words, quantize_words, words
+from . import charts, evaluate_words, quantize_words, text_words, words
 from .charts import el
 from .study_charts import Series, curves
 from .words import NONE, Report
@@ -313,7 +313,7 @@ def table(report: Report) -> Group:
     for row in [words.speed(report), *quantize_words.outliers(report)]:
         add(row)
     parts: list[RenderableType] = [sizes, Text(words.exactness(report))]
-    parts += [g.table() for g in evaluate_words.members(report)]
+    parts += [g.table() for g in [*text_words.texts(report), *evaluate_words.members(report)]]
     if report.get("tasks"):
         parts += [g.table() for g in evaluate_words.tasks(report)]
     parts += [Padding(texts, (1, 0)) for texts in evaluate_words.samples(report)]

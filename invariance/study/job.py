@@ -121,9 +121,16 @@ class Bench:
         """The tokens that a recipe names, read once."""
         full = recipe.to_dict()
         training = recipe.recover.text(recipe.calibrate).model_dump() if recipe.recover else None
-        spec = json.dumps([full["calibrate"], full["evaluate"], training])
+        spec = json.dumps([full["calibrate"], full["evaluate"], training, recipe.seed])
         return self.memo.once(
-            ("data", spec), lambda: read_data(recipe, self.config, self.tokenizer)
+            ("data", spec),
+            lambda: read_data(
+                recipe,
+                self.config,
+                self.tokenizer,
+                model=lambda: self.model,
+                progress=self.progress,
+            ),
         )
 
     def prepare(self, recipes: Sequence[Recipe]) -> None:

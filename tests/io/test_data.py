@@ -14,7 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from invariance.core.errors import InputError
-from invariance.io.data import TEST_EVERY, Tokens, load_tokens
+from invariance.io.data import Tokens, load_tokens
+from invariance.io.texts import TEST_EVERY
 
 WORDS = [
     "the",

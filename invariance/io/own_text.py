@@ -1,0 +1,121 @@
+"""Text that a model writes itself, for whoever has a model and no data to calibrate it on.
+
+A third each begins with the start token, with a random token, and with the user's turn of the chat template. Tokens are
+sampled from the model's own distribution p(next | before)^(1/temperature), normalised, and nothing is cut from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..core.files import write_tensors
+from ..core.progress import Progress, quiet
+from .hub import cache_dir
+from .models import weights_digest
+from .tokens import Shape
+
+FORMAT = "1"  # counts up when the same model and seed write another text
+BATCH = 32  # texts that are written side by side; other sizes would draw other numbers
+MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for what the user says
+
+
+def write(
+    model: PreTrainedModel,
+    tokenizer: Any | None,
+    shape: Shape,
+    seed: int,
+    progress: Progress = quiet,
+    temperature: float = 1.0,
+) -> Int64[Tensor, "B T"]:
+    """Windows that the model writes, from the cache where it wrote them before.
+
+    They hang on the weights, the config, the seed, the shape and the device: on another device, rounding differs.
+    """
+    starts = beginnings(model, tokenizer, shape.sequences, seed)
+    told = [FORMAT, weights_digest(model), model.config.to_json_string(use_diff=False)]
+    told += [str(model.dtype), model.device.type, str(seed), str(temperature), str(shape.tokens)]
+    key = hashlib.sha256(repr((told, starts)).encode()).hexdigest()[:32]
+    path = cache_dir("self") / f"{key}.safetensors"
+    try:
+        return load_file(path)["ids"]
+    except (OSError, SafetensorError):  # not there yet, or cut short
+        made = sample(model, starts, shape.tokens, seed, progress, temperature)
+        write_tensors(path, {"ids": made})
+        return made
+
+
+def beginnings(
+    model: PreTrainedModel, tokenizer: Any | None, count: int, seed: int
+) -> list[list[int]]:
+    """The first tokens of each text, the three kinds one after the other."""
+    bos, vocabulary = _start(model, tokenizer), model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(seed)
+    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+    size = vocabulary if tokenizer is None else min(vocabulary, len(tokenizer))
+    plain = [n for n in range(size) if n not in special]
+    drawn = torch.randint(len(plain), (count,), generator=generator).tolist()
+    turn = user_turn(tokenizer)
+    kinds: list[list[int] | None] = [[bos], None] + ([turn] if turn else [])
+    found = []
+    for n in range(count):
+        start = kinds[n * len(kinds) // count]
+        found.append(start if start is not None else [bos, plain[drawn[n]]])
+    return found
+
+
+def _start(model: PreTrainedModel, tokenizer: Any | None) -> int:
+    """The token that a text starts with: BOS, or where there is none, EOS, behind which another text begins."""
+    config = model.config.get_text_config()
+    asked = [] if tokenizer is None else [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    asked += [config.bos_token_id, config.eos_token_id, 0]
+    found = next(token for token in asked if token is not None)
+    return int(found[0] if isinstance(found, list | tuple) else found)
+
+
+def user_turn(tokenizer: Any | None) -> list[int]:
+    """The tokens of the chat template up to what the user says; none without a template."""
+    if tokenizer is None or not tokenizer.chat_template:
+        return []
+    said = [{"role": "user", "content": MARK}]
+    text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=False)
+    return list(tokenizer(text.split(MARK)[0], add_special_tokens=False).input_ids)
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    starts: Sequence[Sequence[int]],
+    length: int,
+    seed: int,
+    progress: Progress = quiet,
+    temperature: float = 1.0,
+) -> Int64[Tensor, "B T"]:
+    """Each start, continued to ``length`` tokens; texts with starts of one length run side by side with a cache of
+    keys and values. What follows an end token is another text, as in the text that models are trained on."""
+    generator = torch.Generator().manual_seed(seed)
+    made = torch.empty(len(starts), length, dtype=torch.int64)
+    groups: dict[int, list[int]] = {}
+    for n, start in enumerate(starts):
+        groups.setdefault(min(len(start), length), []).append(n)
+    for n_start, texts in groups.items():
+        for rows in torch.tensor(texts).split(BATCH):
+            ids = torch.tensor([list(starts[n])[:length] for n in rows.tolist()])
+            made[rows, :n_start] = ids
+            cache: Any = None
+            steps = range(n_start, length)
+            for at in progress(steps, f"text that the model writes ({len(rows)})", len(steps)):
+                out = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
+                cache = out.past_key_values
+                p = (out.logits[:, -1].float() / temperature).softmax(-1).cpu()
+                ids = torch.multinomial(p, 1, generator=generator)
+                made[rows, at] = ids[:, 0]
+    return made
