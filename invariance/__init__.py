@@ -16,5 +16,5 @@ def publish() -> None:
 # begin. No other program goes by that name: it would shadow the package.
 if TYPE_CHECKING:
     from .api import *  # noqa: F403
-elif Path(*sys.argv[:1]).stem != "invariance":
+elif Path(*sys.argv[:1]).stem != "invariance" and sys.orig_argv[1:3] != ["-m", "invariance"]:
     publish()

@@ -15,9 +15,9 @@ from .terminal import (
     Plugin,
     Set,
     Trust,
+    TrustTasks,
     device_named,
     err,
-    load_plugins,
     out,
     progress,
     say,
@@ -78,6 +78,7 @@ def ablate(
     device: Device = "auto",
     plugin: Plugin = [],
     trust_remote_code: Trust = False,
+    trust_task_code: TrustTasks = False,
     as_json: Json = False,
 ) -> None:
     """Change one thing, hold the rest: run every recipe of a study, and set the results in a table and on a page.
@@ -102,7 +103,6 @@ def ablate(
             raise InputError(
                 f"{flag} {value:g}: what a run holds of a cluster, and there is none. Add --ray, or leave it out."
             )
-    load_plugins(plugin)
     found = load_study(study, set_)
     folder = Path(os.path.abspath(output or Path("runs") / study.stem))
     studies.folder_of(folder).check()
@@ -113,6 +113,7 @@ def ablate(
         found.options.speed,
         processes,
         max((os.cpu_count() or 1) // workers, 1) if workers > 1 and ray is None else None,
+        trust_task_code,
     )
     ablation = studies.Ablation(
         found, folder, setting, lambda line: err.print(line, highlight=False, markup=False)

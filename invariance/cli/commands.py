@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
+import inspect as inspection
 import json
 import logging
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +14,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..core.errors import InputError, InvarianceError
+from ..core.errors import InputError
 from . import ablate as cli_ablate
 from . import measure as cli_measure
+from .leave import leaving
 from .terminal import (
     Device,
     Json,
@@ -25,8 +26,8 @@ from .terminal import (
     RecipeArgument,
     Set,
     Trust,
+    TrustTasks,
     device_named,
-    err,
     load_plugins,
     progress,
     say,
@@ -45,14 +46,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """A command of the program, in which transformers keeps quiet."""
+    """A command of the program, in which transformers keeps quiet. Each takes `--plugin`."""
+    own = inspection.signature(function, eval_str=True)
+    takes = "plugin" in own.parameters  # for what it hands on to other processes
 
     @functools.wraps(function)
-    def quietly(*args: Any, **kwargs: Any) -> None:
+    def quietly(plugin: list[str], **kwargs: Any) -> None:
         for name in (
             "torchao",
             "torch.utils._pytree",
@@ -60,11 +62,20 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             logging.getLogger(name).setLevel(logging.ERROR)
         from .. import publish
         from ..io.hub import quiet
+        from ..measure.trust import trusting
 
         publish()
-        with quiet():
-            function(*args, **kwargs)
+        load_plugins(plugin)
+        with quiet(), trusting(kwargs.get("trust_task_code", False)):
+            function(**kwargs, **({"plugin": plugin} if takes else {}))
 
+    option = inspection.Parameter(
+        "plugin", inspection.Parameter.KEYWORD_ONLY, default=[], annotation=Plugin
+    )
+    others = [p for name, p in own.parameters.items() if name != "plugin"]
+    told = own.replace(parameters=[p.replace(kind=option.kind) for p in (*others, option)])
+    quietly.__signature__ = told  # type: ignore[attr-defined]
+    quietly.__annotations__ = {p.name: p.annotation for p in told.parameters.values()}
     return app.command()(quietly)
 
 
@@ -79,8 +90,8 @@ def run(
         bool, typer.Option("--overwrite", help="Replace an earlier run's folder.")
     ] = False,
     device: Device = "auto",
-    plugin: Plugin = [],
     trust_remote_code: Trust = False,
+    trust_task_code: TrustTasks = False,
     as_json: Json = False,
 ) -> None:
     """Compress a model by a recipe: writes model/, report.json and report.html.
@@ -91,7 +102,6 @@ def run(
     from ..report.report import table
     from ..run import run as runs
 
-    load_plugins(plugin)
     report = runs.run(
         recipe,
         output or Path("runs") / recipe.stem,
@@ -108,7 +118,6 @@ def run(
 def plan(
     recipe: RecipeArgument,
     set_: Set = [],
-    plugin: Plugin = [],
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -117,7 +126,6 @@ def plan(
     from ..io.models import load_config
     from ..recipe.recipe import load_recipe
 
-    load_plugins(plugin)
     asked = load_recipe(recipe, set_)
     chart = make(
         asked, load_config(asked.model, trust_remote_code=trust_remote_code), progress=progress
@@ -427,13 +435,11 @@ def methods(
     name: Annotated[
         str | None, typer.Argument(help="One method, with its whole manual page.")
     ] = None,
-    plugin: Plugin = [],
     as_json: Json = False,
 ) -> None:
     """List the rotators, selectors and slicers that a recipe can name, with their options."""
     from ..method.manual import pages
 
-    load_plugins(plugin)
     known = pages()
     if name is not None:
         found = [p for p in known if p["name"] == name]
@@ -464,22 +470,5 @@ def schema(as_json: Json = True) -> None:
 
 
 def main() -> None:
-    """The entry point: errors become one line on standard error and an exit status."""
-    try:
-        app(standalone_mode=True)
-    except InvarianceError as e:
-        err.print(f"[red]error:[/] {_escaped(e)}", soft_wrap=True, highlight=False)
-        sys.exit(e.exit_status)
-    except OSError as e:  # a disk that is full, a file that went away
-        err.print(f"[red]error:[/] {_escaped(e)}", soft_wrap=True, highlight=False)
-        sys.exit(1)
-    except SystemExit as e:
-        if e.code == INTERRUPTED:
-            err.print("stopped; what was there before is untouched", highlight=False)
-        raise
-
-
-def _escaped(e: Exception) -> str:
-    from rich.markup import escape
-
-    return escape(str(e))
+    """The entry point."""
+    leaving(lambda: app(standalone_mode=True))

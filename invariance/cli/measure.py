@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from ..core.errors import InputError
-from .terminal import Device, Json, ModelArgument, Set, Trust, device_named, progress, say
+from .terminal import (
+    Device,
+    Json,
+    ModelArgument,
+    Set,
+    Trust,
+    TrustTasks,
+    device_named,
+    progress,
+    say,
+)
 
 Data = Annotated[
     list[str],
@@ -82,6 +92,7 @@ def evaluate(
     set_: Set = [],
     device: Device = "auto",
     trust_remote_code: Trust = False,
+    trust_task_code: TrustTasks = False,
     as_json: Json = False,
 ) -> None:
     """Measure perplexity, tasks and samples of a model, alone or against the dense one.

@@ -36,13 +36,20 @@ Plugin = Annotated[
     typer.Option(
         "--plugin",
         metavar="MODULE",
-        help="Import a module, or a .py file, that registers methods. May stand several times.",
+        help="Import a module, or a .py file, that registers methods or declares families. May stand several times.",
     ),
 ]
 Trust = Annotated[
     bool,
     typer.Option(
         "--trust-remote-code", help="Let transformers run code that comes with the model."
+    ),
+]
+TrustTasks = Annotated[
+    bool,
+    typer.Option(
+        "--trust-task-code",
+        help="Read task files of one's own, which can run any program. Read them first.",
     ),
 ]
 

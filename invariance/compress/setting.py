@@ -15,3 +15,4 @@ class Setting:
     speed: bool = False  # whether tokens per second are measured
     processes: int = 1  # how many calibrate together
     threads: int | None = None  # of one run; None for what torch takes
+    trust_task_code: bool = False  # whether task files of one's own are read

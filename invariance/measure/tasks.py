@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ..core.errors import InputError, did_you_mean
 from ..io.hub import hub
 from ..recipe.evaluate import Tasks
+from .trust import check_trusted, sandboxed
 
 GROUPS = {
     "article": (
@@ -113,10 +114,13 @@ def _is_file(name: str) -> bool:
 def _load(manager: Any, name: str, where: str, allowed: bool) -> list[Any]:
     path = Path(name).expanduser().absolute()
     folder = contextlib.chdir(path.parent) if _is_file(name) else contextlib.nullcontext()
+    if _is_file(name):
+        check_trusted(name, where)
     with (
         hub() as online,
         folder,
         _hushed(),
+        sandboxed(),
         _programs(allowed),
     ):  # paths inside a task file are relative to it
         try:
@@ -138,7 +142,7 @@ def scores(
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with hub(), _hushed(), _programs(part.run_code):
+    with hub(), _hushed(), sandboxed(), _programs(part.run_code):
         lm = HFLM(
             pretrained=model,
             backend="causal",

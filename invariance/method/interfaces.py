@@ -20,6 +20,7 @@ from ..core.change import Basis, Change
 from ..core.errors import InputError, did_you_mean
 from ..core.group import Group
 from ..core.space import Space
+from ..model.families import FAMILIES
 
 if TYPE_CHECKING:
     from ..calibrate.moments import Moments
@@ -179,6 +180,7 @@ class Slicer(Method, ABC):
 
 _REGISTRY: dict[str, dict[str, type[Method]]] = {"rotate": {}, "select": {}, "slice": {}}
 _loaded = False
+_PLUGINS: set[str] = set()  # that were loaded
 
 
 def _register(cls: type[Method]) -> None:
@@ -221,7 +223,7 @@ def begin(plugins: Iterable[str]) -> None:
 
 def load_plugin(module: str) -> None:
     """Import a module, named as Python imports it or as a path to a .py file, so that its methods register."""
-    before = {kind: dict(registry(kind)) for kind in _REGISTRY}
+    before = _declared()
     try:
         if module.endswith(".py"):
             spec = importlib.util.spec_from_file_location(
@@ -235,7 +237,7 @@ def load_plugin(module: str) -> None:
             made = importlib.import_module(module)
     except InputError:
         raise
-    except Exception as e:  # whatever the module raises while it is imported
+    except (Exception, SystemExit) as e:  # whatever the module raises while it is imported
         raise InputError(
             f"--plugin {module}: cannot be imported ({e}). Give a module on the path, or a .py file."
         ) from e
@@ -245,7 +247,14 @@ def load_plugin(module: str) -> None:
         for c in known.values()
         if c.__module__.startswith(made.__name__)
     ]
-    if before == _REGISTRY and not ours:
+    if before == _declared() and not ours and module not in _PLUGINS:
         raise InputError(
-            f"--plugin {module}: registers no method. Subclass Rotator, Selector or Slicer with a `name=` there."
+            f"--plugin {module}: registers no method and declares no family. Subclass Rotator, Selector or Slicer with a "
+            "`name=` there, or add to `invariance.model.families.FAMILIES`."
         )
+    _PLUGINS.add(module)
+
+
+def _declared() -> dict[str, dict[str, Any]]:
+    """What plugins may add to: methods of each kind, and families of models."""
+    return {**{kind: dict(registry(kind)) for kind in _REGISTRY}, "families": dict(FAMILIES)}

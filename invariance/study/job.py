@@ -27,6 +27,7 @@ from ..io.hub import cache_dir
 from ..io.memo import Memo
 from ..io.models import load_config, load_model, load_tokenizer
 from ..measure.evaluate import Perplexity, perplexity
+from ..measure.trust import trusting
 from ..method.interfaces import begin
 from ..recipe.recipe import Recipe
 from ..run.run import Data, outcome, read_data, speed, stored_dtype
@@ -203,7 +204,7 @@ def carry_out(
 ) -> Answer:
     """Do what is asked in this process; whatever goes wrong is told in the answer."""
     try:
-        with _threads(setting.threads):
+        with _threads(setting.threads), trusting(setting.trust_task_code):
             recipes = [Recipe.from_dict(found) for found in request.recipes]
             bench = _bench(recipes[0].model, setting, progress)
             if request.prepares:

@@ -24,6 +24,7 @@ from invariance.io.data import Tokens, load_tokens
 from invariance.measure import losses, tasks
 from invariance.measure.evaluate import Evaluation, measure, prepare
 from invariance.measure.losses import Mean, buckets, divergence, scored, token_losses
+from invariance.measure.trust import trusting
 from invariance.model.verify import tolerance
 from invariance.recipe.evaluate import Tasks
 from invariance.recipe.recipe import parse_recipe
@@ -43,7 +44,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     save_tokens(root / "tokens.npy")
     g = np.random.default_rng(0)
     (root / "text.txt").write_text(" ".join(g.choice(WORDS, 200)))
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, trusting():
         patch.setenv("INVARIANCE_CACHE", str(root / "cache"))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.chdir(root)
