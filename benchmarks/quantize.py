@@ -29,7 +29,8 @@ from transformers import PreTrainedModel
 
 from invariance.cli.terminal import progress
 from invariance.compress.outliers import of_stream, of_weights
-from invariance.compress.quantize import packed_bytes, quantized, rounding_error
+from invariance.compress.rounding.apply import quantized, rounding_error
+from invariance.compress.rounding.scheme import packed_bytes
 from invariance.core.files import write_json
 from invariance.io.models import load_model, load_tokenizer
 from invariance.recipe.quantize import Quantize
@@ -87,7 +88,7 @@ class Base:
     def row(self, asked: Quantize | None) -> Row:
         """Bytes and perplexities of the model as it is, or rounded; errors and outliers."""
         model, data = self.made
-        twin = model if asked is None else quantized(model, asked)
+        twin = model if asked is None else quantized(model, asked, data.calibration)
         found = {
             "bytes": packed_bytes(model, asked, STORED),
             **perplexities(data.evaluations, twin, self.name),

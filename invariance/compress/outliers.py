@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..core.progress import Progress, quiet
 from ..io.data import Tokens
 from ..recipe.quantize import Quantize
-from .quantize import scheme
+from .rounding.scheme import scheme
 
 WINDOWS = 8  # of calibration that the stream is looked at in; more change the third digit
 

@@ -27,7 +27,7 @@ from .allocation import allocate, check_choices
 from .demand import Loss, Spectra, Unit, Widths
 from .fitting import check_unit
 from .heldout import enough_held_out
-from .quantize import check_groups
+from .rounding.scheme import check_groups
 
 NOT_MEASURED = {
     Statistic.SEEN,

@@ -178,7 +178,12 @@ class Slicer(Method, ABC):
         """The change of one space to width k; exact when k = dim."""
 
 
-_REGISTRY: dict[str, dict[str, type[Method]]] = {"rotate": {}, "select": {}, "slice": {}}
+_REGISTRY: dict[str, dict[str, type[Method]]] = {
+    "rotate": {},
+    "select": {},
+    "slice": {},
+    "round": {},
+}
 _loaded = False
 _PLUGINS: set[str] = set()  # that were loaded
 
@@ -197,7 +202,7 @@ def _register(cls: type[Method]) -> None:
 
 
 def registry(kind: str) -> Mapping[str, type[Any]]:
-    """All methods of a kind (``rotate``, ``select``, ``slice``) by name; loads entry points on first use."""
+    """All methods of a kind (``rotate``, ``select``, ``slice``, ``round``) by name; loads entry points on first use."""
     global _loaded
     if not _loaded:
         _loaded = True
@@ -249,8 +254,8 @@ def load_plugin(module: str) -> None:
     ]
     if before == _declared() and not ours and module not in _PLUGINS:
         raise InputError(
-            f"--plugin {module}: registers no method and declares no family. Subclass Rotator, Selector or Slicer with a "
-            "`name=` there, or add to `invariance.model.families.FAMILIES`."
+            f"--plugin {module}: registers no method and declares no family. Subclass Rotator, Selector, Slicer or Rounding "
+            "with a `name=` there, or add to `invariance.model.families.FAMILIES`."
         )
     _PLUGINS.add(module)
 

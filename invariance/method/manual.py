@@ -8,7 +8,7 @@ from typing import Any
 
 from .interfaces import registry
 
-HEADINGS = {"rotate": "Rotators", "select": "Selectors", "slice": "Slicers"}
+HEADINGS = {"rotate": "Rotators", "select": "Selectors", "slice": "Slicers", "round": "Roundings"}
 
 
 def pages() -> list[dict[str, Any]]:

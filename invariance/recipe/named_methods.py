@@ -24,7 +24,8 @@ from ..method.interfaces import Method, find, registry
 from .complaints import Problem, comments, should
 from .yaml_text import first_line, show
 
-METHODS = ("rotate", "select", "slice")
+METHODS = ("rotate", "select", "slice")  # of a step
+ROUND = "round"  # of `quantize`
 
 
 def named(kind: str) -> tuple[Any, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..core.errors import InputError
 from ..method.interfaces import Method, registry
-from .named_methods import METHODS
+from .named_methods import METHODS, ROUND
 from .yaml_text import MAX_DEPTH, Located, parse, show
 
 
@@ -40,7 +40,7 @@ def assign(root: Located, path: Sequence[str], new: Located, where: str) -> None
             child = Located([] if following.isdigit() else {}, where)
             node.put(slot, child)
         elif (
-            part in METHODS and child.value == following
+            part in (*METHODS, ROUND) and child.value == following
         ):  # a method's bare name, and now an option of it
             child.value = {following: Located({}, where)}
         node = child

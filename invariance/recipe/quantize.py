@@ -7,6 +7,8 @@ from typing import Annotated
 from pydantic import Field
 
 from ..core.parts import Part, Several
+from ..method.rounding import Rounding
+from .named_methods import ROUND, named
 
 Bits = Annotated[int, Field(ge=2, le=8)]
 
@@ -21,3 +23,6 @@ class Quantize(Part):
     tables: Bits | None = (
         8  # the bits of a weight in embedding and head, 2 to 8; null leaves both alone
     )
+    round: Annotated[Rounding, *named(ROUND)] = Field(
+        default="nearest", validate_default=True
+    )  # how weights of the blocks are rounded, as in gptq

@@ -25,7 +25,7 @@ from ..io.sources import Data
 from ..method.interfaces import Method, Rotator, Selector, Slicer
 from .complaints import Problem, validate
 from .evaluate import Evaluations
-from .named_methods import METHODS, choices, described, named
+from .named_methods import METHODS, ROUND, choices, described, named
 from .overrides import override
 from .quantize import Quantize
 from .recover import Recover
@@ -299,6 +299,11 @@ class Recipe(Part):
             why = "each `select` fixes its widths" if fixed else "none has a `select`"
             instead = "Add one that spends it, such as `select: uniform` with no width, or remove the budget"
             raise Problem(f"no step spends it: {why}. {instead}", "budget")
+        if self.quantize and self.quantize.round.reads and not self.calibrate:
+            what = f"'{self.quantize.round.name}' reads moments, and there is no data to measure them on"
+            raise Problem(
+                f"{what}. Add `calibrate: {{data: ...}}`, or round to `nearest`", "quantize", ROUND
+            )
         if self.quantize and self.nested is not None:
             why = "rounded weights cannot be cut to the narrower models that `nested` asks for"
             raise Problem(f"{why}. Remove one of the two", "quantize")
@@ -410,4 +415,6 @@ def json_schema() -> dict[str, Any]:
     for kind in METHODS:
         definitions["Step"]["properties"][kind]["anyOf"], more = choices(kind)
         definitions |= more
+    definitions["Quantize"]["properties"][ROUND]["anyOf"], more = choices(ROUND)
+    definitions |= more
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -233,7 +233,8 @@ def outcome(
                 small,
                 recipe.quantize,
                 stored,
-                data.calibration if evaluate else None,
+                data.calibration,
+                evaluate,
                 progress,
             )
         models |= found.models

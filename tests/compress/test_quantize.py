@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from invariance import compress, load
 from invariance.compress.outliers import Outliers, of_stream, of_weights
-from invariance.compress.quantize import SCALE, packed_bytes, quantized, rounding_error, scheme
+from invariance.compress.rounding.apply import quantized, rounding_error
+from invariance.compress.rounding.scheme import packed_bytes, scheme
 from invariance.io.data import Tokens
 from invariance.io.models import is_rounded
 from invariance.io.rounded import rounded
+from invariance.method.rounding import SCALE
 from invariance.model.verify import logits, relative_error, tolerance
 from invariance.recipe.quantize import Quantize
 

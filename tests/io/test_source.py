@@ -15,7 +15,7 @@ from tiny import tiny
 from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from invariance.compress.quantize import quantized
+from invariance.compress.rounding.apply import quantized
 from invariance.core.errors import InputError
 from invariance.io.models import load_config, load_model
 from invariance.io.source import Source, live, open_source
