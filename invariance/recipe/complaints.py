@@ -16,6 +16,11 @@ from .yaml_text import Located, show
 M = TypeVar("M", bound=BaseModel)
 
 
+FIELD = re.compile(  # a field's name, and the comment that ends it, on whichever of its lines
+    r"^    (\w+): (?:(?!\n    [\w@]).)*?  # ([^\n]+)$", re.MULTILINE | re.DOTALL
+)
+
+
 class Problem(ValueError):
     """What is wrong, at a path below the value that is being validated."""
 
@@ -90,12 +95,12 @@ def _model_in(annotation: Any) -> Any:
 
 @functools.cache
 def comments(cls: type) -> dict[str, str]:
-    """What the source says of each field, inherited ones too: the comment that ends its line."""
+    """What the source says of each field, inherited ones too: the comment that ends it."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         try:
             source = textwrap.dedent(inspect.getsource(base))
-            found |= re.findall(r"^    (\w+): .*?  # (.+)$", source, re.MULTILINE)
+            found |= FIELD.findall(source)
         except (OSError, TypeError):  # a class whose source is not to be had
             continue
     return found
