@@ -12,6 +12,7 @@ from torch import Tensor
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.core.change import Basis
+from invariance.core.linalg import cholesky_
 from invariance.core.pick import Pick
 from invariance.core.space import Space
 from invariance.method.interfaces import NATS, Rotator
@@ -31,9 +32,7 @@ class Weighing(Rotator):
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        if self.nats:
-            return frozenset({Statistic.WEIGHTED, Statistic.FISHER})
-        return frozenset({Statistic.SEEN, Statistic.READERS})
+        return frozenset({self.signal, self.reading})
 
     @property
     def unit(self) -> str:
@@ -46,18 +45,31 @@ class Weighing(Rotator):
 
         The Fisher's gradients fall where the stream behind is large, so tokens are weighted by 1/mean(y²) of it.
         """
-        if self.nats:
-            return moments.second(space, Statistic.WEIGHTED), moments.second(
-                space, Statistic.FISHER
-            ) / 2
-        return moments.second(space, Statistic.SEEN), moments.second(space, Statistic.READERS)
+        return moments.second(space, self.signal), self.cost(moments.second(space, self.reading))
+
+    @property
+    def signal(self) -> Statistic:
+        """Of which C is the moment."""
+        return Statistic.WEIGHTED if self.nats else Statistic.SEEN
+
+    @property
+    def reading(self) -> Statistic:
+        """Of which G is the moment, up to ``cost``."""
+        return Statistic.FISHER if self.nats else Statistic.READERS
+
+    def cost(self, G: Tensor) -> Tensor:
+        return G.div_(2) if self.nats else G
 
 
-def damped(C: Float64[Tensor, "c d d"], ridge: float) -> Float64[Tensor, "c d d"]:
-    """C + λI, with λ = ridge × the mean diagonal entry."""
+def damped_(C: Float64[Tensor, "c d d"], ridge: float) -> Float64[Tensor, "c d d"]:
+    """C + λI in C's place, with λ = ridge × the mean diagonal entry."""
+    C.diagonal(dim1=-2, dim2=-1).add_(damping(C, ridge))
+    return C
+
+
+def damping(C: Float64[Tensor, "c d d"], ridge: float) -> Float64[Tensor, "c 1"]:
     diagonal = C.diagonal(dim1=-2, dim2=-1)
-    scale = ridge * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(C.dtype).tiny)
-    return C + torch.diag_embed(scale.expand_as(diagonal))
+    return ridge * diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(C.dtype).tiny)
 
 
 def ordered(
@@ -71,15 +83,17 @@ def ordered(
 
     With C = L Lᵀ in that order, x = L z and E[zzᵀ] = I; the first k channels span z_1 … z_k, so the best prediction
     of x from them leaves L_{k+1} z_{k+1} + … + L_d z_d, which costs Σ_{j>k} L_jᵀ G L_j: energy j is L_jᵀ G L_j.
+    C and G are used up.
     """
-    C, G = (torch.stack([m[o][:, o] for m, o in zip(M, order, strict=True)]) for M in (C, G))
-    own = C.diagonal(dim1=-2, dim2=-1)
+    for M in (C, G):
+        for m, o in zip(M, order, strict=True):
+            m.copy_(m[o[:, None], o])
+    own = C.diagonal(dim1=-2, dim2=-1).clone()
     floor = own.amax(-1, keepdim=True).clamp_min(torch.finfo(C.dtype).tiny) * noise
-    L = torch.linalg.cholesky(C + torch.diag_embed(noise * torch.maximum(own, floor)))
-    d = L.shape[-1]
+    C.diagonal(dim1=-2, dim2=-1).add_(noise * torch.maximum(own, floor))
+    L, d = cholesky_(C), C.shape[-1]
     parts = (
         (L[:, r:, r : r + WIDE], G[:, r:, r:]) for r in range(0, d, WIDE)
     )  # above its diagonal L is 0
-    return Basis(
-        Pick(order, d), torch.cat([((g @ l) * l).sum(-2) for l, g in parts], -1).clamp_min(0)
-    )
+    energy = torch.cat([((g @ l) * l).sum(-2) for l, g in parts], -1)
+    return Basis(Pick(order, d), energy.clamp_min(0))

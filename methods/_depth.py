@@ -13,7 +13,8 @@ def candidates(cost: Bill) -> dict[int, list[Space]]:
     """Block → its spaces, of those blocks that may go. Raises InputError where the recipe allows no width 0."""
     found: dict[int, list[Space]] = {}
     for space in cost.widths:
-        found.setdefault(int(space.name.split(".")[1]), []).append(space)
+        assert space.block is not None  # a selector of depth is given spaces inside blocks
+        found.setdefault(space.block, []).append(space)
     free = {b: spaces for b, spaces in found.items() if all(0 in cost.widths[s] for s in spaces)}
     for block, spaces in found.items():
         for space in spaces:
@@ -42,7 +43,7 @@ def drop(
     One block stays. Raises InputError where so many cannot go.
     """
     free, widths = candidates(cost), cost.whole
-    total = len({s.name.split(".")[1] for s in cost.widths})
+    total = len({s.block for s in cost.widths})
     most = min(len(free), total - 1)
     if blocks is not None and blocks > most:
         raise InputError(

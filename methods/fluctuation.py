@@ -30,7 +30,7 @@ class Fluctuation(Rotator, name="fluctuation"):
     needs = frozenset({Statistic.RAW, Statistic.MEAN, Statistic.READERS})
 
     def fit(self, space: Space, moments: Moments) -> Basis:
-        variance = moments.second(space).diagonal(dim1=-2, dim2=-1) - moments.mean(space).square()
-        readers = moments.second(space, Statistic.READERS).diagonal(dim1=-2, dim2=-1)
+        variance = moments.diagonal(space) - moments.mean(space).square()
+        readers = moments.diagonal(space, Statistic.READERS)
         energy = (variance.clamp_min(0) * readers).unflatten(-1, (space.dim, space.grain)).sum(-1)
         return by_energy(Pick.first(space.copies, space.dim), energy)

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float64
+from torch import Tensor
 
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.core.change import Basis, Change
+from invariance.core.dense import Dense
+from invariance.core.linalg import solve_
+from invariance.core.operator import Operator
 from invariance.core.space import Space
 from invariance.method.interfaces import Slicer
 
@@ -37,15 +42,19 @@ class LeastSquares(Slicer, name="least_squares"):
     def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:
         if k == space.dim:
             return Change.rotation(basis.A)
-        C = moments.second(space, Statistic.SEEN)
         E = basis.A.columns(torch.arange(k))
-        whole = E.grained(space.grain)
-        CE = C @ whole
-        S = CE.mT @ whole
-        scale = (
-            S.diagonal(dim1=-2, dim2=-1)
-            .mean(-1)[:, None, None]
-            .clamp_min(torch.finfo(S.dtype).tiny)
-        )
-        S = S + max(self.ridge, 1e-14) * scale * torch.eye(S.shape[-1], dtype=S.dtype)
-        return Change(E, torch.linalg.solve(S, CE.mT).mT.contiguous())
+        whole = E.grained(space.grain)  # E ⊗ I, on all that a direction gives
+        CE = moments.times(space, Statistic.SEEN, whole)
+        try:
+            D = solve_(self._ridged(CE, whole), CE)
+        except torch.linalg.LinAlgError:  # rounding has made the moment indefinite
+            D = torch.linalg.solve(self._ridged(CE, whole), CE.mT).mT.contiguous()
+        return Change(E, Dense(D))
+
+    def _ridged(self, CE: Float64[Tensor, "c n k"], E: Operator) -> Float64[Tensor, "c k k"]:
+        """EᵀC E + λI."""
+        S = (CE.mT @ E).contiguous()
+        diagonal = S.diagonal(dim1=-2, dim2=-1)
+        scale = diagonal.mean(-1, keepdim=True).clamp_min(torch.finfo(S.dtype).tiny)
+        diagonal.add_(max(self.ridge, 1e-14) * scale)
+        return S

@@ -11,9 +11,10 @@ from torch import Tensor
 from invariance.calibrate.moments import Moments
 from invariance.core.change import Basis
 from invariance.core.group import Group
+from invariance.core.linalg import inverse_
 from invariance.core.space import Space
 
-from ._channels import Weighing, damped, ordered
+from ._channels import Weighing, damped_, ordered
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,15 @@ class OBS(Weighing, name="obs"):
             raise ValueError("rounds must be at least 1")
 
     def fit(self, space: Space, moments: Moments) -> Basis:
-        C, G = self.weighed(space, moments)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(C, self.ridge)))
-        order = torch.stack([survival(P, g, self.rounds) for P, g in zip(inverse, G, strict=True)])
-        return ordered(order, C, G)
+        order = self._order(*self.weighed(space, moments))
+        return ordered(order, *self.weighed(space, moments))
+
+    def _order(
+        self, C: Float64[Tensor, "c d d"], G: Float64[Tensor, "c d d"]
+    ) -> Int[Tensor, "c d"]:
+        inverse = inverse_(damped_(C, self.ridge))
+        each = zip(inverse, G, strict=True)
+        return torch.stack([survival(P, g, self.rounds) for P, g in each])
 
 
 def survival(
@@ -73,6 +79,7 @@ def without(
     With T = −P_oo⁻¹ P_os, W becomes W_s + W_o T, so WᵀW becomes G_ss + S + Sᵀ with S = (G_so + ½ Tᵀ G_oo) T, and
     C_ss⁻¹ is P_ss + P_so T (Schur).
     """
-    T = -torch.cholesky_solve(P[out][:, stay], torch.linalg.cholesky(P[out][:, out]))
-    S = (G[stay][:, out] + T.mT @ G[out][:, out] / 2) @ T
-    return P[stay][:, stay] + P[stay][:, out] @ T, G[stay][:, stay] + S + S.mT
+    o, s = out[:, None], stay[:, None]  # pick parts in one step: rows alone would be a copy more
+    T = -torch.cholesky_solve(P[o, stay], torch.linalg.cholesky(P[o, out]))
+    S = (G[s, out] + T.mT @ G[o, out] / 2) @ T
+    return P[s, stay].addmm_(P[s, out], T), G[s, stay].add_(S).add_(S.mT)

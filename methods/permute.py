@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from invariance.calibrate.moments import Moments
 from invariance.core.change import Basis
 from invariance.core.group import Group
@@ -31,9 +29,7 @@ class Permute(Weighing, name="permute"):
     kinds = Weighing.kinds | {"heads"}
 
     def fit(self, space: Space, moments: Moments) -> Basis:
-        C, G = self.weighed(space, moments)
-        groups = (space.dim, space.grain)
-        energy = torch.einsum(
-            "ciaib->ci", (C * G).unflatten(-1, groups).unflatten(-3, groups)
-        ).clamp_min(0)
+        C = moments.blocks(space, self.signal)
+        G = self.cost(moments.blocks(space, self.reading))
+        energy = (C * G).sum((-2, -1)).clamp_min(0)
         return by_energy(Pick.first(space.copies, space.dim), energy)

@@ -13,7 +13,7 @@ from invariance.core.group import Group
 from invariance.core.space import Space
 from invariance.method.interfaces import Rotator
 
-from ._channels import damped
+from ._channels import damped_
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,8 @@ class ReaderWeighted(Rotator, name="reader_weighted"):
             raise ValueError("damping must be above 0")
 
     def fit(self, space: Space, moments: Moments) -> Basis:
-        values, V = torch.linalg.eigh(
-            damped(moments.second(space, Statistic.READERS), self.damping)
-        )
+        G = damped_(moments.second(space, Statistic.READERS), self.damping)
+        values, V = torch.linalg.eigh(G)
         half = (V * values.clamp_min(0).sqrt().unsqueeze(-2)) @ V.mT
         energy, U = torch.linalg.eigh(half @ moments.second(space, Statistic.SEEN) @ half)
         Q, _ = torch.linalg.qr(half @ U.flip(-1))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.core.change import Basis
 from invariance.core.group import Group
+from invariance.core.linalg import inverse_
 from invariance.core.space import Space
 from invariance.method.interfaces import Rotator
 
-from ._channels import damped, ordered
+from ._channels import damped_, damping, ordered
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class RidgeLeverage(Rotator, name="ridge_leverage"):
 
     def fit(self, space: Space, moments: Moments) -> Basis:
         C = moments.second(space, Statistic.SEEN)
-        score = torch.linalg.solve(damped(C, self.ridge), C).diagonal(dim1=-2, dim2=-1)
-        order = score.argsort(dim=-1, descending=True, stable=True)
+        damp = damping(C, self.ridge)
+        unknown = damp * inverse_(damped_(C, self.ridge)).diagonal(dim1=-2, dim2=-1)
+        order = unknown.argsort(dim=-1, stable=True)  # 1 less it is the leverage
+        C = moments.second(space, Statistic.SEEN)
         return ordered(order, C, moments.second(space, Statistic.READERS))

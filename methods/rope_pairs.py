@@ -74,10 +74,7 @@ class RopePairs(Rotator, name="rope_pairs"):
 
     def _by_score(self, space: Space, moments: Moments) -> Choice:
         h, r = space.rotary // 2, space.rotary
-        q, k = (
-            moments.second(space, s).diagonal(dim1=-2, dim2=-1)
-            for s in (Statistic.QUERIES, Statistic.RAW)
-        )
+        q, k = (moments.diagonal(space, s) for s in (Statistic.QUERIES, Statistic.RAW))
         score = (q[:, :h] + q[:, h:r]) * (k[:, :h] + k[:, h:r]) / 4
         if self.per != "head":
             score = score.mean(0, keepdim=True).expand_as(

@@ -41,8 +41,8 @@ class Smooth(Rotator, name="smooth"):
             raise ValueError("strength must be at least 0 and at most 1")
 
     def fit(self, space: Space, moments: Moments) -> Basis:
-        signal = moments.second(space).diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        readers = moments.second(space, Statistic.READERS).diagonal(dim1=-2, dim2=-1).sqrt()
+        signal = moments.diagonal(space).clamp_min(0).sqrt()
+        readers = moments.diagonal(space, Statistic.READERS).sqrt()
         scale = signal**self.strength / readers ** (1 - self.strength)
         lives = (signal > 0) & (readers > 0)
         scale = torch.where(lives, scale, 1.0)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,7 +17,8 @@ from ..core.space import Space
 from ..io.data import Tokens
 from ..model.layout import Layout
 from ..model.verify import copy_in
-from .moments import Moment, Moments, reader, real_tokens
+from .moment import Gram, Known, Weights
+from .moments import Moments, reader, real_tokens
 from .statistic import Statistic
 
 SEQUENCES = (
@@ -173,23 +174,16 @@ def _queries(
             handle.remove()
 
 
-@torch.no_grad()
-def moment(model: PreTrainedModel, layout: Layout, space: Space, known: Moments) -> Moment:
+def moment(model: PreTrainedModel, layout: Layout, space: Space, known: Moments) -> Known:
     """The Fisher of a space, per copy: a point's own; of a space inside a stage Σ Wᵀ F W over the weights W that read
-    it, F that of where they write. Of heads that share a copy, whose second moments are summed, it is the
-    mean. Raises KeyError where F was not measured."""
+    it, F that of where they write. Raises KeyError where F was not measured."""
     if space.kind == "residual":
         return known.known[space.name, Statistic.FISHER]
-    total = torch.zeros(space.copies, space.seen, space.seen, dtype=torch.float64)
-    for (name, i), point in zip(
-        layout.readers(space.name), layout.written_behind(space.name), strict=True
-    ):
-        F = known.known[point, Statistic.FISHER].mean[0]
-        W = rearrange(
-            reader(model, space, name).movedim(i, -1),
-            "o (c r d) -> c r o d",
-            c=space.copies,
-            d=space.seen,
-        )
-        total += einsum(W, F @ W, "c r o d, c r o e -> c d e") / W.shape[1]
-    return Moment(total, 1)
+    readers, behind = layout.readers(space.name), layout.written_behind(space.name)
+    fishers = [known.known[point, Statistic.FISHER] for point in behind]
+
+    def weights() -> Weights:
+        for (name, i), F in zip(readers, fishers, strict=True):
+            yield reader(model, space, name).movedim(i, -1), F.mean[0]
+
+    return Gram(space.copies, space.seen, weights)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import torch
 from einops import rearrange
@@ -19,42 +19,48 @@ from transformers import PreTrainedModel
 
 from ..core.errors import InvarianceError
 from ..core.files import write_tensors
+from ..core.operator import Operator
 from ..core.space import Space
 from ..model.layout import Layout
 from ..model.modules import Factored
+from .moment import Gram, Known, Moment, Weights
+from .outer import outer
 from .statistic import Statistic
 
-SMALL = 128  # products of fewer columns are not divided further
 Key = tuple[str, Statistic]
-
-
-@dataclass
-class Moment:
-    """Σ w x xᵀ over the tokens seen, or Σ w x for a MEAN (float64, one a copy), and Σ w: how many, where all weigh 1."""
-
-    total: Float64[Tensor, "c d *d"]
-    count: float
-
-    @property
-    def mean(self) -> Float64[Tensor, "c d *d"]:
-        return self.total / (self.count or 1.0)
-
-    def __add__(self, other: Moment) -> Moment:
-        return Moment(self.total + other.total, self.count + other.count)
 
 
 @dataclass
 class Moments:
     """What is known of every space: the sufficient statistics from which rotators and slicers work."""
 
-    known: dict[Key, Moment] = field(default_factory=dict)
+    known: dict[Key, Known] = field(default_factory=dict)
 
     def second(self, space: Space, of: str | Statistic = Statistic.RAW) -> Float64[Tensor, "c d d"]:
         """E[x xᵀ] of a space: ``raw``, ``normed`` or ``seen``; Σ WᵀW of its ``readers``; or its ``fisher``.
 
+        A tensor that belongs to who asks: of many channels it is large, so better compute in it than beside it.
         Raises KeyError when the method did not ask for that statistic in ``needs``.
         """
-        return self.known[space.name, Statistic(of).on(space)].mean
+        return self._of(space, of).mean
+
+    def diagonal(self, space: Space, of: str | Statistic = Statistic.RAW) -> Float64[Tensor, "c d"]:
+        """The diagonal of ``second``, which is not computed for it."""
+        return self._of(space, of).blocks(1).flatten(1)
+
+    def blocks(
+        self, space: Space, of: str | Statistic = Statistic.RAW
+    ) -> Float64[Tensor, "c d g g"]:
+        """The blocks of ``second`` that belong to one direction each, where its grain is g."""
+        return self._of(space, of).blocks(space.grain)
+
+    def times(self, space: Space, of: str | Statistic, X: Operator) -> Float64[Tensor, "c d k"]:
+        """``second`` of the signal times X, without a copy of it."""
+        found = self._of(space, of)
+        return found.times(X) if isinstance(found, Moment) else found.mean @ X
+
+    def _of(self, space: Space, of: str | Statistic) -> Known:
+        return self.known[space.name, Statistic(of).on(space)]
 
     def mean(self, space: Space) -> Float64[Tensor, "c d"]:
         """E[x] of a space; over the heads too that share a copy. Raises KeyError as ``second`` does."""
@@ -85,7 +91,8 @@ class Moments:
 
     def _take(self, key: Key, total: Float[Tensor, "c d *d"], count: float) -> None:
         """Take in the sum of a batch, in place: matrices of all channels are large, and batches many."""
-        known = self.known.setdefault(key, Moment(torch.zeros_like(total, dtype=torch.float64), 0))
+        empty = Moment(torch.zeros_like(total, dtype=torch.float64), 0)
+        known = cast(Moment, self.known.setdefault(key, empty))
         known.total += total
         known.count += count
 
@@ -103,7 +110,7 @@ class Moments:
     def beside(self, members: Iterable[str], into: str) -> Moments:
         """The moments of several spaces as those of one space ``into`` that has all their copies."""
         names = list(members)
-        found: dict[Key, Moment] = {}
+        found: dict[Key, Known] = {}
         for statistic in {s for name, s in self.known if name in names}:
             each = [self.known[name, statistic] for name in names]
             found[into, statistic] = Moment(torch.cat([m.total for m in each]), each[0].count)
@@ -111,49 +118,12 @@ class Moments:
 
     def pooled(self, members: Iterable[str], into: str) -> Moments:
         """The moments of several spaces that share one basis, as those of the space ``into``."""
-        pooled: dict[Key, Moment] = {}
+        pooled: dict[Key, Known] = {}
         for (name, statistic), moment in self.known.items():
             if name in set(members):
                 key = (into, statistic)
                 pooled[key] = pooled[key] + moment if key in pooled else moment
         return Moments(pooled)
-
-
-def outer(x: Float[Tensor, "c n d"]) -> Float[Tensor, "c d d"]:
-    """Σ x xᵀ per copy of one batch; batches are added in float64. bfloat16 signals are multiplied by the fast bfloat16
-    units, exactly: their products are exact in float32, in which the sums are taken."""
-    with _exact_fast_products(x.dtype is torch.bfloat16):
-        f = (x if x.dtype is torch.float64 else x.float()).detach()
-        total = f.new_empty(len(f), f.shape[-1], f.shape[-1])
-        for m, out in zip(
-            f, total, strict=True
-        ):  # one by one: batched products are half as fast on CPUs
-            _gram(m, out)
-        return total
-
-
-def _gram(x: Float[Tensor, "n d"], out: Float[Tensor, "d d"]) -> None:
-    """Xᵀ X. It is symmetric: of its four quarters, one is another's transpose and is not multiplied; so on inside them."""
-    h = x.shape[1] // 2
-    if h < SMALL:
-        torch.mm(x.mT, x, out=out)
-        return
-    torch.mm(x[:, :h].mT, x[:, h:], out=out[:h, h:])
-    out[h:, :h] = out[:h, h:].mT
-    _gram(x[:, :h], out[:h, :h])
-    _gram(x[:, h:], out[h:, h:])
-
-
-@contextmanager
-def _exact_fast_products(allowed: bool) -> Iterator[None]:
-    """Let float32 products round their FACTORS to bfloat16 or TF32: no loss when the factors are bfloat16 already."""
-    cpu, cuda = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul  # type: ignore[attr-defined]
-    before = cpu.fp32_precision, cuda.fp32_precision
-    try:
-        cpu.fp32_precision, cuda.fp32_precision = ("bf16", "tf32") if allowed else ("ieee", "ieee")
-        yield
-    finally:
-        cpu.fp32_precision, cuda.fp32_precision = before
 
 
 def weights(behind: Float[Tensor, "*n d"]) -> Float[Tensor, "*n 1"]:
@@ -170,26 +140,22 @@ def real_tokens(
     return x.flatten(0, 1) if mask is None or bool(mask.all()) else x[mask.to(x.device)]
 
 
-@torch.no_grad()
-def reader_moment(model: PreTrainedModel, layout: Layout, space: Space) -> Moment:
-    """Σ WᵀW over the weights that read a space, per copy: how much each direction weighs with its readers.
+def reader_moment(model: PreTrainedModel, layout: Layout, space: Space) -> Gram:
+    """Σ WᵀW over the weights that read a space, per copy: how much each direction weighs with its readers."""
 
-    Heads that share a copy of it count as one of them does on average, since moments of the signal add up over them.
-    """
-    total = torch.zeros(space.copies, space.seen, space.seen, dtype=torch.float64)
-    for name, i in layout.readers(space.name):
-        W = reader(model, space, name).movedim(i, -1).flatten(0, -2)
-        runs = W.shape[-1] // (space.copies * space.seen)
-        total += outer(rearrange(W, "n (c r d) -> c (n r) d", c=space.copies, d=space.seen)) / runs
-    return Moment(total, 1)
+    def weights() -> Weights:
+        for name, i in layout.readers(space.name):
+            yield reader(model, space, name).movedim(i, -1).flatten(0, -2), None
+
+    return Gram(space.copies, space.seen, weights)
 
 
-def reader(model: PreTrainedModel, space: Space, name: str) -> Float64[Tensor, "o i"]:
+def reader(model: PreTrainedModel, space: Space, name: str) -> Float[Tensor, "o i"]:
     """A weight that reads a space; the product, where it is one of two factors and the space lies beyond them."""
     parent = model.get_submodule(name.rsplit(".", 2)[0])
     if isinstance(parent, Factored) and space.kind != "edge":
-        return (parent.second.weight.double() @ parent.first.weight.double()).cpu()
-    return model.get_parameter(name).double().cpu()
+        return (parent.second.weight.double() @ parent.first.weight.double()).detach().cpu()
+    return model.get_parameter(name).detach().cpu()
 
 
 @dataclass(frozen=True)
@@ -209,7 +175,7 @@ class Store:
 
     def load(self, keys: Iterable[Key]) -> Moments:
         """Those of the moments that are stored; a file that cannot be read counts as missing."""
-        found = {}
+        found: dict[Key, Known] = {}
         for key in keys:
             try:
                 tensors = load_file(self._path(key))

@@ -16,7 +16,8 @@ from ..model.canonical import assign
 from ..model.layout import Edge, Layout
 from ..model.modules import Stage
 from .batch import Batch
-from .moments import outer, real_tokens, weights
+from .moments import real_tokens, weights
+from .outer import outer
 
 SHRINKAGE = (1e-2, 1e-1, 1.0, 10.0)  # fractions of the mean eigenvalue of H, the weakest first
 HELD_OUT = 4  # one sequence in so many chooses the shrinkage, neighbours two by two

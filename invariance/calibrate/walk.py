@@ -342,15 +342,7 @@ def norm_at(model: PreTrainedModel, layout: Layout, point: str) -> nn.Module:
 
 def inside(layout: Layout, edge: Edge) -> list[str]:
     """The spaces that lie inside a stage."""
-    found = {
-        a.space
-        for n, axes in layout.axes.items()
-        if n.startswith(edge.stage + ".")
-        for axis in axes
-        if axis
-        for a in axis.spaces
-    }
-    return [n for n in layout.spaces if n in found and layout.spaces[n].kind != "residual"]
+    return layout.inside(edge)
 
 
 @dataclass
@@ -385,7 +377,8 @@ class _Probe:
 def tap(stage: Stage, space: Space) -> tuple[nn.Module, bool]:
     """The module inside a stage that a space's signal enters, as what it reads (True), or leaves."""
     if space.kind == "edge":
-        factored = stage.linears()[space.name.rpartition(".")[2]]
+        assert space.part is not None
+        factored = stage.linears()[space.part]
         assert isinstance(factored, Factored)
         return factored.first, False
     if space.kind == "mlp":

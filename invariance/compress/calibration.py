@@ -123,8 +123,8 @@ class Calibration:
     def of(self, unit: Unit, moments: Moments) -> Moments:
         """What a unit's methods read, under the name of its first member."""
         for member in unit.members if Statistic.READERS in unit.needs else ():
-            found = reader_moment(self.model, self.layout, self.layout.spaces[member])
-            moments = moments.merge(Moments({(member, Statistic.READERS): found}))
+            gram = reader_moment(self.model, self.layout, self.layout.spaces[member])
+            moments = moments.merge(Moments({(member, Statistic.READERS): gram}))
         for member in unit.members if Statistic.FISHER in unit.needs else ():
             found = fisher.moment(self.model, self.layout, self.layout.spaces[member], self.curved)
             moments = moments.merge(Moments({(member, Statistic.FISHER): found}))

@@ -22,6 +22,7 @@ class Unit:
     """Spaces that share one basis and one width: a segment of the residual stream, one space alone, or joint ones."""
 
     members: tuple[str, ...]
+    blocks: tuple[int, ...]  # of each member the block; of the stream's last point the last one
     space: Space  # the first member, for all
     step: int
     rotate: Rotator
@@ -78,6 +79,11 @@ class Demand:
     def members(self) -> list[str]:
         return [m for unit in self.units for m in unit.members]
 
+    @property
+    def blocks(self) -> list[int]:
+        """Of each member the block."""
+        return [b for unit in self.units for b in unit.blocks]
+
     def without(self, gone: Container[str]) -> Demand | None:
         """What is left where some spaces go with their branches; None where all do."""
         if not any(m in gone for m in self.members):
@@ -94,8 +100,8 @@ class Demand:
         )
 
     def mean(self, influence: Sequence[float]) -> float:
-        """The mean influence of the blocks that its spaces lie in; the last point of the stream lies in the last."""
-        found = [influence[min(int(m.split(".")[1]), len(influence) - 1)] for m in self.members]
+        """The mean influence of the blocks that its spaces lie in."""
+        found = [influence[b] for b in self.blocks]
         return sum(found) / len(found)
 
     def allowed(self, blocks: int, vanishing: Container[str]) -> tuple[int, ...]:
@@ -151,7 +157,11 @@ class Demand:
 
     def protected(self, blocks: int) -> bool:
         """Whether the recipe keeps its spaces whole. Raises InputError where that holds for some of them only."""
-        found = [m for m in self.members if any(_protected(m, blocks, c) for c in self.constraints)]
+        found = [
+            m
+            for m, b in zip(self.members, self.blocks, strict=True)
+            if any(_protected(b, blocks, c) for c in self.constraints)
+        ]
         if found and len(found) < len(self.members):
             raise InputError(
                 f"`protect` keeps '{found[0]}' whole, and it gets one width with spaces that it does not protect. "
@@ -186,9 +196,6 @@ class Demand:
             )
 
 
-def _protected(name: str, blocks: int, constraints: Constraints) -> bool:
-    block, protect = (
-        min(int(name.split(".")[1]), blocks - 1),
-        constraints.protect,
-    )  # the last point has no block
+def _protected(block: int, blocks: int, constraints: Constraints) -> bool:
+    protect = constraints.protect
     return block < protect.first or block >= blocks - protect.last

@@ -9,7 +9,8 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from ..calibrate.moments import Moment, Moments
+from ..calibrate.moment import Known, Moment
+from ..calibrate.moments import Key, Moments
 from ..core.errors import InputError
 from ..io.data import Tokens
 from ..io.hub import cache_dir, quiet
@@ -76,7 +77,7 @@ def _measure(
 
 def merged(fabric: Any, moments: Moments) -> Moments:
     """The moments of all processes together, in float64, in each of them."""
-    found = {}
+    found: dict[Key, Known] = {}
     for key in sorted(moments.known, key=lambda k: (k[0], k[1].value)):  # the same order everywhere
         mine = moments.known[key]
         total = fabric.all_reduce(mine.total.to(fabric.device), reduce_op="sum").cpu()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -38,11 +37,13 @@ def first(layout: Layout, widths: Widths) -> dict[str, Change]:
     Cutting a basis to k directions and then to the first j of them is cutting it to j: E and D are the first columns of
     what they were, shortcuts D_sᵀE_t the first rows and columns, and norms go on dividing by the original width.
     """
-    made: dict[tuple[Space, int], Change] = {}
+    made: dict[tuple[int, int, int, int], Change] = {}
+    found = {}
     for name, k in widths.items():
         space = layout.spaces[name]
-        made.setdefault((replace(space, name=""), k), _first(space, k))
-    return {name: made[replace(layout.spaces[name], name=""), k] for name, k in widths.items()}
+        alike = (space.dim, space.copies, space.rotary, k)
+        found[name] = made.setdefault(alike, _first(space, k))
+    return found
 
 
 def _first(space: Space, k: int) -> Change:

@@ -310,7 +310,7 @@ class Plan:
             return
         why = "no attention would be left, and a model that mixes no tokens cannot generate"
         if any(self.layout.width(n, widths) for n in self.layout.windows):
-            blocks = ", ".join(n.split(".")[1] for n in self.layout.counting({}))
+            blocks = ", ".join(str(self.layout.spaces[n].block) for n in self.layout.counting({}))
             why = f"a cache counts its tokens where the attention of block {blocks} writes, and none would be left there"
         step = next(u.step for u in self.units if u.space.name in self.layout.windows)
         raise InputError(
@@ -364,7 +364,10 @@ def plan(
                 _seeded(cut, seed),
             )
             rank = None if step.shortcuts is None or whole else step.shortcuts.at_most(space.dim)
-            units.append(Unit(tuple(members), space, n, rotate, select, cut, rank))
+            blocks = tuple(
+                min(layout.spaces[m].block or 0, layout.edges[-1].block) for m in members
+            )
+            units.append(Unit(tuple(members), blocks, space, n, rotate, select, cut, rank))
     deep = {u.step for u in units if taken[u.space.name] != u.step}
     depth = tuple(u for u in units if u.step in deep)
     units = [
@@ -472,7 +475,7 @@ def _seeded(method: M, seed: int) -> M:
 def _named(recipe: Recipe, n: int, step: Step, layout: Layout) -> list[str]:
     for pattern in step.spaces:
         if not layout.select([pattern]):
-            blocks = layout.points[-1].split(".")[1]
+            blocks = layout.spaces[layout.points[-1]].block
             raise InputError(
                 f"{recipe.where('steps', n, 'spaces')}: no space of this model is called '{pattern}'. It has {blocks} "
                 "blocks; `invariance inspect` lists its spaces."
@@ -483,14 +486,14 @@ def _named(recipe: Recipe, n: int, step: Step, layout: Layout) -> list[str]:
 def _segments(layout: Layout, step: Step, names: list[str]) -> list[list[str]]:
     """The named spaces, those together that share a basis. The point before the head joins the last block's."""
     last = layout.points[-1]
-    final_block = int(last.split(".")[1]) - 1
+    final_block = layout.edges[-1].block
     groups: dict[object, list[str]] = {}
     for name in names:
         key: object = name
         if layout.spaces[name].kind == "qk" and step.rotate.joint:
-            key = replace(layout.spaces[name], name="")  # those alike
+            key = replace(layout.spaces[name], name="", block=None, stage=None)  # those alike
         if layout.spaces[name].kind == "residual" and step.segments != "stage":
-            block = min(int(name.split(".")[1]), final_block)
+            block = min(layout.spaces[name].block or 0, final_block)
             every = 1 if step.segments == "block" else getattr(step.segments, "every", 0)
             key = block // every if every else 0
             if name == last and not step.slice_head:

@@ -1,4 +1,4 @@
-"""Decompositions that do not give up."""
+"""Decompositions that do not give up, and inverses that take no memory of their own."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import scipy.linalg
 import torch
 from jaxtyping import Float64
 from torch import Tensor
+
+ROWS = 512  # which are moved together
 
 
 def svd(M: Float64[Tensor, "*c m n"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,3 +30,58 @@ def svd(M: Float64[Tensor, "*c m n"]) -> tuple[Tensor, Tensor, Tensor]:
         )
         batch = M.shape[:-2]
         return U.view(*batch, *U.shape[1:]), sigma.view(*batch, -1), Vt.view(*batch, *Vt.shape[1:])
+
+
+def inverse_(M: Float64[Tensor, "c d d"]) -> Float64[Tensor, "c d d"]:
+    """The inverses of symmetric positive definite matrices, in their place. Raises LinAlgError for any other."""
+    for m in M:
+        L = _factor(m)
+        _, info = scipy.linalg.lapack.dpotri(L, lower=True, overwrite_c=True)
+        _checked(info)
+        _mirror(m)
+    return M
+
+
+def cholesky_(M: Float64[Tensor, "c d d"]) -> Float64[Tensor, "c d d"]:
+    """The lower factors L of symmetric positive definite matrices L Lᵀ, in their place. Raises LinAlgError as above."""
+    for m in M:
+        _factor(m)
+        for r in range(0, len(m), ROWS):  # LAPACK has it in the upper triangle, by rows
+            rows = slice(r, r + ROWS)
+            m[r + ROWS :, rows] = m[rows, r + ROWS :].mT
+            m[rows, r + ROWS :] = 0
+            m[rows, rows] = m[rows, rows].triu().mT.clone()
+    return M
+
+
+def solve_(S: Float64[Tensor, "c k k"], B: Float64[Tensor, "c n k"]) -> Float64[Tensor, "c n k"]:
+    """B S⁻¹ of symmetric positive definite S, in the place of B; S is used up. Raises LinAlgError for any other S."""
+    for s, b in zip(S, B, strict=True):
+        x, info = scipy.linalg.lapack.dpotrs(_factor(s), b.numpy().T, lower=True, overwrite_b=True)
+        _checked(info)
+        b.copy_(
+            torch.from_numpy(x.T)
+        )  # where it lies already, if b's rows lie one behind the other
+    return B
+
+
+def _factor(m: Float64[Tensor, "d d"]) -> np.ndarray:
+    """The lower Cholesky factor of a symmetric matrix, as LAPACK sees it: columns one behind the other, in m's place."""
+    L, info = scipy.linalg.lapack.dpotrf(m.numpy().T, lower=True, overwrite_a=True, clean=False)
+    _checked(info)
+    assert L.base is not None and np.shares_memory(L, m.numpy())
+    return L
+
+
+def _checked(info: int) -> None:
+    if info:
+        raise torch.linalg.LinAlgError(f"a matrix is not positive definite (LAPACK: {info})")
+
+
+def _mirror(m: Float64[Tensor, "d d"]) -> None:
+    """The upper triangle below the diagonal too."""
+    for r in range(0, len(m), ROWS):
+        rows = slice(r, r + ROWS)
+        m[r + ROWS :, rows] = m[rows, r + ROWS :].mT
+        square = m[rows, rows]
+        square.copy_(square.triu() + square.triu(1).mT)

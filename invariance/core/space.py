@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .dense import Dense, in_group
 from .group import Group
+from .kind import Kind
 from .operator import Operator
 from .pick import Pick
 
@@ -24,11 +25,12 @@ class Space:
     leading dims carry rotary positions, as pairs (j, j + rotary/2). ``grain`` is how many numbers stand for one
     direction in what readers see: of a KV group, the values of all its query heads. ``normed``: a norm over all its dims
     stands between what writes it and what reads it. ``even`` is, inside a matrix, the rank in·out/(in + out) at which two
-    factors store as much as the matrix.
+    factors store as much as the matrix. ``block`` and ``stage`` say by number where it lies, ``part`` in which matrix of
+    the stage; the stream's last point is in the block behind the last one.
     """
 
     name: str
-    kind: str  # residual, mlp, vo, qk, heads or edge
+    kind: Kind
     dim: int
     group: Group
     copies: int = 1
@@ -36,6 +38,9 @@ class Space:
     grain: int = 1
     normed: bool = False
     even: float | None = None
+    block: int | None = None
+    stage: int | None = None
+    part: str | None = None
 
     @property
     def seen(self) -> int:
@@ -47,7 +52,7 @@ class Space:
         """The reason that its group is no wider, for error messages."""
         if self.normed:
             return "a norm divides by the length over all its dims, which no change of basis and no cut passes"
-        return "every head has a softmax of its own" if self.kind == "heads" else self.group.why
+        return "every head has a softmax of its own" if self.kind == Kind.HEADS else self.group.why
 
     def admits(self, group: Group) -> bool:
         return group <= self.group

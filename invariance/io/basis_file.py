@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..core.errors import InputError
 from ..core.files import beside, write_tensors
+from ..core.kind import Kind, space_name
+from ..core.space import Space
 from ..model.layout import Layout
 
 NAME = "basis.safetensors"
@@ -24,29 +26,27 @@ class Basis:
 
     ``encode`` (d, k) by the student's point of the stream, left out where the stream did not change; ``points`` names
     the dense model's point for each of the student's, which may have lost blocks; ``folded`` says of which canonical
-    form the encodes speak.
+    form the encodes speak; ``depth`` is the number of the dense model's blocks.
     """
 
     encode: Mapping[str, Float[Tensor, "d k"]]
     points: Mapping[str, str]
     folded: bool
+    depth: int
 
     @classmethod
     def unchanged(cls, layout: Layout) -> Basis:
         """That of a model whose stream is the dense model's own."""
-        return cls({}, {p: p for p in layout.points}, layout.folded)
+        return cls.of(layout, {})
 
     @classmethod
     def of(cls, layout: Layout, encode: Mapping[str, Tensor]) -> Basis:
         """That of a model whose stream was changed by ``encode``; ``layout`` is that of its canonical form."""
-        return cls(encode, {p: p for p in layout.points}, layout.folded)
+        return cls(encode, {p: p for p in layout.points}, layout.folded, layout.edges[-1].block + 1)
 
     def write(self, folder: Path, blocks: Sequence[int]) -> None:
         """Beside a checkpoint that has these blocks of the dense model; nothing where all of that is as it was."""
-        depth = max(
-            int(point.split(".")[1]) for point in self.points
-        )  # the last one is behind all blocks
-        if not self.encode and list(blocks) == list(range(depth)):
+        if not self.encode and list(blocks) == list(range(self.depth)):
             return
         first: dict[int, str] = {}  # points that share one basis share one tensor
         for point, E in self.encode.items():
@@ -56,7 +56,7 @@ class Basis:
         told = {
             "points": json.dumps(shared),
             "blocks": json.dumps(list(blocks)),
-            "depth": json.dumps(depth),
+            "depth": json.dumps(self.depth),
             "folded": json.dumps(self.folded),
         }
         write_tensors(folder / NAME, tensors, told)
@@ -80,18 +80,19 @@ def read_basis(model: str, layout: Layout) -> Basis:
         with safe_open(path, "pt") as file:
             told = {key: json.loads(value) for key, value in file.metadata().items()}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        dense = {p: _renamed(p, [*told["blocks"], told["depth"]]) for p in layout.points}
+        blocks = [*told["blocks"], told["depth"]]
+        dense = {p: _renamed(layout.spaces[p], blocks) for p in layout.points}
         encode = {
             ours: tensors[told["points"][p]] for ours, p in dense.items() if p in told["points"]
         }
-        return Basis(encode, dense, bool(told["folded"]))
+        return Basis(encode, dense, bool(told["folded"]), int(told["depth"]))
     except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise InputError(
             f"{path}: cannot be read ({type(e).__name__}: {e}). Copy it again from where it was made."
         ) from e
 
 
-def _renamed(point: str, blocks: Sequence[int]) -> str:
+def _renamed(point: Space, blocks: Sequence[int]) -> str:
     """A point of the stream by the number that its block had in the dense model."""
-    _, n, stage = point.split(".")
-    return f"x.{blocks[int(n)]}.{stage}"
+    assert point.block is not None
+    return space_name(Kind.RESIDUAL, blocks[point.block], point.stage)

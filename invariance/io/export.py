@@ -100,8 +100,9 @@ def obstacle(
     """
     blocks = layout.blocks(widths)
     for branch, space in layout.branches.items():
-        if not layout.width(space, widths) and int(space.split(".")[1]) in blocks:
-            return f"block {space.split('.')[1]} has lost its {branch.rpartition('.')[2]} and not all else"
+        block = layout.spaces[space].block
+        if not layout.width(space, widths) and block in blocks:
+            return f"block {block} has lost its {branch.rpartition('.')[2]} and not all else"
     if not blocks:
         return "no block is left"
     if split := layout.factored(widths):
@@ -199,7 +200,7 @@ def _widths(layout: Layout, widths: Mapping[str, int], kind: str, blocks: list[i
     return {
         layout.width(n, widths)
         for n, s in layout.spaces.items()
-        if s.kind == kind and (kind == "residual" or int(n.split(".")[1]) in blocks)
+        if s.kind == kind and (kind == "residual" or s.block in blocks)
     }
 
 
@@ -250,7 +251,7 @@ def _weights(model: PreTrainedModel, layout: Layout, now: Layout) -> dict[str, T
     stages = now.stages({})
     edges, blocks = [e for e in now.edges if e.stage in stages], now.blocks({})
     for edge in edges:
-        names |= arch.origin(edge.block, int(edge.source.split(".")[2]), blocks.index(edge.block))
+        names |= arch.origin(edge.block, edge.number, blocks.index(edge.block))
     d, k = (_by_kind(each, {})["qk"] for each in (layout, now))
     scale = (
         k / d

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from ..core.files import write_json
+from ..core.kind import Kind
 from ..core.progress import Progress, quiet
 from ..core.space import Space
 from ..io.checkpoint import InvarianceConfig, InvarianceForCausalLM
@@ -109,9 +110,11 @@ class Latency:
             if part == "mlp":
                 total += time * share("mlp", "mlp", space)
                 continue
-            block = space.split(".")[1]
+            beside = [s for s in layout.spaces.values() if s.block == layout.spaces[space].block]
             widths_of_head = {
-                kind: layout.width(f"{kind}.{block}", widths) for kind in ("qk", "vo")
+                s.kind.value: layout.width(s.name, widths)
+                for s in beside
+                if s.kind in (Kind.QK, Kind.VO)
             }
             total += time * share(part, "heads", space) * self._head(part, widths_of_head)
         return total + shortcuts * self.whole("head") / prod(
@@ -180,7 +183,7 @@ def _measure(
 ) -> Latency:
     """Time a block of made-up weights, whole and with the spaces of each kind narrowed alone, in turn, round by round."""
     layout = layout_of(AutoConfig.for_model(**values), fold=True)
-    spaces = {s.kind: s for s in layout.spaces.values()}
+    spaces: dict[str, Space] = {s.kind: s for s in layout.spaces.values()}
     if spaces["qk"].dim == spaces["vo"].dim:
         spaces[TOGETHER] = spaces["qk"]
     choices = [(kind, k) for kind, space in spaces.items() for k in widths_of(space)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..core.group import Group
+from ..core.kind import Kind, space_name
 from ..core.space import Space
 from . import modules
 from .architecture import Architecture
@@ -32,9 +34,11 @@ def label(model: PreTrainedModel) -> Layout:
     def put(weight: str, *where: Axis | None) -> None:
         """Label a linear layer's weight (out, in) and bias (out), where it has them; its factors, where it is split."""
         if isinstance(pair := model.get_submodule(weight), modules.Factored):
-            name = f"edge.{i}.{weight.rpartition('.')[2]}"
+            part = weight.removeprefix(f"{path}.").partition(".")[2]
             even = 1 / (1 / pair.in_features + 1 / pair.out_features)
-            spaces[name] = Space(name, "edge", pair.second.in_features, Group.INVERTIBLE, even=even)
+            name = inside(
+                Kind.EDGE, pair.second.in_features, Group.INVERTIBLE, even=even, part=part
+            )
             put(f"{weight}.first", Axis(name, Role.WRITE), where[1])
             put(f"{weight}.second", where[0], Axis(name, Role.READ))
             return
@@ -49,9 +53,16 @@ def label(model: PreTrainedModel) -> Layout:
 
     turns = Group.SIGNED_PERMUTATION if arch.post_normed else Group.ORTHOGONAL
 
-    def stream(point: str, width: int) -> None:
+    def inside(kind: Kind, dim: int, group: Group, copies: int = 1, **more: Any) -> str:
+        """A space inside stage s of block i, and its name."""
+        name = space_name(kind, i, part=more.get("part"))
+        spaces[name] = Space(name, kind, dim, group, copies, block=i, stage=s, **more)
+        return name
+
+    def stream(block: int, number: int, width: int) -> None:
+        point = space_name(Kind.RESIDUAL, block, number)
         group = turns if folded else Group.IDENTITY
-        spaces[point] = Space(point, "residual", width, group)
+        spaces[point] = Space(point, Kind.RESIDUAL, width, group, block=block, stage=number)
 
     points = [(i, s) for i, b in enumerate(blocks) for s in range(len(b.stages))]  # type: ignore[arg-type]
     head = model.get_submodule(arch.head)
@@ -61,11 +72,12 @@ def label(model: PreTrainedModel) -> Layout:
         [model.get_submodule(f"{arch.blocks}.{i}.stages.{s}") for i, s in points], end
     )
     for n, (i, s) in enumerate(points):
-        path, point = f"{arch.blocks}.{i}.stages.{s}", f"x.{i}.{s}"
-        after = "x.{}.{}".format(*points[n + 1]) if n + 1 < len(points) else f"x.{len(blocks)}.0"
+        path, point = f"{arch.blocks}.{i}.stages.{s}", space_name(Kind.RESIDUAL, i, s)
+        block, number = points[n + 1] if n + 1 < len(points) else (len(blocks), 0)
+        after = space_name(Kind.RESIDUAL, block, number)
         stage = model.get_submodule(path)
         assert isinstance(stage, modules.Stage)
-        edges.append(Edge(path, point, after, stage.post is not None))
+        edges.append(Edge(path, point, after, i, s, block != i, stage.post is not None))
         read, write = Axis(point, Role.READ), Axis(after, Role.WRITE)
         for name in ("norm.gain", "norm.bias"):
             if f"{path}.{name}" in shapes:
@@ -76,34 +88,33 @@ def label(model: PreTrainedModel) -> Layout:
             axes[f"{path}.shortcut"] = (read, None if stage.low_rank else write)
             if stage.low_rank:
                 ranks[after] = shapes[f"{path}.shortcut"][1]
-        stream(point, width[n])
+        stream(i, s, width[n])
         if (a := stage.attention) is not None:
             qk, vo = a.k.out_features // a.kv_heads, a.v.out_features // a.kv_heads
             normed = a.q_norm is not None
             group = Group.IDENTITY if normed else Group.ROTARY if rotary else Group.INVERTIBLE
             turned = rotary if a.pairs is None else 2 * a.pairs.shape[1]
-            spaces[f"qk.{i}"] = Space(f"qk.{i}", "qk", qk, group, a.kv_heads, turned, normed=normed)
-            spaces[f"vo.{i}"] = Space(f"vo.{i}", "vo", vo, Group.INVERTIBLE, a.kv_heads)
-            name, grain = f"heads.{i}", a.heads // a.kv_heads * vo
-            spaces[name] = Space(name, "heads", a.kv_heads, Group.PERMUTATION, grain=grain)
+            qk_space = inside(Kind.QK, qk, group, a.kv_heads, rotary=turned, normed=normed)
+            vo_space = inside(Kind.VO, vo, Group.INVERTIBLE, a.kv_heads)
+            grain = a.heads // a.kv_heads * vo
+            name = inside(Kind.HEADS, a.kv_heads, Group.PERMUTATION, grain=grain)
             branches[f"{path}.attention"] = name
             windows[name] = a.sliding_window
             made, mixed = Axis(name, Role.WRITE), Axis(name, Role.READ)
-            put(f"{path}.attention.q", Axis(f"qk.{i}", Role.READ, a.heads, made), read)
-            put(f"{path}.attention.k", Axis(f"qk.{i}", Role.WRITE, a.kv_heads, made), read)
+            put(f"{path}.attention.q", Axis(qk_space, Role.READ, a.heads, made), read)
+            put(f"{path}.attention.k", Axis(qk_space, Role.WRITE, a.kv_heads, made), read)
             for part in ("q_norm", "k_norm") if normed else ():
-                axes[f"{path}.attention.{part}.gain"] = (Axis(f"qk.{i}", Role.GATE),)
-            put(f"{path}.attention.v", Axis(f"vo.{i}", Role.WRITE, a.kv_heads, made), read)
-            put(f"{path}.attention.out", write, Axis(f"vo.{i}", Role.READ, a.heads, mixed))
+                axes[f"{path}.attention.{part}.gain"] = (Axis(qk_space, Role.GATE),)
+            put(f"{path}.attention.v", Axis(vo_space, Role.WRITE, a.kv_heads, made), read)
+            put(f"{path}.attention.out", write, Axis(vo_space, Role.READ, a.heads, mixed))
         if (m := stage.mlp) is not None:
-            branches[f"{path}.mlp"] = f"mlp.{i}"
-            spaces[f"mlp.{i}"] = Space(f"mlp.{i}", "mlp", m.up.out_features, _mlp_group(m))
+            channels = branches[f"{path}.mlp"] = inside(Kind.MLP, m.up.out_features, _mlp_group(m))
             if m.gate is not None:
-                put(f"{path}.mlp.gate", Axis(f"mlp.{i}", Role.GATE), read)
-            put(f"{path}.mlp.up", Axis(f"mlp.{i}", Role.WRITE), read)
-            put(f"{path}.mlp.down", write, Axis(f"mlp.{i}", Role.READ))
+                put(f"{path}.mlp.gate", Axis(channels, Role.GATE), read)
+            put(f"{path}.mlp.up", Axis(channels, Role.WRITE), read)
+            put(f"{path}.mlp.down", write, Axis(channels, Role.READ))
     first, last = edges[0].source, edges[-1].target
-    stream(last, end)
+    stream(len(blocks), 0, end)
     for embedding in arch.embed:
         axes[f"{embedding}.weight"] = (None, Axis(first, Role.WRITE))
     tied = f"{arch.head}.weight" not in shapes

@@ -9,16 +9,11 @@ from fnmatch import fnmatchcase
 from functools import cached_property
 from math import prod
 
+from ..core.kind import Kind, space_name
 from ..core.space import Space
 from .architecture import Architecture
 
-KINDS = (
-    "residual",
-    "mlp",
-    "vo",
-    "qk",
-    "heads",
-)  # that every model has; `edge` where a matrix is split
+KINDS = tuple(kind for kind in Kind if kind != Kind.EDGE)  # that every model has
 
 
 class Role(Enum):
@@ -55,27 +50,20 @@ class Edge:
     stage: str
     source: str
     target: str
+    block: int  # the number of the block that the stage lies in
+    number: int  # of the stage in its block
+    leaves: bool = False  # whether the block ends behind the stage
     post: bool = False
 
     @property
     def written(self) -> str:
         """Where the stage's branches write, by name: the next point of the stream, or in front of the norm behind them."""
-        return f"y{self.source.removeprefix('x')}" if self.post else self.target
-
-    @property
-    def block(self) -> int:
-        """The number of the block that the stage lies in."""
-        return int(self.source.split(".")[1])
+        return f"y.{self.block}.{self.number}" if self.post else self.target
 
     @property
     def entry(self) -> str:
         """The point of the stream where the block begins."""
-        return f"x.{self.block}.0"
-
-    @property
-    def leaves(self) -> bool:
-        """Whether the block ends behind the stage."""
-        return not self.target.startswith(f"x.{self.block}.")
+        return space_name(Kind.RESIDUAL, self.block, 0)
 
 
 @dataclass(frozen=True)
@@ -137,18 +125,28 @@ class Layout:
     def matrices(self) -> dict[str, str]:
         """The spaces that matrices of branches would have inside as two factors → those linear layers' paths."""
         found = [
-            (f"edge.{e.block}.{name.split('.')[-2]}", name.removesuffix(".weight"))
+            (space_name(Kind.EDGE, e.block, part=path.rpartition(".")[2]), path)
             for e in self.edges
             for name, axes in self.axes.items()
             if name.startswith(f"{e.stage}.") and name.endswith(".weight") and len(axes) == 2
-            if not any(a is not None and a.space.startswith("edge.") for a in axes)
+            if not any(a is not None and self.spaces[a.space].kind == Kind.EDGE for a in axes)
+            for path in (name.removesuffix(".weight"),)
         ]
         return dict(found)
 
     def splits(self, patterns: Iterable[str]) -> frozenset[str]:
         """Which of ``matrices`` the patterns mean: all, by the kind `edge`, or by names and globs that begin so."""
-        asked = ["edge.*" if p == "edge" else p for p in patterns if p.split(".")[0] == "edge"]
+        edges = [p for p in patterns if p.partition(".")[0] == Kind.EDGE]
+        asked = [f"{p}.*" if p == Kind.EDGE else p for p in edges]
         return frozenset(n for n in self.matrices if any(fnmatchcase(n, p) for p in asked))
+
+    def inside(self, edge: Edge) -> list[str]:
+        """The spaces that lie inside a stage."""
+        return [
+            n
+            for n, s in self.spaces.items()
+            if (s.block, s.stage) == (edge.block, edge.number) and s.kind != Kind.RESIDUAL
+        ]
 
     def attention(self, space: str) -> str:
         """The path of the attention whose queries and keys a space holds."""
@@ -264,18 +262,18 @@ class Layout:
     def written_behind(self, space: str) -> list[str]:
         """Where what reads a space writes to the stream (``Edge.written``); a point itself. None for queries, keys and
         all else that is not added to the stream at once."""
-        if self.spaces[space].kind == "residual":
+        if self.spaces[space].kind == Kind.RESIDUAL:
             return [space]
         found: list[str] = []
         for name, i in self.readers(space):
             for j, a in enumerate(self.axes[name]):
                 if j == i or a is None or a.role is not Role.WRITE:
                     continue
-                if self.spaces[a.space].kind == "residual":
+                if self.spaces[a.space].kind == Kind.RESIDUAL:
                     found.append(
                         next(e.written for e in self.edges if name.startswith(f"{e.stage}."))
                     )
-                elif self.spaces[a.space].kind == "edge":
+                elif self.spaces[a.space].kind == Kind.EDGE:
                     found += self.written_behind(a.space)
         return found
 

@@ -123,11 +123,10 @@ def certify(
     """
     twin = double_copy(model)
     family = logits(twin, ids)
-    canonicalize(twin, fold=False)
+    matrices = canonicalize(twin, fold=False).matrices
     reference = logits(twin, ids)
-    layout = canonicalize(
-        twin, fold=fold, tie=tie, split=[n for n in bases if n.startswith("edge.")]
-    )
+    split = [n for n in bases if n in matrices]
+    layout = canonicalize(twin, fold=fold, tie=tie, split=split)
     different = {id(A): A for A in bases.values()}
     made = {at: Change.rotation(A) for at, A in different.items()}
     reparametrize(twin, layout, {n: made[id(A)] for n, A in bases.items()})

@@ -98,7 +98,7 @@ def _write_basis(
     whole = read_basis(model, now)
     encode = {point: E[:, : now.width(point, widths)] for point, E in whole.encode.items()}
     left = now.blocks(widths) if stock else sorted({e.block for e in now.edges})
-    Basis(encode, whole.points, whole.folded).write(place, left)
+    Basis(encode, whole.points, whole.folded, whole.depth).write(place, left)
 
 
 def _told(path: Path) -> dict[str, Any] | None:

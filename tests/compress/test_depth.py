@@ -102,7 +102,7 @@ def bill(
     losses: Mapping[frozenset[int], float] | None = None, protect: tuple[int, ...] = ()
 ) -> tuple[Bill, list[Space]]:
     spaces = [
-        Space(f"{kind}.{i}", kind, 4, Group.PERMUTATION)
+        Space(f"{kind}.{i}", kind, 4, Group.PERMUTATION, block=i)
         for i in range(4)
         for kind in ("heads", "mlp")
     ]

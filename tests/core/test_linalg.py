@@ -1,12 +1,15 @@
-"""Singular values where the fast algorithm gives up."""
+"""Singular values where the fast algorithm gives up; inverses and solutions in place."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import seeds
 from torch import Tensor
 
-from invariance.core.linalg import svd
+from invariance.core.linalg import cholesky_, inverse_, solve_, svd
 from invariance.core.space import haar
 
 
@@ -38,3 +41,30 @@ def test_cosines_of_one_repeat_and_numbers_that_are_not_finite_are_refused(
     assert (cosines[:8] - 1).abs().max() < 1e-12 and cosines[8] < 1e-12
     with pytest.raises(ValueError, match="infs or NaNs"):
         svd(torch.full((2, 2), torch.nan, dtype=torch.float64))
+
+
+@given(n=st.integers(1, 1300), rhs=st.integers(1, 4), seed=seeds)
+@settings(max_examples=10)
+def test_in_place_of_a_matrix_stand_its_inverse_its_factor_and_the_solution(n, rhs, seed):
+    g = torch.Generator().manual_seed(seed)
+    X = torch.randn(2, n, n, generator=g, dtype=torch.float64)
+    M = X @ X.mT / n + torch.eye(n)
+    B = torch.randn(2, rhs, n, generator=g, dtype=torch.float64)
+    for change, expected in (
+        (inverse_, torch.linalg.inv(M)),
+        (cholesky_, torch.linalg.cholesky(M)),
+    ):
+        there = M.clone()
+        found = change(there)
+        assert found.data_ptr() == there.data_ptr()
+        torch.testing.assert_close(found, expected)
+    there = B.clone()
+    found = solve_(M.clone(), there)
+    assert found.data_ptr() == there.data_ptr()
+    torch.testing.assert_close(found, torch.linalg.solve(M, B.mT).mT)
+
+
+@pytest.mark.parametrize("change", [inverse_, cholesky_, lambda M: solve_(M, torch.ones(1, 1, 3))])
+def test_a_matrix_that_is_not_positive_definite_is_refused(change):
+    with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
+        change(torch.diag(torch.tensor([1.0, -1.0, 2.0]).double())[None])

@@ -83,7 +83,7 @@ def test_the_loss_curve_is_that_of_direct_least_squares(seed: int) -> None:
     case = Case(seed)
     C, G = (torch.from_numpy(m)[None] for m in (case.C, case.G))
     drawn = torch.from_numpy(np.random.default_rng(seed + 1).permutation(12))[None]
-    basis = ordered(drawn, C, G, noise=0)
+    basis = ordered(drawn, C.clone(), G.clone(), noise=0)
     assert np.array_equal(order(basis), drawn[0].numpy())
     found, whole = tails(basis), float(np.trace(case.C @ case.G))
     for k in (1, 3, 6, 11):
@@ -405,7 +405,7 @@ def test_energies_do_not_hang_on_how_many_columns_are_multiplied_together(
     g = torch.Generator().manual_seed(0)
     C, G = (m @ m.mT for m in torch.randn(2, 1, 12, 30, generator=g, dtype=torch.float64))
     order = torch.randperm(12, generator=g)[None]
-    at_once = ordered(order, C, G).energy
+    at_once = ordered(order, C.clone(), G.clone()).energy
     monkeypatch.setattr(_channels, "WIDE", 5)
-    in_parts = ordered(order, C, G).energy
+    in_parts = ordered(order, C.clone(), G.clone()).energy
     assert torch.allclose(in_parts, at_once, rtol=1e-12, atol=0)

@@ -47,7 +47,7 @@ def test_spaces_are_selected_by_kind_by_name_and_by_glob():
 
 def test_edges_run_from_each_point_to_the_next():
     _, layout = llama()
-    assert layout.edges[1] == Edge("model.layers.0.stages.1", "x.0.1", "x.1.0")
+    assert layout.edges[1] == Edge("model.layers.0.stages.1", "x.0.1", "x.1.0", 0, 1, True)
     assert [e.target for e in layout.edges] == layout.points[1:] and layout.depth == 4
     parallel = label_of("phi")
     assert parallel.points == ["x.0.0", "x.1.0", "x.2.0"] and parallel.depth == 2
