@@ -50,6 +50,7 @@ from ..measure.evaluate import (
     prepare_each,
     unasked,
 )
+from ..model.entry import check_model
 from ..model.families import check_positions, positions
 from ..model.verify import copy_in
 from ..recipe.recipe import Recipe, load_recipe
@@ -99,7 +100,11 @@ def compress(
     Raises InputError for a recipe, model or data that cannot be, CertificateError for a rotation that is not exact.
     """
     return outcome(
-        model, as_recipe(recipe), tokenizer=tokenizer, evaluate=False, progress=progress
+        check_model(model),
+        as_recipe(recipe),
+        tokenizer=tokenizer,
+        evaluate=False,
+        progress=progress,
     ).model
 
 

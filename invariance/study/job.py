@@ -122,7 +122,7 @@ class Bench:
         """The tokens that a recipe names, read once."""
         full = recipe.to_dict()
         training = recipe.recover.text(recipe.calibrate).model_dump() if recipe.recover else None
-        spec = json.dumps([full["calibrate"], full["evaluate"], training, recipe.seed])
+        spec = json.dumps([full.get("calibrate"), full["evaluate"], training, recipe.seed])
         return self.memo.once(
             ("data", spec),
             lambda: read_data(
