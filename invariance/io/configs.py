@@ -157,6 +157,7 @@ def _validate(
         head, *inside = error["loc"]
         node: Any = values[str(head)]
         key = str((aliases or {}).get(str(head), head))
+        part: Any
         for part in inside:  # of a union, pydantic also names the kind that it tried
             if isinstance(node, Mapping | list) and part in (
                 node if isinstance(node, Mapping) else range(len(node))
