@@ -240,7 +240,9 @@ def _plan_tables(document: dict[str, Any]) -> list[Any]:
 @command
 def verify(
     model: ModelArgument,
-    seed: Annotated[int, typer.Option(help="Of the random group elements.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of the random group elements.", min=0, max=2**32 - 1)
+    ] = 0,
     tokens: Annotated[int, typer.Option(help="How many probe tokens.", min=2, max=4096)] = 64,
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -390,7 +392,9 @@ def recover(
             help="The dense model, for the losses `kl` and `hidden` and for `local`.",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of adapters and of the order of windows.", min=0)] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of adapters and of the order of windows.", min=0, max=2**32 - 1)
+    ] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier run's folder.")
     ] = False,

@@ -60,8 +60,12 @@ def evaluate(
     ] = None,
     data: Data = [],
     split: Annotated[str | None, typer.Option(help="The data's split; by default test.")] = None,
-    sequences: Annotated[int | None, typer.Option(help="How many windows.", min=1)] = None,
-    tokens: Annotated[int | None, typer.Option(help="How many tokens a window has.", min=2)] = None,
+    sequences: Annotated[
+        int | None, typer.Option(help="How many windows.", min=1, max=2**31 - 1)
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="How many tokens a window has.", min=2, max=2**31 - 1)
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(
@@ -70,14 +74,21 @@ def evaluate(
             min=1,
         ),
     ] = None,
-    batch: Annotated[int, typer.Option(help="Windows or requests at a time.", min=1)] = 8,
+    batch: Annotated[
+        int, typer.Option(help="Windows or requests at a time.", min=1, max=2**31 - 1)
+    ] = 8,
     task: Names = [],
     shots: Annotated[
         int | None,
-        typer.Option(help="Examples before each question; by default what the task says.", min=0),
+        typer.Option(
+            help="Examples before each question; by default what the task says.",
+            min=0,
+            max=2**32 - 1,
+        ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(help="Questions of each task; by default all.", min=1)
+        int | None,
+        typer.Option(help="Questions of each task; by default all.", min=1, max=2**31 - 1),
     ] = None,
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Run programs that the model writes (humaneval).")
@@ -240,13 +251,19 @@ def bench(
         list[str], typer.Argument(metavar="A B …", help="Models; the first is the reference.")
     ],
     batch: Annotated[
-        list[int], typer.Option(help="Sequences at once. May stand several times.", min=1)
+        list[int],
+        typer.Option(help="Sequences at once. May stand several times.", min=1, max=2**31 - 1),
     ] = [1, 8],
     prompt: Annotated[
-        list[int], typer.Option(help="Tokens of a prompt. May stand several times.", min=1)
+        list[int],
+        typer.Option(help="Tokens of a prompt. May stand several times.", min=1, max=2**31 - 1),
     ] = [512],
-    new: Annotated[int, typer.Option(help="Tokens generated behind each prompt.", min=2)] = 64,
-    repeats: Annotated[int, typer.Option(help="Rounds, behind one that warms up.", min=1)] = 5,
+    new: Annotated[
+        int, typer.Option(help="Tokens generated behind each prompt.", min=2, max=2**31 - 1)
+    ] = 64,
+    repeats: Annotated[
+        int, typer.Option(help="Rounds, behind one that warms up.", min=1, max=2**31 - 1)
+    ] = 5,
     dtype: Annotated[
         str,
         typer.Option(help="auto, float32 or bfloat16. auto is float32 on a CPU, bfloat16 on CUDA."),

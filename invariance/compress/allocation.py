@@ -10,6 +10,7 @@ from ..calibrate.statistic import Statistic
 from ..core.errors import InputError
 from ..core.space import Space
 from ..method.budget import Bill, Predicted, spendable
+from ..method.checked import allocated
 from ..method.interfaces import Selector
 from ..model.layout import Layout
 from ..recipe.recipe import Constraints, Recipe
@@ -78,6 +79,7 @@ def allocate(
             widths = selector.allocate(energies, bill, bill.limit)
             for demand in demands:
                 demand.check(widths.get(demand.space), within.get(demand.space.name))
+            allocated(selector, widths, bill)
             if (
                 selector.needs_budget
                 and bill.limit is not None

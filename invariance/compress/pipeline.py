@@ -25,6 +25,7 @@ from ..core.progress import Progress, quiet
 from ..core.shortcuts import Chain
 from ..io.data import Tokens
 from ..io.memo import Memo, digest
+from ..method import checked
 from ..model.canonical import join
 from ..model.layout import Layout
 from ..model.reparametrize import reparametrize
@@ -177,12 +178,7 @@ class _Run:
         return self.memo.weights(self.original), form, store.folder.name if store else ""
 
     def _basis(self, unit: Unit, moments: Moments) -> Basis:
-        basis = unit.rotate.fit(unit.fitted, self.calibration.of(unit, moments))
-        if not unit.fitted.contains(basis.A):
-            raise InvarianceError(
-                f"rotator '{unit.rotate.name}' gave space '{unit.space.name}' a basis outside the group "
-                f"'{unit.space.group.value}', so it would not be exact. This is a fault of the method, not of the recipe."
-            )
+        basis = checked.fitted(unit.rotate, unit.fitted, self.calibration.of(unit, moments))
         if unit.joint:
             each = torch.arange(basis.A.copies).split(unit.space.copies)
             first, *others = (basis.A.take(copies) for copies in each)
@@ -336,7 +332,7 @@ class _Run:
             return Change.empty(unit.space, 0)
         if unit.slice is None or k == unit.space.dim:
             return Change.rotation(basis.A)  # what was certified
-        return unit.slice.cut(unit.space, basis, k, self.calibration.of(unit, moments))
+        return checked.cut(unit.slice, unit.space, basis, k, self.calibration.of(unit, moments))
 
     def _walk_sequentially(self, ahead: Moments, widths: Widths) -> None:
         decided: dict[str, Change] = {}

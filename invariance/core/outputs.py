@@ -17,6 +17,7 @@ from . import manifest
 from .errors import InputError, InvarianceError
 from .files import LOCK, NEW, OLD, put, short
 from .locks import Lock, Taken, is_helper
+from .paths import expanded
 
 WRITING = ".writing"
 LONGEST = "model/model-00001-of-00001.safetensors.index.json"  # the longest path within an output
@@ -154,7 +155,7 @@ def check_reads(folder: Path, reads: Iterable[str | Path], flag: str) -> None:
     """Raises InputError where what is read lies in the folder that would be replaced, or is that."""
     there = folder.resolve()
     for each in reads:
-        path = Path(os.path.abspath(Path(each).expanduser()))
+        path = Path(os.path.abspath(expanded(each)))
         if there.exists() and path.exists() and path.resolve().is_relative_to(there):
             raise InputError(
                 f"{flag} {folder}: '{each}' is there, which is read, and it would be replaced. Name another folder."

@@ -240,6 +240,9 @@ def _shaped(config: InvarianceConfig) -> PreTrainedModel:
             attention.kv_heads, n, dtype=torch.int64, device=next(attention.parameters()).device
         )
     now = label(inner)
+    known = {e.target for e in now.edges}.union(now.select(["qk"]))
+    if lies := sorted({*config.ranks, *config.pairs} - known):
+        raise ValueError(f"'{lies[0]}' is no place in this model")
     for edge in now.edges:
         stage = inner.get_submodule(edge.stage)
         assert isinstance(stage, Stage)
@@ -273,7 +276,15 @@ def layout_of_config(config: PretrainedConfig, *, fold: bool = False) -> Layout:
     try:
         with torch.device("meta"):
             return canonicalize(InvarianceForCausalLM(config).inner, fold=fold, tie=config.tie)
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
+    except (
+        LookupError,
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+        AttributeError,
+        AssertionError,
+    ) as e:
         raise InputError(
             f"the config.json of this sliced checkpoint is damaged ({type(e).__name__}: {e}). "
             "Copy it from where the checkpoint was made, or run its recipe again."

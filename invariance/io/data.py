@@ -17,8 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..core.errors import InputError
+from ..core.paths import expanded
 from ..core.progress import Progress, quiet
 from ..model.families import FAMILIES, check_positions
+from .arrays import open_array
 from .documents import FORMS, documents
 from .own_text import write
 from .sources import SELF, Source
@@ -100,7 +102,7 @@ def _single(
             raise InputError(
                 f"{where}: stride {stride}: the rows of an .npy are windows already. Remove `stride`, or give text."
             )
-        return _array(Path(data).expanduser(), *size, where)
+        return _array(expanded(data, where), *size, where)
     shape = Shape(size[0] or DEFAULT_SEQUENCES, size[1] or DEFAULT_TOKENS, stride)
     if data == SELF:
         return _own(reading, shape)
@@ -175,7 +177,7 @@ def _drawn(data: str, reading: _Reading, shape: Shape, rng: np.random.Generator)
     if data == SELF:
         return _own(reading, shape)
     if data.endswith(".npy"):
-        pool = _array(Path(data).expanduser(), None, shape.tokens, reading.where)
+        pool = _array(expanded(data, reading.where), None, shape.tokens, reading.where)
         there = pool.size
     else:
         tokenizer = _tokenizer(data, reading)
@@ -195,16 +197,10 @@ def _array(path: Path, sequences: int | None, tokens: int | None, where: str) ->
     where = f"{where}: {path}"
     if not path.is_file():
         raise InputError(f"{where}: there is no such file. {FORMS}")
-    try:
-        ids = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
-        raise InputError(
-            f"{where}: numpy.load fails ({e}). Write it with numpy.save, as integers."
-        ) from e
-    array = isinstance(ids, np.ndarray)
-    if not array or ids.dtype.kind not in "iu" or ids.ndim != 2 or ids.size == 0:
-        nan = " with NaN" if array and ids.dtype.kind == "f" and np.isnan(ids).any() else ""
-        there = f"{ids.dtype}{nan} of shape {ids.shape}" if array else "an archive"
+    ids = open_array(path, where)
+    if ids.dtype.kind not in "iu" or ids.ndim != 2 or ids.size == 0:
+        nan = " with NaN" if ids.dtype.kind == "f" and np.isnan(ids).any() else ""
+        there = f"{ids.dtype}{nan} of shape {ids.shape}"
         raise InputError(
             f"{where}: holds {there}. Write integers of shape (sequences, tokens), not empty."
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
+from ..core.paths import expanded
 from .hub import hub
 from .texts import packaged_documents
 
@@ -38,7 +39,7 @@ def has_splits(data: str) -> bool:
 
 def documents(data: str, split: str, where: str) -> Iterator[str]:
     """The documents of a source that is text. Raises InputError."""
-    path, kind = Path(data).expanduser(), FILE_KINDS.get(Path(data).suffix)
+    path, kind = expanded(data, where), FILE_KINDS.get(Path(data).suffix)
     if data.startswith("packaged:"):
         return packaged_documents(data, split, where)
     if path.is_file() and kind is not None:

@@ -16,6 +16,7 @@ import transformers
 from rich.console import Console
 
 from ..core.errors import InputError
+from ..core.paths import expanded
 from .packaged import PACKAGED
 
 FORMS = "Give a hub id (owner/name), a folder that save_pretrained wrote, a .gguf file, or packaged:NAME."
@@ -77,7 +78,7 @@ def quiet() -> Iterator[None]:
 def reading(model: str, what: str) -> Iterator[None]:
     """Quiet, quick to give up on a hub that does not answer; any failure becomes one line about the input."""
     packaged = model.startswith("packaged:")
-    local = packaged or Path(model).expanduser().exists()
+    local = packaged or expanded(model).exists()
     with (
         quiet(),
         nullcontext(False) if local else hub() as online,

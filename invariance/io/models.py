@@ -17,6 +17,8 @@ from gguf import GGUFReader
 from torch import Tensor
 
 from ..core.errors import InputError, did_you_mean
+from ..core.paths import check_regular, expanded
+from .configs import check_config
 from .hub import FORMS, converted, hub, line, progress, quiet, reading
 from .kept import keep
 from .packaged import PACKAGED, download
@@ -43,6 +45,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> PretrainedCon
         config = transformers.AutoConfig.from_pretrained(
             **source, trust_remote_code=trust_remote_code
         )
+    check_config(model, config.to_dict())
     settle_ties(config, _weights_here(source))
     return config
 
@@ -114,9 +117,13 @@ def load_tokenizer(model: str, *, trust_remote_code: bool = False) -> Any | None
     ):
         return None
     with reading(model, "tokenizer"):
-        return transformers.AutoTokenizer.from_pretrained(
+        found = transformers.AutoTokenizer.from_pretrained(
             **source, trust_remote_code=trust_remote_code
         )
+        found(
+            "a \u2603\ufffd", verbose=False
+        )  # one that cannot write unknown characters says so now
+        return found
 
 
 def check_same_tokens(
@@ -200,7 +207,8 @@ def locate(model: str) -> dict[str, str]:
     """Where the weights are, as keyword arguments of ``from_pretrained``."""
     if model.startswith("packaged:"):
         return {"pretrained_model_name_or_path": str(_packaged(model.removeprefix("packaged:")))}
-    path = Path(model).expanduser()
+    path = expanded(model)
+    check_regular(path, "model: a folder, or a .gguf file") if not path.is_dir() else None
     if path.is_file():
         if path.suffix != ".gguf":
             raise InputError(f"{model}: a file, and not a .gguf one. {FORMS}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
+from .configs import read_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -26,15 +26,7 @@ def check_folder(folder: Path) -> None:
                 else "Give the folder that save_pretrained wrote."
             )
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise InputError(f"{path}: not valid JSON ({e}). Save or download the model again.") from e
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise InputError(
-            f"{path}: no model_type, and the family of a model is never guessed. "
-            'Add it as transformers writes it, for example "model_type": "llama".'
-        )
+    read_config(path)
     if (folder / "adapter_config.json").is_file():
         raise InputError(
             f"{folder}: holds an adapter (adapter_config.json) beside the model, and what is computed would be of one "

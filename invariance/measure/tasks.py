@@ -17,6 +17,7 @@ from scipy import stats
 from transformers import PreTrainedModel
 
 from ..core.errors import InputError, did_you_mean
+from ..core.paths import expanded
 from ..io.hub import hub
 from ..recipe.evaluate import Tasks
 from .trust import check_trusted, sandboxed
@@ -96,7 +97,7 @@ def _manager(part: Tasks, where: str) -> Any:
             f"{where}: tasks need the package lm-eval ({e}). Run `pip install 'invariance[eval]'`."
         ) from None
     for name in part.names:
-        if _is_file(name) and not Path(name).expanduser().is_file():
+        if _is_file(name) and not expanded(name, where).is_file():
             raise InputError(f"{where}: task file {name}: there is no such file. {FORMS}")
         known = {*manager.all_tasks, *GROUPS}
         if not _is_file(name) and name not in known:
@@ -112,7 +113,7 @@ def _is_file(name: str) -> bool:
 
 
 def _load(manager: Any, name: str, where: str, allowed: bool) -> list[Any]:
-    path = Path(name).expanduser().absolute()
+    path = expanded(name, where).absolute()
     folder = contextlib.chdir(path.parent) if _is_file(name) else contextlib.nullcontext()
     if _is_file(name):
         check_trusted(name, where)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal
+import os
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -35,10 +36,14 @@ PROFILERS = ("simple", "advanced", "pytorch")
 RATES = {"lora": 3e-4, "full": 3e-5, "norms": 1e-3}
 
 
+Rank = Annotated[int, Field(ge=1, le=2**16)]
+Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+
+
 class Lora(Part):
     """Low-rank adapters on every matrix of the blocks, merged afterwards."""
 
-    rank: Count = 16  # the rank of each adapter
+    rank: Rank = 16  # the rank of each adapter
     alpha: Positive = 32.0  # adapters count alpha/rank
     dropout: Share = 0.0  # the share of an adapter's inputs that are dropped in training
 
@@ -98,7 +103,7 @@ class Recover(Part):
     epochs: Count | None = None  # how often each window is seen; 1 where no `tokens` are given
     tokens: Count | None = None  # how many tokens to train on at most, instead of `epochs`
     batch: Count = 4  # how many windows pass at a time, in each process
-    learning_rate: Positive | None = (
+    learning_rate: Rate | None = (
         None  # the highest; null for 3e-4 (lora), 3e-5 (full), 1e-3 (norms)
     )
     warmup: Share = 0.05  # the share of steps in which it rises; then it falls, as a cosine
@@ -130,6 +135,12 @@ class Recover(Part):
                 )
             if key == "accumulate_grad_batches" and not (type(given) is int and given > 0):
                 raise Problem(f"got {show(given)}, but it should be a whole number from 1", key)
+            if key == "num_nodes" and given != 1 and not _is_started_on_several():
+                raise Problem(
+                    "machines are counted by what starts a process on each, and none has: it would wait for the others "
+                    "for ever. Start it by torchrun or Slurm on all of them, or remove it",
+                    key,
+                )
             if key == "profiler" and given not in (None, *PROFILERS):
                 raise Problem(
                     f"got {show(given)}, but it should be one of {', '.join(PROFILERS)}", key
@@ -198,6 +209,13 @@ class Recover(Part):
     @property
     def needs_teacher(self) -> bool:
         return bool(self.loss.kl) or self.needs_streams
+
+
+def _is_started_on_several() -> bool:
+    """Whether torchrun or Slurm has started this process beside others."""
+    return any(
+        os.environ.get(name, "1") not in ("", "1") for name in ("WORLD_SIZE", "SLURM_NTASKS")
+    )
 
 
 def trainer_options() -> list[str]:

@@ -15,6 +15,7 @@ from ruamel.yaml.events import CollectionEndEvent, CollectionStartEvent
 from ruamel.yaml.nodes import MappingNode, ScalarNode, SequenceNode
 
 from ..core.errors import InputError, did_you_mean
+from ..core.paths import check_regular
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**20, 10_000, 32  # of a recipe's text, its aliases expanded
 TEXT_TAGS = {
@@ -119,6 +120,7 @@ def parse(text: str, where: Callable[[int], str]) -> Located | None:
 def read_text(path: str | Path, what: str = "recipe") -> str:
     """The text of a recipe's file, or of another one as short. Raises InputError."""
     path = Path(path)
+    check_regular(path, "YAML file")
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)

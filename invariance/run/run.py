@@ -50,6 +50,7 @@ from ..measure.evaluate import (
     prepare_each,
     unasked,
 )
+from ..model.entry import check_model
 from ..model.families import check_positions, positions
 from ..model.verify import copy_in
 from ..recipe.recipe import Recipe, load_recipe
@@ -99,7 +100,11 @@ def compress(
     Raises InputError for a recipe, model or data that cannot be, CertificateError for a rotation that is not exact.
     """
     return outcome(
-        model, as_recipe(recipe), tokenizer=tokenizer, evaluate=False, progress=progress
+        check_model(model),
+        as_recipe(recipe),
+        tokenizer=tokenizer,
+        evaluate=False,
+        progress=progress,
     ).model
 
 
@@ -142,6 +147,7 @@ def read_data(
         return found
 
     calibration = read(recipe.calibrate, "calibrate", "data") if recipe.calibrate else None
+    _check_skip(recipe, calibration)
     evaluations = tuple(
         prepared
         for n, e in enumerate(recipe.evaluate if evaluate else ())
@@ -154,6 +160,16 @@ def read_data(
     )
     training = read(recipe.recover.text(recipe.calibrate), *where) if recipe.recover else None
     return Data(calibration, evaluations, training)
+
+
+def _check_skip(recipe: Recipe, tokens: Tokens | None) -> None:
+    """Raises InputError where `calibrate.skip` leaves nothing to measure."""
+    skip = recipe.calibrate.skip if recipe.calibrate else 0
+    if tokens is not None and not tokens.mask[:, skip:].any():
+        raise InputError(
+            f"{recipe.where('calibrate', 'skip')}: skip: {skip} leaves nothing to measure of windows of {tokens.ids.shape[1]} "
+            "tokens. Skip fewer, or give longer windows."
+        )
 
 
 def outcome(
@@ -309,6 +325,8 @@ def _report(
     layout, widths = chart.layout, sliced.widths
     is_stock = not isinstance(small, InvarianceForCausalLM)
     dense, after = chart.dense.parameters({}), chart.parameters(widths, stock=is_stock)
+    met = sum(p.numel() for name, p in small.named_parameters() if name.endswith(".shortcut"))
+    after = replace(after, shortcuts=met)  # fewer than planned where bases turn out to be one
     assert after.total == sum(p.numel() for p in small.parameters())
     return {
         "version": version("invariance"),

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +17,7 @@ from ..report import words
 from . import table as tables
 from .factors import Alternative
 from .job import PRUNED, Answer
+from .kept import read_report, read_spectra
 from .plan import Job, Outlook, Planner, finished, outlook, preparations, samples, told
 from .runners import Runner
 from .study import Study, Variant, check_measured
@@ -78,9 +77,7 @@ class Ablation:
         if search := self.study.options.search:
             return outlook(self.samples[:1], {}, search.trials)
         done = finished(self.runs, self.jobs)
-        return outlook(
-            self.jobs, {key: _json(folder / "report.json") for key, folder in done.items()}
-        )
+        return outlook(self.jobs, {key: read_report(folder) for key, folder in done.items()})
 
     def run(self, runner: Runner) -> None:
         """Carry out what is missing, model by model. Failures are kept with their reasons, and do not stop the rest."""
@@ -143,7 +140,7 @@ class Ablation:
 
     def _row(self, job: Job, variant: Variant, folder: Path | None) -> Row:
         if folder is not None:
-            return tables.row(job.key, variant.varied, _json(folder / "report.json"), tables.DONE)
+            return tables.row(job.key, variant.varied, read_report(folder), tables.DONE)
         reason = self.failures.get(job.key, "")
         status = (
             tables.PRUNED
@@ -160,12 +157,9 @@ class Ablation:
 
         rows = self.rows()
         done = finished(self.runs, self.jobs)
-        reports = {key: _json(folder / "report.json") for key, folder in done.items()}
-        spectra = {key: _json(folder / "spectra.json") for key, folder in done.items()}
-        recipes = {
-            key: (folder / "recipe.yaml").read_text(encoding="utf-8")
-            for key, folder in done.items()
-        }
+        reports = {key: read_report(folder) for key, folder in done.items()}
+        spectra = {key: read_spectra(folder) for key, folder in done.items()}
+        recipes = {job.key: job.recipe.to_yaml() for job in self.jobs if job.key in done}
         with folder_of(self.output).filling() as made:
             tables.write(made, rows)
             write_text(made / "study.html", page(self.study, rows, reports, spectra, recipes))
@@ -178,10 +172,6 @@ class Ablation:
         folder_of(self.output).begin()
         with folder_of(self.output).filling() as made:
             write_text(made / "study.yaml", self.study.to_yaml())
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def folder_of(output: Path) -> Growing:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from ..core.errors import InputError, did_you_mean
+from ..core.parts import Part
+from ..recipe.complaints import validate
 from ..recipe.recipe import Recipe
 from ..recipe.yaml_text import Located, located, show
 
@@ -70,28 +74,42 @@ class Factor:
         )
 
 
+Number = (
+    Annotated[int, Field(ge=-(2**53), le=2**53)]
+    | Annotated[float, Field(ge=-(2.0**53), le=2.0**53, allow_inf_nan=False)]
+)
+
+
+class Bounds(Part):
+    """Numbers that a search may propose, both ends included."""
+
+    low: Number  # the least
+    high: Number  # the greatest
+    step: Number | None = None  # from one to the next; null for any
+    log: bool = False  # whether they are drawn by their logarithms, true or false
+
+
 def read_searched(name: str, node: Located) -> Factor:
     """A factor of a search: numbers between bounds, or alternatives."""
     value = node.plain()
-    if not (isinstance(value, dict) and {"low", "high"} <= set(value) <= set(RANGE)):
+    if not (isinstance(value, dict) and set(value) & set(RANGE)):
         return read_factor(name, node)
-    numbers = [value[k] for k in ("low", "high", "step") if value.get(k) is not None]
-    if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
-        raise InputError(
-            f"{node.where}: {name}: bounds that are no numbers. Write {{low: 0.5, high: 1.0}}."
-        )
+    try:
+        bounds = validate(Bounds, node)
+    except InputError as e:
+        raise InputError(f"{e} It is of '{name}'; write {{low: 0.5, high: 1.0}}.") from None
     if (
-        not value["low"] < value["high"]
-        or value.get("step", 1) <= 0
-        or (value.get("log") and value["low"] <= 0)
+        not bounds.low < bounds.high
+        or (bounds.log and bounds.low <= 0)
+        or (bounds.step is not None and bounds.step <= 0)
     ):
         raise InputError(
             f"{node.where}: {name}: no numbers lie there. `low` must be below `high`, `step` above 0, and with `log` all "
             "of them above 0."
         )
-    if value.get("log") and value.get("step") is not None:
+    if bounds.log and bounds.step is not None:
         raise InputError(f"{node.where}: {name}: `log` and `step` exclude each other; keep one.")
-    return Factor(name, range=Range(**value, where=node.where))
+    return Factor(name, range=Range(**bounds.model_dump(), where=node.where))
 
 
 def read_factor(name: str, node: Located, zipped: bool = False) -> Factor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import platform
 import shutil
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +29,7 @@ from ..measure.trust import trusting
 from ..method.interfaces import begin
 from ..recipe.recipe import Recipe
 from ..run.run import Data, outcome, read_data, speed, stored_dtype
+from . import identity
 
 EARLY = 4  # a run that may be stopped early is measured on one in so many windows first
 PRUNED = "stopped early"
@@ -63,44 +62,15 @@ class Pruned(Exception):
 def key(recipe: Recipe, setting: Setting) -> str:
     """What a run hangs on, hashed: its recipe, the local files that it names, methods that do not ship, our version, the
     kind of device."""
-    identity = [
+    hangs_on = [
         recipe.to_dict(),
-        [_stamp(Path(name)) for name in _named(recipe.to_dict())],
-        _sources(recipe),
+        identity.files(recipe),
+        identity.sources(recipe),
         [platform.python_version(), version("invariance")],
         setting.speed,
         setting.device,
     ]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _named(value: Any, key: str = "") -> list[str]:
-    """What may be local files in a recipe: its model, data, and tasks."""
-    if isinstance(value, str):
-        return [value] if key in ("model", "data", "names") else []
-    inside = (
-        value.items()
-        if isinstance(value, dict)
-        else ((key, v) for v in value)
-        if isinstance(value, list)
-        else ()
-    )
-    return [name for k, child in inside for name in _named(child, k)]
-
-
-def _stamp(path: Path) -> list[Any]:
-    """Names, sizes and times of a local file, or of those in a folder; nothing of what is not there."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.is_file() else []
-    return [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-
-
-def _sources(recipe: Recipe) -> list[str]:
-    """Hashes of the files of those methods that do not ship, so that a changed method is run again."""
-    classes = {type(m) for step in recipe.steps for m in step.methods.values()}
-    files = {
-        inspect.getsourcefile(c) for c in classes if not c.__module__.startswith("invariance.")
-    }
-    return sorted(hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files if f is not None)
+    return hashlib.sha256(json.dumps(hangs_on, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -122,7 +92,7 @@ class Bench:
         """The tokens that a recipe names, read once."""
         full = recipe.to_dict()
         training = recipe.recover.text(recipe.calibrate).model_dump() if recipe.recover else None
-        spec = json.dumps([full["calibrate"], full["evaluate"], training, recipe.seed])
+        spec = json.dumps([full.get("calibrate"), full["evaluate"], training, recipe.seed])
         return self.memo.once(
             ("data", spec),
             lambda: read_data(

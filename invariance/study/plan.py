@@ -22,6 +22,7 @@ from ..io.data import DEFAULT_SEQUENCES, DEFAULT_TOKENS
 from ..io.models import load_config
 from .factors import Alternative
 from .job import Request, key
+from .kept import is_done
 from .study import Study, Variant
 
 REPORT_BYTES = 300_000  # of one run's report and spectra
@@ -266,7 +267,5 @@ def _flops_per_second(size: int = 768, repeats: int = 4) -> float:
 
 
 def finished(folder: Path, jobs: Sequence[Job]) -> dict[str, Path]:
-    """The folders of those runs that are done."""
-    return {
-        job.key: found for job in jobs if ((found := folder / job.key) / "report.json").is_file()
-    }
+    """The folders of those runs that are done; those whose report is damaged are done again."""
+    return {job.key: found for job in jobs if is_done(found := folder / job.key)}

@@ -1,0 +1,201 @@
+"""What a config.json may say: every number in it is checked before anything is built from it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import CONFIG_MAPPING
+
+from ..core.errors import InputError
+
+MAX_BYTES, MAX_DEPTH = 2**24, 64
+Width = Annotated[int, Field(ge=1, le=2**20)]
+Few = Annotated[int, Field(ge=1, le=2**14)]
+Depth = Annotated[int, Field(ge=1, le=2**10)]  # the deepest models have 126 blocks
+Small = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(ge=0, lt=1)]
+NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+FEED_FORWARD = ("intermediate_size", "ffn_dim")
+
+
+class Shape(BaseModel):
+    """The numbers of a language model's config that shapes follow from, under their common names."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    vocab_size: Annotated[int, Field(ge=1, le=2**24)] | None = None
+    hidden_size: Width | None = None
+    intermediate_size: Width | list[Width] | None = None
+    ffn_dim: Width | None = None
+    word_embed_proj_dim: Width | None = None
+    num_hidden_layers: Depth | None = None
+    num_attention_heads: Few | list[Any] | None = None
+    num_key_value_heads: Few | list[Any] | None = None
+    head_dim: Width | None = None
+    attention_head_size: Width | None = None
+    max_position_embeddings: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    sliding_window: Annotated[int, Field(ge=0, le=2**31)] | None = None
+    rms_norm_eps: Small | None = None
+    layer_norm_eps: Small | None = None
+    layer_norm_epsilon: Small | None = None
+    dropout: Rate | None = None
+    attention_dropout: Rate | None = None
+    hidden_dropout: Rate | None = None
+    activation_dropout: Rate | None = None
+    layerdrop: Rate | None = None
+    embd_pdrop: Rate | None = None
+    resid_pdrop: Rate | None = None
+    attn_pdrop: Rate | None = None
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
+    tie_word_embeddings: bool | None = None
+
+    @model_validator(mode="after")
+    def _heads(self) -> Shape:
+        heads, groups = self.num_attention_heads, self.num_key_value_heads
+        if isinstance(heads, int) and isinstance(groups, int) and heads % groups:
+            raise ValueError(
+                f"num_key_value_heads: {heads} query heads cannot share {groups} key/value heads evenly"
+            )
+        own = self.head_dim or self.attention_head_size
+        whole = isinstance(heads, int) and self.hidden_size and own is None
+        if whole and groups is None and self.hidden_size % heads:  # type: ignore[operator]
+            raise ValueError(
+                f"num_attention_heads: a width of {self.hidden_size} does not divide into {heads} heads"
+            )
+        return self
+
+
+Kept = Annotated[int, Field(ge=0, le=2**20)]
+
+
+class Cut(BaseModel):
+    """What the config of a sliced checkpoint adds."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    original: dict[str, Any]
+    folded: bool = False
+    tie: Literal["keep", "untie"] = "untie"
+    widths: dict[str, Kept] = {}
+    ranks: dict[str, Kept] = {}
+    pairs: dict[str, Kept] = {}
+    shortcuts: list[str] = []
+    biases: list[str] = []
+    split: list[str] = []
+    nested: dict[str, dict[str, Kept]] = {}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json whose every number can be. Raises InputError with the file and the key."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise ValueError("larger than 16 MiB")
+        found = json.loads(raw.decode("utf-8"))
+    except RecursionError:
+        raise InputError(f"{path}: nested too deeply for a config. {AGAIN}") from None
+    except OSError as e:
+        raise InputError(f"{path}: {e.strerror}. {AGAIN}") from None
+    except ValueError as e:
+        raise InputError(f"{path}: not valid JSON ({e}). {AGAIN}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
+        raise InputError(
+            f"{path}: no model_type, and the family of a model is never guessed. "
+            'Add it as transformers writes it, for example "model_type": "llama".'
+        )
+    check_config(str(path), found, whole=True)
+    return found
+
+
+AGAIN = "Save or download the model again."
+
+
+def check_config(where: str, config: Mapping[str, Any], *, whole: bool = False) -> None:
+    """Raises InputError, with the key, for numbers that no model has; ``whole`` where a missing one would be guessed."""
+    for key, value in _numbers(config, where):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{where}: {key}: {value} is not a finite number. {AGAIN}")
+    if config.get("model_type") == "invariance" and "original" in config:
+        _validate(Cut, config, where)
+        check_config(f"{where}: original", config["original"], whole=whole)
+        return
+    text = config.get("text_config")
+    part = {**config, **text} if isinstance(text, Mapping) else dict(config)
+    kind = part.get("model_type")
+    aliases = _aliases(kind)
+    missing = [key for key in NEEDED if aliases.get(key, key) in _fields(kind)]
+    missing += [key for key in FEED_FORWARD if key in _fields(kind)]
+    missing = [aliases.get(key, key) for key in missing]
+    for key in missing:
+        if whole and key not in part and not isinstance(text, Mapping):
+            raise InputError(
+                f"{where}: the key '{key}' is missing, and another model's would be taken. {AGAIN}"
+            )
+    named = {common: part[own] for common, own in aliases.items() if own in part}
+    _validate(Shape, {**part, **named}, where, aliases)
+
+
+def _validate(
+    model: type[BaseModel],
+    values: Mapping[str, Any],
+    where: str,
+    aliases: Mapping[str, str] | None = None,
+) -> None:
+    try:
+        model.model_validate(dict(values))
+    except ValidationError as e:
+        error = e.errors()[0]
+        raised = error.get("ctx", {}).get("error")
+        if raised is not None:
+            raise InputError(f"{where}: {raised}. {AGAIN}") from None
+        head, *inside = error["loc"]
+        node: Any = values[str(head)]
+        key = str((aliases or {}).get(str(head), head))
+        part: Any
+        for part in inside:  # of a union, pydantic also names the kind that it tried
+            if isinstance(node, Mapping | list) and part in (
+                node if isinstance(node, Mapping) else range(len(node))
+            ):
+                node, key = node[part], f"{key}.{part}"
+        said = error["msg"].replace("Input should", "it should")
+        raise InputError(
+            f"{where}: {key}: got {str(error['input'])[:60]}, but {said}. {AGAIN}"
+        ) from None
+
+
+def _numbers(value: Any, where: str, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """All that is in plain data, by dotted keys. Raises InputError where it is nested too deeply."""
+    if depth > MAX_DEPTH:
+        raise InputError(f"{where}: {key[:60]}: nested too deeply for a config. {AGAIN}")
+    if isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for name, child in items:
+            yield from _numbers(child, where, f"{key}.{name}" if key else str(name), depth + 1)
+    else:
+        yield key, value
+
+
+def _aliases(kind: Any) -> dict[str, str]:
+    """How a family calls what has a common name."""
+    found = _config_class(kind)
+    return {} if found is None else dict(found.attribute_map)
+
+
+def _fields(kind: Any) -> set[str]:
+    """What a family's config has of its own."""
+    found = _config_class(kind)
+    return (
+        set()
+        if found is None
+        else {k for c in found.__mro__ for k in vars(c).get("__annotations__", ())}
+    )
+
+
+def _config_class(kind: Any) -> Any:
+    return CONFIG_MAPPING[kind] if isinstance(kind, str) and kind in CONFIG_MAPPING else None
