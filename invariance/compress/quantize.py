@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TorchAoConfig
 
 from ..core.errors import InputError
-from ..io.checkpoint import InvarianceForCausalLM
 from ..model.families import architecture
 from ..model.layout import Layout
 from ..recipe.quantize import Quantize
@@ -56,8 +55,7 @@ def scheme(model: PreTrainedModel, asked: Quantize) -> dict[str, int]:
     All else keeps its dtype: norms, biases, positions, shortcuts, and the k×k matrix before a tied head, whose diagonal
     stands out.
     """
-    inner = model.inner if isinstance(model, InvarianceForCausalLM) else model
-    blocks = set(inner.get_submodule(architecture(inner.config).blocks).modules())
+    blocks = set(model.get_submodule(architecture(model.config).blocks).modules())
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     tables = {embed} if head.weight is embed.weight else {embed, head}
     found = {

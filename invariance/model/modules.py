@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -132,7 +134,7 @@ class Attention(nn.Module):
         q_norm: Norm | None = None,
         k_norm: Norm | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not what a family's class does, of which this may be one
         self.q, self.k, self.v, self.out = q, k, v, out
         self.q_norm, self.k_norm = q_norm, k_norm
         self.heads, self.kv_heads = heads, kv_heads
@@ -144,8 +146,12 @@ class Attention(nn.Module):
         self.scaling: float = float(origin.scaling)  # type: ignore[arg-type]
         window = getattr(origin.config, "sliding_window", None)  # some families keep it there alone
         self.sliding_window: int | None = getattr(origin, "sliding_window", window)
-        self.dropout: float = float(getattr(origin, "attention_dropout", 0.0))
+        self.dropout: float = float(getattr(origin.config, "attention_dropout", None) or 0.0)
         self.is_causal: bool = origin.is_causal  # type: ignore[assignment]
+        own = sys.modules[type(origin).__module__]
+        self.eager: Callable[..., Any] = getattr(
+            own, "eager_attention_forward", sdpa_attention_forward
+        )
         self.pairs: Tensor | None
         self.register_buffer("pairs", None)
 
@@ -167,7 +173,8 @@ class Attention(nn.Module):
         position_embeddings: Any = None,
         past_key_values: Any = None,
         **kwargs: Any,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the heads give, and the weights of their sums where the implementation tells them."""
         q = rearrange(self.q(x), "b t (h d) -> b h t d", h=self.heads)
         k = rearrange(self.k(x), "b t (h d) -> b h t d", h=self.kv_heads)
         v = rearrange(self.v(x), "b t (h d) -> b h t d", h=self.kv_heads)
@@ -180,11 +187,9 @@ class Attention(nn.Module):
         if past_key_values is not None:
             k, v = past_key_values.update(k, v, self.layer_idx)
         attend: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, sdpa_attention_forward
+            self.config._attn_implementation, self.eager
         )
-        kwargs.pop("use_cache", None)
-        kwargs.pop("position_ids", None)
-        z = attend(
+        z, weights = attend(
             self,
             q,
             k,
@@ -194,8 +199,8 @@ class Attention(nn.Module):
             scaling=self.scaling,
             sliding_window=self.sliding_window,
             **kwargs,
-        )[0]
-        return self.out(rearrange(z, "b t h d -> b t (h d)"))
+        )
+        return self.out(rearrange(z, "b t h d -> b t (h d)")), weights
 
     def _per_head(self, angles: Tensor) -> Tensor:
         """Cosines or sines (B, T, rotary) for every KV head's own pairs (B, h, T, 2n); for all alike, h = 1."""
@@ -226,7 +231,7 @@ class Mlp(nn.Module):
         super().__init__()
         self.gate, self.up, self.down, self.act = gate, up, down, act
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.up(x)) if self.gate is None else self.act(self.gate(x)) * self.up(x)
         return self.down(h)
 
@@ -285,7 +290,8 @@ class Stage(nn.Module):
         if self.norm is None:
             return []
         h = self.norm(x).to(self.dtype)
-        return [branch(h, **kwargs) for branch in self.branches]
+        written = [] if self.attention is None else [self.attention(h, **kwargs)[0]]
+        return written if self.mlp is None else [*written, self.mlp(h)]
 
     def land(self, x: Tensor, written: list[Tensor]) -> Tensor:
         """The stream behind the stage, from the stream before it and what its branches give."""
@@ -302,10 +308,24 @@ class Block(GradientCheckpointingLayer):
     """The stages of one decoder layer, behind the signature that transformers calls a layer with."""
 
     def __init__(self, stages: list[Stage]) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.stages = nn.ModuleList(stages)
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         for stage in self.stages:
             hidden_states = stage(hidden_states, **kwargs)
         return hidden_states
+
+
+def as_one_of(theirs: type[nn.Module], ours: Any) -> Any:
+    """A class of ours that passes for a family's own, whose name it has, while it computes as ours.
+
+    Libraries find layers by their class or by its name: to record hidden states and attentions, to place blocks on
+    devices, to wrap them.
+    """
+    return _both(theirs, ours)
+
+
+@cache
+def _both(theirs: Any, ours: Any) -> Any:
+    return type(theirs.__name__, (ours, theirs), {"__module__": ours.__module__})
