@@ -186,7 +186,7 @@ class Architecture:
         assert isinstance(blocks, nn.ModuleList)
         for i, layer in enumerate(blocks):
             stages = [self._stage(layer, stage, model.config) for stage in self.stages]
-            blocks[i] = modules.as_one_of(type(layer), modules.Block)(stages).train(layer.training)
+            blocks[i] = modules.as_one_of(layer, modules.Block)(stages).train(layer.training)
         model.set_submodule(self.final_norm, self._norm(model.get_submodule(self.final_norm)))
 
     def _stage(self, layer: nn.Module, stage: Stage, config: PretrainedConfig) -> modules.Stage:
@@ -202,7 +202,7 @@ class Architecture:
             heads = config.num_attention_heads
             kv = getattr(config, "num_key_value_heads", None) or heads
             origin = layer.get_submodule(stage.attention.module)
-            kind = modules.as_one_of(type(origin), modules.Attention)
+            kind = modules.as_one_of(origin, modules.Attention)
             attention = kind(**found, **norms, origin=origin, heads=heads, kv_heads=kv)  # type: ignore[arg-type]
         if stage.mlp is not None:
             parts = {

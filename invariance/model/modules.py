@@ -317,13 +317,14 @@ class Block(GradientCheckpointingLayer):
         return hidden_states
 
 
-def as_one_of(theirs: type[nn.Module], ours: Any) -> Any:
-    """A class of ours that passes for a family's own, whose name it has, while it computes as ours.
+def as_one_of(theirs: nn.Module, ours: Any) -> Any:
+    """A class of ours that passes for the class of a family's layer, whose name it has, while it computes as ours.
 
     Libraries find layers by their class or by its name: to record hidden states and attentions, to place blocks on
     devices, to wrap them.
     """
-    return _both(theirs, ours)
+    kind: Any = type(theirs)
+    return _both(kind, ours)
 
 
 @cache
