@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, StaticCache
 from transformers import models as families
 
+from invariance.core.change import Change
 from invariance.core.errors import InputError
-from invariance.core.space import Change
 from invariance.io.checkpoint import InvarianceConfig, InvarianceForCausalLM, wrap
 from invariance.io.export import cast
 from invariance.io.models import load_config, load_model
