@@ -108,31 +108,19 @@ class InvarianceForCausalLM(Mixed):
             super().__init__(config, *args, **kwargs)
         narrow(self, config.form, config._name_or_path)
         if device.type != "meta":
-            self._draw(device)
+            self._fill(device)
 
-    def _draw(self, device: torch.device) -> None:
+    def _fill(self, device: torch.device) -> None:
         """Real weights, random ones, as the family's own class has when it is made of a config alone."""
         made: dict[int, nn.Parameter] = {}
         for name, p in list(self.named_parameters(remove_duplicate=False)):
             new = made.setdefault(id(p), nn.Parameter(torch.empty_like(p, device=device)))
             path, _, leaf = name.rpartition(".")
             setattr(self.get_submodule(path), leaf, new)
-        self.init_weights()
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+        for module in self.modules():
+            _draw(module)
         with self.config.as_dense():
-            super()._init_weights(module)
-        if isinstance(module, Norm):
-            if module.gain is not None:
-                init.constant_(module.gain, 1 - module.offset)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, Stage) and module.shortcut is not None:
-            init.normal_(module.shortcut, std=module.shortcut.shape[0] ** -0.5)
-        elif isinstance(module, Attention) and module.pairs is not None:
-            first = torch.arange(module.pairs.shape[1], device=module.pairs.device)
-            init.copy_(module.pairs, first.expand_as(module.pairs))
+            self.init_weights()
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
@@ -158,6 +146,21 @@ class InvarianceForCausalLM(Mixed):
         if any(i not in widths or widths[i][1] != widths[i][2] for i in layers):
             return None
         return [widths[i][0] for i in layers], [widths[i][1] for i in layers]
+
+
+@torch.no_grad()
+def _draw(module: nn.Module) -> None:
+    """Numbers for what modules of ours have and no family's initialisation knows."""
+    if isinstance(module, Norm):
+        if module.gain is not None:
+            init.constant_(module.gain, 1 - module.offset)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, Stage) and module.shortcut is not None:
+        init.normal_(module.shortcut, std=module.shortcut.shape[0] ** -0.5)
+    elif isinstance(module, Attention) and module.pairs is not None:
+        first = torch.arange(module.pairs.shape[1], device=module.pairs.device)
+        init.copy_(module.pairs, first.expand_as(module.pairs))
 
 
 @cache

@@ -30,7 +30,10 @@ def narrow(model: PreTrainedModel, form: Form, where: str) -> None:
     if model.config.tie_word_embeddings:  # on the meta device transformers leaves the two apart
         model.get_submodule(arch.head).weight = model.get_parameter(f"{arch.embed[0]}.weight")
     training = model.training
-    layout = canonicalize(model, fold=form.folded, tie=form.tie, split=form.split)
+    try:
+        layout = canonicalize(model, fold=form.folded, tie=form.tie, split=form.split)
+    except InputError as e:
+        raise _damaged(where, TYPE, str(e).rstrip(".")) from None
     _check(form, layout, where)
     try:
         changes = {
