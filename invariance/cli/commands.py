@@ -256,22 +256,19 @@ def verify(
     import torch
 
     from ..core.errors import CertificateError
-    from ..io.checkpoint import InvarianceForCausalLM
     from ..io.models import load_config, load_model
     from ..model.families import architecture, check_positions
     from ..model.verify import canonical_layout, certify, random_bases
 
     config = load_config(model, trust_remote_code=trust_remote_code)
-    if config.model_type != "invariance":
-        architecture(config)
-    check_positions(config.get_text_config(), tokens, "--tokens")
+    architecture(config)
+    check_positions(config, tokens, "--tokens")
     loaded = load_model(model, device=device_named(device), trust_remote_code=trust_remote_code)
-    inner = loaded.inner if isinstance(loaded, InvarianceForCausalLM) else loaded
     ids = torch.randint(
-        inner.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed)
+        loaded.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed)
     )
-    bases = random_bases(canonical_layout(inner), seed)
-    certificate = certify(inner, bases, ids, fold=True, seed=seed + 1)
+    bases = random_bases(canonical_layout(loaded), seed)
+    certificate = certify(loaded, bases, ids, fold=True, seed=seed + 1)
     verdict = "exact" if certificate.passed else "NOT exact"
     say(
         certificate.to_dict(),

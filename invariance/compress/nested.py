@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..core.change import Change
 from ..core.errors import InputError
 from ..core.space import Space
-from ..io.checkpoint import InvarianceForCausalLM, wrap
+from ..io.checkpoint import wrap
 from ..io.export import stock
 from ..model.canonical import layout_of
 from ..model.labels import label
@@ -52,21 +52,20 @@ def _first(space: Space, k: int) -> Change:
     return Change.choice(space, space.kept(k))
 
 
-def extract(model: InvarianceForCausalLM, share: float) -> tuple[PreTrainedModel, str]:
+def extract(model: PreTrainedModel, share: float) -> tuple[PreTrainedModel, str]:
     """A member as a model of its own, in float64, and why it is no stock one; what it came from is left as it is.
 
     Raises InputError, with the members that there are, for one that there is not.
     """
-    config = model.config
-    widths = chosen(config.nested, share)
-    inner = double_copy(model.inner)
-    inner.generation_config = model.generation_config
-    now = label(inner)
-    reparametrize(inner, now, first(now, widths))
-    original = config.dense()
-    layout = layout_of(original, fold=config.folded, tie=config.tie, split=config.split)
-    made, why = stock(inner, layout, layout_of(original), original)
-    return (made if made is not None else wrap(inner, layout, original, config.tie)), why
+    form = model.config.form
+    widths = chosen(form.nested, share)
+    twin = double_copy(model)
+    now = label(twin)
+    reparametrize(twin, now, first(now, widths))
+    original = model.config.dense()
+    layout = layout_of(original, fold=form.folded, tie=form.tie, split=form.split)
+    made, why = stock(twin, layout, layout_of(original), original)
+    return (made if made is not None else wrap(twin, layout, original, form.tie)), why
 
 
 def chosen(nested: Members, share: float) -> Widths:
@@ -80,7 +79,7 @@ def chosen(nested: Members, share: float) -> Widths:
 
 def family(config: PretrainedConfig, where: str) -> Members:
     """The members that a checkpoint holds. Raises InputError where it is one model alone."""
-    nested: Members = getattr(config, "nested", {}) if config.model_type == "invariance" else {}
+    nested: Members = config.form.nested if config.model_type == "invariance" else {}
     if not nested:
         raise InputError(
             f"{where}: holds one model, no nested ones. A recipe with `budget: {{parameters: 0.9}}` and `nested: [0.8]` "

@@ -21,6 +21,7 @@ from ..io.hub import cache_dir
 from ..measure.latency import Latency, table
 from ..method.interfaces import Method, Selector
 from ..model.canonical import layout_of
+from ..model.families import check_dense
 from ..model.layout import Layout, Parameters
 from ..recipe.recipe import Budget, Recipe, Step
 from .allocation import allocate, check_choices
@@ -333,6 +334,7 @@ def plan(
 
     A budget of latency is held against a table of this machine and ``device``, measured on first use.
     """
+    check_dense(config)
     dense = layout_of(config)
     touched = [name for step in recipe.steps for name in dense.select(step.spaces)]
     fold = any(dense.spaces[name].kind == "residual" for name in touched)

@@ -1,201 +1,232 @@
-"""The checkpoint of a sliced model that no stock config can describe: a config of its own, loaded by AutoModel."""
+"""A sliced model that no stock config holds: a subclass of its family's own class, which AutoModelForCausalLM loads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from huggingface_hub.dataclasses import strict
+from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
-    GenerationMixin,
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers import initialization as init
 
-from ..core.change import Change
 from ..core.errors import InputError
-from ..core.space import Space, columns
-from ..model.canonical import canonicalize, layout_of
+from ..model.canonical import layout_of
 from ..model.families import architecture
 from ..model.labels import label
 from ..model.layout import Layout
-from ..model.modules import Stage
-from ..model.reparametrize import attention_of, reparametrize
+from ..model.modules import Attention, Norm, Stage
+from ..model.reparametrize import attention_of
+from .form import LEFT_OUT, TYPE, Form, read_form, upgraded
+from .narrow import narrow
+from .skeleton import parameters_on_meta, skeleton
 
-SHARED = (
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "vocab_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "max_position_embeddings",
-)
-"""What tools ask of any config, and slicing leaves as it is."""
+if TYPE_CHECKING:
+    Mixed = PreTrainedModel
+else:
+    Mixed = object
 
 
 class InvarianceConfig(PretrainedConfig):
-    """The original model's config, and what was done to it: canonical form, matrices split in two, widths, where shortcuts
-    lie, new biases. ``ranks`` says of points of the stream that the shortcut there is of low rank, and of which.
+    """A family's config, with what was done to the model under ``invariance``; each family has a subclass of both.
 
-    ``nested`` holds, by its share, each of the narrower models in the same weights: the widths of the spaces that it has
-    narrower than this one.
-    ``pairs`` names the query/key spaces whose frequency pairs were chosen, and says how many each kept; which ones is
-    in a buffer beside the weights.
+    The family's own keys say what the model is now where one number can: the width of its embedding. Reading a
+    config.json through this class gives the family's.
     """
 
-    model_type = "invariance"
+    model_type = TYPE
+    invariance: dict[str, Any] | None = None
 
-    def __init__(
-        self,
-        original: dict[str, Any] | None = None,
-        folded: bool = False,
-        tie: str = "untie",
-        widths: dict[str, int] | None = None,
-        shortcuts: list[str] | None = None,
-        biases: list[str] | None = None,
-        pairs: dict[str, int] | None = None,
-        split: list[str] | None = None,
-        nested: dict[str, dict[str, int]] | None = None,
-        ranks: dict[str, int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.original = dict(original or {})
-        self.folded, self.tie = folded, tie
-        self.widths, self.shortcuts = dict(widths or {}), list(shortcuts or [])
-        self.biases, self.pairs = list(biases or []), dict(pairs or {})
-        self.split, self.ranks = list(split or []), dict(ranks or {})
-        self.nested = {share: dict(widths) for share, widths in (nested or {}).items()}
-        for key in SHARED:
-            kwargs.setdefault(key, self.original.get(key))
-        super().__init__(**kwargs)
+    @property
+    def form(self) -> Form:
+        """What was done to the model. Raises InputError that names the key that cannot be."""
+        return read_form(self.invariance or {}, self._name_or_path)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if cls is not InvarianceConfig:
+            return super().from_dict(config_dict, **kwargs)
+        where = str(kwargs.get("name_or_path") or "")
+        values = upgraded(config_dict, where)
+        form = read_form(values[TYPE], where)
+        if form.family not in CONFIG_MAPPING:
+            raise InputError(
+                f"{where or 'config'}: config.json: {TYPE}.family: this version of transformers knows no model type "
+                f"'{form.family}'. Install the version that wrote the checkpoint, or a later one."
+            )
+        return config_class(form.family).from_dict(values, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        values: dict[str, Any] = super().to_dict()
+        values.pop("key_prefix", None)  # of the files that it came from
+        return values
 
     def dense(self) -> PretrainedConfig:
-        """The config of the original model."""
-        values = dict(self.original)
-        return AutoConfig.for_model(values.pop("model_type"), **values)
+        """The config that the model had in its family."""
+        values = copy.deepcopy(self.to_dict())
+        for key in LEFT_OUT:
+            values.pop(key, None)
+        form = self.form
+        return AutoConfig.for_model(form.family, **{**values, **form.dense})
 
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
-        """What caches are made after: layers, heads, sliding windows."""
-        return self.dense() if self.original else self
-
-
-class InvarianceForCausalLM(PreTrainedModel, GenerationMixin):
-    """A family's model with restructured blocks and widths of its own. Generates as the family's own does."""
-
-    config_class = InvarianceConfig
-    base_model_prefix = "inner"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-
-    def __init__(self, config: InvarianceConfig, inner: PreTrainedModel | None = None) -> None:
-        super().__init__(config)
-        self.inner = _shaped(config) if inner is None else inner
-        for module in () if inner is None else inner.modules():
-            module._is_hf_initialized = True  # type: ignore[assignment]  # else modules of ours are drawn anew
-        arch = architecture(self.inner.config)
-        head = self.inner.get_submodule(arch.head)
-        if head.weight is self.inner.get_parameter(f"{arch.embed[0]}.weight"):
-            self._tied_weights_keys = {f"inner.{arch.head}.weight": f"inner.{arch.embed[0]}.weight"}
-            config.tie_word_embeddings = True
-        else:
-            self._tied_weights_keys = {}
-            config.tie_word_embeddings = False
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        output_hidden_states: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As the family's own: logits (B, T, V), the loss where labels are given, the stream where it is asked for: in
-        front of every block, each in the basis of that point, and behind the final norm."""
-        asked = (
-            self.config.output_hidden_states
-            if output_hidden_states is None
-            else output_hidden_states
-        )
-        with _recorded(self.inner) if asked else nullcontext(()) as states:
-            out = self.inner(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
-        if not asked:
-            return out
-        if isinstance(out, tuple):
-            return (*out, tuple(states))
-        out["hidden_states"] = tuple(states)
-        return out
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.inner.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.inner.get_output_embeddings()
+    @contextmanager
+    def as_dense(self) -> Iterator[None]:
+        """Meanwhile the family's keys are the dense model's, for the family's own code to build and initialise by."""
+        dense = self.form.dense if self.invariance else {}
+        now = {key: getattr(self, key) for key in dense}
+        try:
+            for key, value in dense.items():
+                setattr(self, key, value)
+            yield
+        finally:
+            for key, value in now.items():
+                setattr(self, key, value)
 
 
-@contextmanager
-def _recorded(model: PreTrainedModel) -> Iterator[Sequence[Tensor]]:
-    """What arrives at every block of a restructured model, and what the final norm makes of the last one's output.
+class InvarianceForCausalLM(Mixed):
+    """What models of ours are beside their family's own class, of which each is a subclass.
 
-    Transformers records by the class of a family's own layers, and ours are none of those.
+    Its layers pass for the family's (``as_one_of``), so all that transformers does with the family's models works.
     """
-    arch, states = architecture(model.config), list[Tensor]()
-    blocks = model.get_submodule(arch.blocks)
-    handles = [
-        b.register_forward_pre_hook(lambda _, args: states.append(args[0]))
-        for b in blocks.children()
-    ]
-    final = model.get_submodule(arch.final_norm)
-    handles.append(final.register_forward_hook(lambda _m, _args, out: states.append(out)))
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    config: InvarianceConfig
+
+    def __init__(self, config: InvarianceConfig, *args: Any, **kwargs: Any) -> None:
+        device = torch.get_default_device()
+        with parameters_on_meta(), init.no_init_weights(), config.as_dense():
+            super().__init__(config, *args, **kwargs)
+        narrow(self, config.form, config._name_or_path)
+        if device.type != "meta":
+            self._fill(device)
+
+    def _fill(self, device: torch.device) -> None:
+        """Real weights, random ones, as the family's own class has when it is made of a config alone."""
+        made: dict[int, nn.Parameter] = {}
+        for name, p in list(self.named_parameters(remove_duplicate=False)):
+            new = made.setdefault(id(p), nn.Parameter(torch.empty_like(p, device=device)))
+            path, _, leaf = name.rpartition(".")
+            setattr(self.get_submodule(path), leaf, new)
+        for module in self.modules():
+            _draw(module)
+        with self.config.as_dense():
+            self.init_weights()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        prefix = getattr(kwargs.get("config"), "key_prefix", None)
+        if prefix is None:
+            return super().from_pretrained(*args, **kwargs)
+        found = super().from_pretrained(*args, **kwargs, key_mapping={f"^{prefix}": ""})
+        vars(found[0] if isinstance(found, tuple) else found).pop("_weight_conversions")
+        return found
+
+    def _get_static_cache_init_shape(self) -> tuple[list[int], list[int]] | None:
+        """Heads and their width by layer, for caches that are made in advance; None where one number is not all."""
+        attentions = [m for m in self.modules() if isinstance(m, Attention)]
+        widths = {
+            a.layer_idx: (
+                a.kv_heads,
+                a.k.out_features // a.kv_heads,
+                a.v.out_features // a.kv_heads,
+            )
+            for a in attentions
+        }
+        layers = range(self.config.num_hidden_layers)
+        if any(i not in widths or widths[i][1] != widths[i][2] for i in layers):
+            return None
+        return [widths[i][0] for i in layers], [widths[i][1] for i in layers]
 
 
-AutoConfig.register("invariance", InvarianceConfig)
-AutoModelForCausalLM.register(InvarianceConfig, InvarianceForCausalLM)
+@torch.no_grad()
+def _draw(module: nn.Module) -> None:
+    """Numbers for what modules of ours have and no family's initialisation knows."""
+    if isinstance(module, Norm):
+        if module.gain is not None:
+            init.constant_(module.gain, 1 - module.offset)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif isinstance(module, Stage) and module.shortcut is not None:
+        init.normal_(module.shortcut, std=module.shortcut.shape[0] ** -0.5)
+    elif isinstance(module, Attention) and module.pairs is not None:
+        first = torch.arange(module.pairs.shape[1], device=module.pairs.device)
+        init.copy_(module.pairs, first.expand_as(module.pairs))
 
 
-def wrap(
-    inner: PreTrainedModel,
+@cache
+def config_class(family: str) -> type[InvarianceConfig]:
+    """The subclass of a family's config class; from here on AutoModelForCausalLM knows the model's."""
+    base: type[PretrainedConfig] = CONFIG_MAPPING[family]
+
+    def validate_architecture(self: InvarianceConfig) -> None:
+        with self.as_dense():
+            base.validate_architecture(self)  # type: ignore[attr-defined]
+
+    own = {
+        "__module__": __name__,
+        "__annotations__": {TYPE: dict[str, Any] | None},
+        TYPE: None,
+        "model_type": TYPE,
+        "validate_architecture": validate_architecture,
+    }
+    made: Any = strict(type(f"Sliced{base.__name__}", (InvarianceConfig, base), own))
+    model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[base]
+    bases = (InvarianceForCausalLM, model)
+    sliced = type(
+        f"Sliced{model.__name__}",
+        bases,
+        {"__module__": __name__, "config_class": made, "config": None},
+    )
+    AutoModelForCausalLM.register(made, sliced)
+    return made
+
+
+AutoConfig.register(TYPE, InvarianceConfig)
+
+
+def custom(original: PretrainedConfig, **form: Any) -> InvarianceConfig:
+    """A family's config with what was done to the model: the fields of Form, but ``family`` and ``dense``."""
+    values = {k: v for k, v in copy.deepcopy(original.to_dict()).items() if k not in LEFT_OUT}
+    arch, dense = architecture(original), dict[str, Any]()
+    key = dict(arch.widths)["residual"]
+    heads = values["num_attention_heads"]
+    if arch.rotary is not None and not values.get("head_dim"):
+        values["head_dim"] = (
+            values[key] // heads
+        )  # else it would be told from the stream's new width
+    if (width := form.get("widths", {}).get("x.0.0")) is not None:
+        dense[key], values[key] = values[key], width
+    said = Form(family=original.model_type, dense=dense, **form)
+    return config_class(said.family)(**values, invariance=said.model_dump(mode="json"))
+
+
+def described(
+    model: PreTrainedModel,
     layout: Layout,
     original: PretrainedConfig,
     tie: str,
     nested: Mapping[str, Mapping[str, int]] | None = None,
-) -> InvarianceForCausalLM:
-    """A restructured, changed model as one that saves and loads; ``original`` is the config it came with, ``nested`` as
-    in InvarianceConfig."""
-    now = label(inner)
+) -> InvarianceConfig:
+    """The config of a restructured, changed model, which may be on the meta device; ``layout`` is that of the canonical
+    form before it was changed, ``original`` the config it came with, ``nested`` as in Form."""
+    now = label(model)
 
     def kept(name: str, k: int) -> bool:  # spaces of a branch that is gone go without saying
         return k > 0 or name in layout.branches.values()
 
-    config = InvarianceConfig(
-        original=original.to_dict(),
+    chosen = {n: attention_of(model, now, n).pairs for n in now.select(["qk"])}
+    config = custom(
+        original,
         folded=layout.folded,
         tie=tie,
         widths={
@@ -208,62 +239,32 @@ def wrap(
         biases=now.added_biases(layout),
         split=now.select(["edge"]),
         nested={share: dict(widths) for share, widths in (nested or {}).items()},
-        pairs={
-            n: p.shape[1]
-            for n in now.select(["qk"])
-            if (p := attention_of(inner, now, n).pairs) is not None
-        },
-        dtype=str(inner.dtype).removeprefix("torch."),
+        pairs={n: p.shape[1] for n, p in chosen.items() if p is not None},
     )
-    config.architectures = [InvarianceForCausalLM.__name__]
-    model = InvarianceForCausalLM(config, inner)
+    config.tie_word_embeddings = now.tied
+    config.dtype = model.dtype
+    return config
+
+
+def wrap(
+    inner: PreTrainedModel,
+    layout: Layout,
+    original: PretrainedConfig,
+    tie: str,
+    nested: Mapping[str, Mapping[str, int]] | None = None,
+) -> PreTrainedModel:
+    """A restructured, changed model as one that saves and loads, in the same tensors; see ``described``."""
+    config = described(inner, layout, original, tie, nested)
+    model = skeleton(config)
+    model.load_state_dict(inner.state_dict(), assign=True)
+    model.tie_weights()
+    for name, buffer in inner.named_buffers():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, buffer)
+    model.config.dtype = inner.dtype
+    model.config.architectures = [type(model).__name__]
     model.generation_config = inner.generation_config
-    return model.eval()
-
-
-def _shaped(config: InvarianceConfig) -> PreTrainedModel:
-    """The family's model with the config's shapes; what its weights hold is for loading to say."""
-    dense = config.dense()
-    inner = architecture(dense).build(dense)
-    layout = canonicalize(inner, fold=config.folded, tie=config.tie, split=config.split)
-    changes = {
-        name: _blank(layout.spaces[name], k, config.pairs) for name, k in config.widths.items()
-    }
-    reparametrize(inner, layout, changes)
-    for name in config.biases:
-        reader = inner.get_submodule(name.removesuffix(".bias"))
-        assert isinstance(reader, nn.Linear)
-        reader.bias = nn.Parameter(torch.empty_like(reader.weight[:, 0]))
-    for name, n in config.pairs.items():
-        attention = attention_of(inner, layout, name)
-        attention.pairs = torch.empty(
-            attention.kv_heads, n, dtype=torch.int64, device=next(attention.parameters()).device
-        )
-    now = label(inner)
-    known = {e.target for e in now.edges}.union(now.select(["qk"]))
-    if lies := sorted({*config.ranks, *config.pairs} - known):
-        raise ValueError(f"'{lies[0]}' is no place in this model")
-    for edge in now.edges:
-        stage = inner.get_submodule(edge.stage)
-        assert isinstance(stage, Stage)
-        shape = (
-            now.spaces[edge.source].dim,
-            config.ranks.get(edge.target, now.spaces[edge.target].dim),
-        )
-        stage.low_rank = edge.target in config.ranks
-        like = next(inner.parameters())
-        empty = torch.empty(shape, dtype=like.dtype, device=like.device)
-        stage.shortcut = nn.Parameter(empty) if edge.stage in config.shortcuts else None
-    return inner
-
-
-def _blank(space: Space, k: int, pairs: Mapping[str, int]) -> Change:
-    """A change to the right width that says nothing more; of KV groups and of frequency pairs it must keep some."""
-    if not space.rotary and space.kind != "heads":
-        return Change.empty(space, k)
-    n = pairs.get(space.name, space.rotary // 2)
-    kept = columns(space.rotary, n, k - 2 * n)
-    return Change.choice(space, kept)
+    return model
 
 
 def layout_of_config(config: PretrainedConfig, *, fold: bool = False) -> Layout:
@@ -271,21 +272,5 @@ def layout_of_config(config: PretrainedConfig, *, fold: bool = False) -> Layout:
 
     Raises InputError.
     """
-    if not isinstance(config, InvarianceConfig):
-        return layout_of(config, fold=fold)
-    try:
-        with torch.device("meta"):
-            return canonicalize(InvarianceForCausalLM(config).inner, fold=fold, tie=config.tie)
-    except (
-        LookupError,
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        RuntimeError,
-        AttributeError,
-        AssertionError,
-    ) as e:
-        raise InputError(
-            f"the config.json of this sliced checkpoint is damaged ({type(e).__name__}: {e}). "
-            "Copy it from where the checkpoint was made, or run its recipe again."
-        ) from None
+    tie = config.form.tie if isinstance(config, InvarianceConfig) else "untie"
+    return layout_of(config, fold=fold, tie=tie)

@@ -45,7 +45,11 @@ class Part:
 def parts(model: PreTrainedModel, keys: Iterable[str]) -> tuple[list[Part], set[str]]:
     """How transformers' loading would fill the model from tensors of these names, and those it has no place for."""
     own = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
+    before = getattr(
+        model.config, "key_prefix", None
+    )  # of a checkpoint that an earlier version wrote
+    renamed = None if before is None else {f"^{before}": ""}
+    transforms = get_model_conversion_mapping(model, renamed)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}

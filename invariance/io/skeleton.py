@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..core.errors import InputError
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Parameters of modules that are made meanwhile are on the meta device, buffers real; tied ones stay one."""
+    register = nn.Module.register_parameter
+
+    def empty(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(torch.empty_like(param, device="meta"), param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = empty  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def skeleton(
@@ -26,7 +44,7 @@ def skeleton(
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
     try:
-        with no_init_weights(), init_empty_weights(include_buffers=False):
+        with no_init_weights(), parameters_on_meta():
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )

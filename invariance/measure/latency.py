@@ -19,13 +19,13 @@ import torch
 import transformers
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..core.files import write_json
 from ..core.kind import Kind
 from ..core.progress import Progress, quiet
 from ..core.space import Space
-from ..io.checkpoint import InvarianceConfig, InvarianceForCausalLM
+from ..io.checkpoint import custom
 from ..model.canonical import layout_of
 from ..model.families import positions
 from ..model.layout import Layout
@@ -221,20 +221,22 @@ def _block(
     original = values if kind in READ_BY["head"] else values | {"vocab_size": SMALL}
     pairs = {n: (k - layout.spaces[n].spared) // 2 for n in names if layout.spaces[n].rotary}
     with torch.device("meta"):
-        model = InvarianceForCausalLM(
-            InvarianceConfig(
-                original=original, folded=True, widths=dict.fromkeys(names, k), pairs=pairs
-            )
+        config = custom(
+            AutoConfig.for_model(**original),
+            folded=True,
+            widths=dict.fromkeys(names, k),
+            pairs=pairs,
         )
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.to_empty(device=device)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.fill_(
             0.5**12 if tensor.is_floating_point() else 0
         )  # nothing subnormal, which is slow
     for name, n in pairs.items():
-        attention = attention_of(model.inner, layout, name)
+        attention = attention_of(model, layout, name)
         attention.pairs = torch.arange(n, device=device).repeat(attention.kv_heads, 1)
-    return model.inner.eval()
+    return model.eval()
 
 
 def _timed(model: PreTrainedModel, layout: Layout, ids: Int[Tensor, "B T"]) -> dict[str, float]:

@@ -185,9 +185,8 @@ class Architecture:
         blocks = model.get_submodule(self.blocks)
         assert isinstance(blocks, nn.ModuleList)
         for i, layer in enumerate(blocks):
-            blocks[i] = modules.Block(
-                [self._stage(layer, stage, model.config) for stage in self.stages]
-            )
+            stages = [self._stage(layer, stage, model.config) for stage in self.stages]
+            blocks[i] = modules.as_one_of(layer, modules.Block)(stages).train(layer.training)
         model.set_submodule(self.final_norm, self._norm(model.get_submodule(self.final_norm)))
 
     def _stage(self, layer: nn.Module, stage: Stage, config: PretrainedConfig) -> modules.Stage:
@@ -203,7 +202,8 @@ class Architecture:
             heads = config.num_attention_heads
             kv = getattr(config, "num_key_value_heads", None) or heads
             origin = layer.get_submodule(stage.attention.module)
-            attention = modules.Attention(**found, **norms, origin=origin, heads=heads, kv_heads=kv)  # type: ignore[arg-type]
+            kind = modules.as_one_of(origin, modules.Attention)
+            attention = kind(**found, **norms, origin=origin, heads=heads, kv_heads=kv)  # type: ignore[arg-type]
         if stage.mlp is not None:
             parts = {
                 ours: layer.get_submodule(theirs) for ours, theirs in stage.mlp.names().items()

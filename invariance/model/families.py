@@ -105,14 +105,24 @@ REASONS: dict[str, str] = {
 """Model types that are not declared because of what they compute, and what that is."""
 
 
-def architecture(config: PretrainedConfig) -> Architecture:
-    """The declaration of a config's family. Raises InputError for a family that is not known."""
-    kind = config.model_type
-    if kind == "invariance":
+def family_of(config: PretrainedConfig) -> str:
+    """The model type of a config; of one that says what was done to its model, that of the model's family."""
+    kind: str = config.model_type if config.model_type != "invariance" else config.form.family
+    return kind
+
+
+def check_dense(config: PretrainedConfig) -> None:
+    """Raises InputError for a model of ours, which is no model to begin with."""
+    if config.model_type == "invariance":
         raise InputError(
             "the model is sliced already, in a form that no stock config holds. Start from the original model, "
             "with all steps in one recipe."
         )
+
+
+def architecture(config: PretrainedConfig) -> Architecture:
+    """The declaration of a config's family. Raises InputError for a family that is not known."""
+    kind = family_of(config)
     if kind not in FAMILIES:
         raise InputError(
             f"model type '{kind}' is not a known family, so its symmetries cannot be trusted"

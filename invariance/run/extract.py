@@ -7,13 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ..compress.nested import chosen, extract, family
 from ..core.errors import InputError
 from ..core.files import beside, write_json, write_text
 from ..core.outputs import Claim, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import NAME, Basis, read_basis
-from ..io.checkpoint import InvarianceForCausalLM
 from ..io.export import cast
 from ..io.models import licence, load_config, load_model, load_tokenizer
 from ..model.labels import label
@@ -54,7 +55,6 @@ def _run(folder: Path, share: float, output: Claim, progress: Progress) -> dict[
     gained = _gained(model.parent / RECOVERED, share) if sliced is not None else None
     tokenizer = load_tokenizer(str(model))
     loaded = load_model(str(model))
-    assert isinstance(loaded, InvarianceForCausalLM)
     for each in progress([share], "cut the member", 1):
         made, why = extract(loaded, each)
     cast(made, stored_dtype(config) or loaded.dtype)
@@ -89,12 +89,12 @@ def _run(folder: Path, share: float, output: Claim, progress: Progress) -> dict[
 
 
 def _write_basis(
-    place: Path, model: str, loaded: InvarianceForCausalLM, share: float, stock: bool
+    place: Path, model: str, loaded: PreTrainedModel, share: float, stock: bool
 ) -> None:
     """Where the member's stream lies in the dense model's: the first directions of the family's basis, if it has one."""
     if beside(model, NAME) is None:
         return
-    now, widths = label(loaded.inner), chosen(loaded.config.nested, share)
+    now, widths = label(loaded), chosen(loaded.config.form.nested, share)
     whole = read_basis(model, now)
     encode = {point: E[:, : now.width(point, widths)] for point, E in whole.encode.items()}
     left = now.blocks(widths) if stock else sorted({e.block for e in now.edges})

@@ -12,7 +12,6 @@ from ..compress.nested import Members, extract, members
 from ..compress.pipeline import Sliced
 from ..compress.plan import Plan
 from ..core.progress import Progress
-from ..io.checkpoint import InvarianceForCausalLM
 from ..io.export import cast
 from ..io.memo import Memo
 from ..measure.evaluate import Evaluation, measure
@@ -57,7 +56,7 @@ def costs(
 
 def measure_members(
     report: Report,
-    small: InvarianceForCausalLM,
+    small: PreTrainedModel,
     dense: PreTrainedModel,
     stored: torch.dtype,
     evaluations: Iterable[Evaluation],

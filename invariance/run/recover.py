@@ -33,7 +33,7 @@ from ..io.models import (
     weights_digest,
 )
 from ..model.canonical import canonicalize
-from ..model.families import architecture, check_positions
+from ..model.families import architecture, check_dense, check_positions
 from ..model.labels import label
 from ..model.layout import Layout
 from ..model.verify import double_copy
@@ -83,8 +83,7 @@ def _run(
     """The training itself, its output folder claimed."""
     start = time.perf_counter()
     config = load_config(model, trust_remote_code=trust_remote_code)
-    if config.model_type != "invariance":
-        architecture(config)
+    architecture(config)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     dense = _teacher(model, teacher, options, where, device, trust_remote_code)
 
@@ -111,7 +110,7 @@ def _run(
         seed=seed,
         identity=identity,
         where=where,
-        nested=loaded.config.nested if isinstance(loaded, InvarianceForCausalLM) else None,
+        nested=loaded.config.form.nested if isinstance(loaded, InvarianceForCausalLM) else None,
         progress=progress,
     )
     made = _exported(loaded, student, layout)
@@ -184,7 +183,9 @@ def _teacher(
         raise InputError(
             f"{where}: the losses asked for compare with the dense model. Name it with --teacher."
         )
-    architecture(load_config(teacher, trust_remote_code=trust_remote_code))
+    config = load_config(teacher, trust_remote_code=trust_remote_code)
+    check_dense(config)
+    architecture(config)
     return load_model(teacher, device=device, trust_remote_code=trust_remote_code)
 
 
@@ -206,15 +207,14 @@ def _tokens(
         where=where,
         making=making,
     )
-    dense = config.get_text_config()
-    check_positions(dense, found.ids.shape[1], where)
+    check_positions(config, found.ids.shape[1], where)
     return found
 
 
 def _restructured(loaded: PreTrainedModel) -> tuple[PreTrainedModel, Layout]:
-    """What is trained: the inside of a checkpoint of ours, else a restructured copy in float64."""
+    """What is trained: a checkpoint of ours itself, of others a restructured copy in float64."""
     if isinstance(loaded, InvarianceForCausalLM):
-        return loaded.inner, label(loaded.inner)
+        return loaded, label(loaded)
     twin = double_copy(loaded)
     return twin, canonicalize(twin, fold=False)
 

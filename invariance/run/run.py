@@ -40,6 +40,8 @@ from ..io.models import (
 )
 from ..io.rounded import check_installed
 from ..io.sources import needs_tokenizer
+from ..io.ties import note_ties
+from ..io.whole import check_whole
 from ..measure.bench import tokens_per_second
 from ..measure.evaluate import (
     Evaluation,
@@ -99,6 +101,7 @@ def compress(
 
     Raises InputError for a recipe, model or data that cannot be, CertificateError for a rotation that is not exact.
     """
+    note_ties(check_whole(model))
     return outcome(
         check_model(model),
         as_recipe(recipe),

@@ -293,7 +293,7 @@ def test_extraction_leaves_the_family_as_it_is_and_no_family_in_what_it_makes() 
     assert not isinstance(found, InvarianceForCausalLM)
     assert all(torch.equal(before[n], p) for n, p in family.model.named_parameters())
     ours, _ = member(of_case("tied")[0].model, 0.65)
-    assert ours.config.nested == {}
+    assert ours.config.form.nested == {}
     with pytest.raises(
         InputError, match=r"no member has the share 0\.7\. There are 0\.9, 0\.8, 0\.65"
     ):

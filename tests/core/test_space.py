@@ -14,7 +14,7 @@ from invariance.core.change import Change
 from invariance.core.dense import in_group, pairs_kept
 from invariance.core.group import Group
 from invariance.core.space import Space, haar
-from invariance.model.modules import turn
+from invariance.model.attention import turn
 
 groups = st.sampled_from(list(Group))
 

@@ -368,7 +368,7 @@ def test_layers_of_two_types_survive_the_export(name: str, tmp_path: Path) -> No
     assert generated(loaded, True) == generated(loaded, False) == generated(made.model, True)
     assert stored_numbers(tmp_path) == made.report["parameters"]["sliced"]["total"]
     assert relative_error(logits(model, IDS), logits(loaded, IDS)) > 1e-4  # it was cut
-    config = loaded.config if report["stock"] else loaded.inner.config
+    config = loaded.config
     assert config.layer_types == (layers[1:] if name == "depth" else layers)
     assert (config.head_dim, config.sliding_window, config.query_pre_attn_scalar) == (8, 3, 6)
     assert {t: config.rope_parameters[t]["rope_theta"] for t in angles} == dict(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from folders import model_of
@@ -17,10 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from invariance.compress.rounding.apply import quantized
 from invariance.core.errors import InputError
+from invariance.io.checkpoint import layout_of_config
 from invariance.io.models import load_config, load_model
 from invariance.io.source import Source, live, open_source
 from invariance.model.families import FAMILIES
 from invariance.recipe.quantize import Quantize
+from invariance.run.run import compress
 
 INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"
@@ -169,6 +172,21 @@ def test_a_head_in_the_files_that_is_no_copy_of_the_table_is_not_tied(
     assert list(source.names) == [n for n, _ in loaded.named_parameters()]
     assert source.nbytes == sum(p.nbytes for p in loaded.parameters())
     assert all(torch.equal(source.read([n])[n], p) for n, p in loaded.named_parameters())
+    layout = layout_of_config(load_config(str(folder)))
+    assert layout.tied == equal and layout.parameters({}).total == loaded.num_parameters()
+
+
+def test_a_model_in_memory_is_tied_as_its_weights_are(tmp_path: Path) -> None:
+    folder = saved(model_of("llama", tie_word_embeddings=False), tmp_path / "m", shard="1GB")
+    claim(folder, True)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert model.config.tie_word_embeddings  # which is not so
+    step = {"spaces": "residual", "rotate": "hadamard"}
+    made = compress(model, {"model": "m", "steps": [step]})
+    assert made.num_parameters() == model.num_parameters() and not made.config.tie_word_embeddings
+    adapted = peft.get_peft_model(model_of("llama"), peft.LoraConfig())
+    with pytest.raises(InputError, match="merge_and_unload"):
+        compress(adapted, {"model": "m", "steps": [step]})
 
 
 def test_a_tied_model_whose_files_hold_the_head_alone_has_a_table(tmp_path: Path) -> None:
@@ -350,8 +368,6 @@ def test_pickles_quantised_weights_and_adapters_are_refused(single: Path) -> Non
 
 
 def test_models_in_memory_whose_weights_are_not_their_own_are_refused(single: Path) -> None:
-    import peft
-
     model = model_of("llama")
     for wrapped, says in (
         (peft.get_peft_model(model_of("llama"), peft.LoraConfig()), "merge_and_unload"),

@@ -385,9 +385,9 @@ def test_a_run_saves_and_loads_what_it_made(family, order, tmp_path, calibration
     found = layout_of_config(loaded.config)
     assert {n: s.dim for n, s in found.spaces.items()} == made.report["widths"]
     assert found.parameters({}).total == made.report["parameters"]["sliced"]["total"]
-    bases = verify.random_bases(verify.canonical_layout(loaded.inner))
+    bases = verify.random_bases(verify.canonical_layout(loaded))
     assert any(n.startswith("edge") for n in bases)
-    assert certify(loaded.inner, bases, ids, fold=True).passed
+    assert certify(loaded, bases, ids, fold=True).passed
 
 
 def test_edges_of_a_branch_that_goes_go_with_it(tmp_path):

@@ -10,7 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ...core.errors import InputError
-from ...io.checkpoint import InvarianceForCausalLM
 from ...method.rounding import Grid, grid_bits
 from ...model.families import architecture
 from ...model.layout import Layout
@@ -49,8 +48,7 @@ def scheme(model: PreTrainedModel, asked: Quantize) -> dict[str, int]:
     All else keeps its dtype: norms, biases, positions, shortcuts, and the k×k matrix before a tied head, whose diagonal
     stands out.
     """
-    inner = model.inner if isinstance(model, InvarianceForCausalLM) else model
-    blocks = set(inner.get_submodule(architecture(inner.config).blocks).modules())
+    blocks = set(model.get_submodule(architecture(model.config).blocks).modules())
     tables = table_modules(model)
     found = {
         path: asked.tables if module in tables else asked.bits
