@@ -99,7 +99,9 @@ def run(
     Stops, and writes nothing, if a rotation moves the logits. Moments of the dense model are kept, so a second
     recipe on the same model and tokens calibrates in no time.
     """
-    from ..report.report import table
+    from ..report.document import Report
+    from ..report.page import table
+    from ..report.reading import checked
     from ..run import run as runs
 
     report = runs.run(
@@ -111,7 +113,7 @@ def run(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    say(report, as_json, *([] if as_json else [table(report)]))
+    say(report, as_json, *([] if as_json else [table(checked(Report, report, "report"))]))
 
 
 @command
@@ -405,7 +407,9 @@ def recover(
     interrupted run goes on from its last check when it is given again.
     """
     from ..recipe.recipe import load_recover
-    from ..report.words import best
+    from ..report.document import Trained
+    from ..report.reading import checked
+    from ..report.sentences import best
     from ..run.recover import run as recover_model
 
     found = recover_model(
@@ -425,7 +429,7 @@ def recover(
         found,
         as_json,
         f"held-out perplexity {what['held_out']['before']:.3f} → {what['held_out']['after']:.3f}; "
-        f"{best(what)}; {what['tokens']:,} tokens at {what['tokens_per_second']:,} a second\n"
+        f"{best(checked(Trained, what, 'recover'))}; {what['tokens']:,} tokens at {what['tokens_per_second']:,} a second\n"
         f"checkpoint  {found['output']}/model",
     )
 

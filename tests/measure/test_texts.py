@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 import pytest
-
-from invariance.measure.texts import texts
 from invariance.report.text_words import texts as tables
 from invariance.report.text_words import warning
+
+from invariance.measure.texts import texts
 
 
 def measured(dense: float, sliced: float, recovered: float | None = None):
