@@ -221,7 +221,7 @@ class Text(Part):
 
 
 class Lost(Part):
-    geometric_mean: int | float
+    geometric_mean: Number = None
     worst: Number = None
 
 

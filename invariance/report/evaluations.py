@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .document import SIDES, Divergence, Mean, Measured, Perplexity, Report, Task, Within
+from .document import (
+    SIDES,
+    Divergence,
+    Lost,
+    Mean,
+    Measured,
+    Perplexity,
+    Report,
+    Task,
+    Texts,
+    Within,
+)
 from .grid import Grid
 from .units import NONE, Number, count, plain, ratio, signed, size, times, whole, within
 
@@ -105,9 +116,8 @@ def _score(found: Mean) -> str:
     return f"{found.value:.3f}{within(found.standard_error)}"
 
 
-def texts(report: Report) -> list[Grid]:
+def texts(found: Texts) -> list[Grid]:
     """Each text's ratio, in calibration and out of it, their mean and the worst; where there is more than one."""
-    found = report.texts
     if len(found.each) < 2:
         return []
     sides, rows = list(found.all), []
@@ -120,18 +130,18 @@ def texts(report: Report) -> list[Grid]:
             means = (times(lost[s].geometric_mean) if s in lost else NONE for s in sides)
             worst = (times(lost[s].worst) if s in lost else NONE for s in sides)
             rows += [[f"geometric mean{which}", "", *means], [f"worst{which}", "", *worst]]
-    note = "Perplexity over the dense model's, text by text." + _warning(report)
+    note = "Perplexity over the dense model's, text by text." + warning(found)
     return [Grid(note, ["text", "calibrated", *(SIDES[s] for s in sides)], rows, 2)]
 
 
-def _warning(report: Report) -> str:
+def warning(found: Texts) -> str:
     """A sentence where texts that did not calibrate lose much more than those that did; else nothing."""
-    for side, inside in (report.texts.calibrated or {}).items():
-        outside = (report.texts.unseen or {}).get(side)
-        if outside and outside.geometric_mean > FAR_APART * inside.geometric_mean:
+    for side, inside in (found.calibrated or {}).items():
+        low, outside = inside.geometric_mean, (found.unseen or {}).get(side, Lost())
+        if low and (high := outside.geometric_mean) and high > FAR_APART * low:
             return (
                 f" On texts that did not calibrate it, the {SIDES[side]} model loses much more: "
-                f"{outside.geometric_mean:.2f}× against {inside.geometric_mean:.2f}×. Calibrate on a mixture."
+                f"{high:.2f}× against {low:.2f}×. Calibrate on a mixture."
             )
     return ""
 

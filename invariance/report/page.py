@@ -89,7 +89,7 @@ def _sections(report: Report, drawn: list[Drawing]) -> list[Section]:
         Section(
             "Perplexity",
             sentences.predicted(report),
-            [*evaluations.perplexity(report), *evaluations.texts(report)],
+            [*evaluations.perplexity(report), *evaluations.texts(report.texts)],
             missing="This run has no evaluation.",
         ),
         Section(
@@ -176,8 +176,8 @@ def table(report: Report) -> Group:
 
     rows = [row.cells for row in (*report.costs(), *report.losses(), *report.outliers())]
     parts: list[Any] = [Grid("", COLUMNS, rows).table(), Text(sentences.exactness(report))]
-    more = (evaluations.texts, evaluations.members, evaluations.tasks)
-    parts += [grid.table() for shown in more for grid in shown(report)]
+    more = [*evaluations.texts(report.texts), *evaluations.members(report)]
+    parts += [grid.table() for grid in (*more, *evaluations.tasks(report))]
     parts += [Padding(texts, (1, 0)) for texts in evaluations.samples(report)]
     if output := report.output:
         said = f"checkpoint  {output}/model\nreport      {output}/report.html"

@@ -158,5 +158,5 @@ def test_the_card_tells_the_base_model_that_was_known_when_it_was_loaded(
 def test_the_folder_says_where_to_read_on(root: Path) -> None:
     said = (root / "made/README.md").read_text()
     assert "(model/README.md)" in said
-    files = {path.name for path in (root / "made").iterdir()} - {"README.md"}
+    files = {path.name for path in (root / "made").iterdir()} - {"README.md", "manifest.json"}
     assert {name.rstrip("/") for name in re.findall(r"^\| `(.*?)`", said, re.MULTILINE)} == files
