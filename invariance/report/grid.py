@@ -46,7 +46,13 @@ class Grid:
         from rich.text import Text
 
         title = Text(self.caption) if self.caption else None
-        made = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        made = Table(
+            title=title,
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         for n, name in enumerate(self.columns):
             justify = "left" if n < self.left else "right"
             made.add_column(Text(name), justify=justify, overflow="fold")  # type: ignore[arg-type]
