@@ -392,8 +392,8 @@ def methods(
         text = f"{page['kind']}: {name}\n\n{page['doc']}\n\noptions:{options or ' none'}"
         say(page, as_json, Text(text))  # not markup: [x xᵀ] is mathematics
         return
-    options = {p["name"]: ", ".join(o["name"] for o in p["options"]) for p in known}
-    rows = [[p["kind"], p["name"], p["doc"].splitlines()[0], options[p["name"]]] for p in known]
+    taken = {p["name"]: ", ".join(o["name"] for o in p["options"]) for p in known}
+    rows = [[p["kind"], p["name"], p["doc"].splitlines()[0], taken[p["name"]]] for p in known]
     listing = Grid("Methods.", ["kind", "name", "what it does", "options"], rows, 4)
     say(known, as_json, listing.table())
 

@@ -232,6 +232,14 @@ class Texts(Part):
     unseen: dict[str, Lost] | None = None
 
 
+class Source(Part):
+    name: str | None = None
+    data: str
+    sequences: int | None = None
+    tokens: int | None = None
+    start: str | None = None
+
+
 class Report(Measured):
     """A run. To add a row to the tables of page, terminal, card and comparison: a key here with ``Shown``."""
 
@@ -248,6 +256,7 @@ class Report(Measured):
     tokens_per_second: Annotated[Pair[int | float], Shown("tokens per second", rate)] = Pair()
     predicted: Predicted = Predicted()
     texts: Texts = Texts()
+    data: dict[str, list[Source]] = {}
     nested: list[Member] | None = None
     member: Number = None
     recover: Trained | None = None

@@ -116,6 +116,17 @@ def _score(found: Mean) -> str:
     return f"{found.value:.3f}{within(found.standard_error)}"
 
 
+def data(report: Report) -> list[Grid]:
+    """What was read to calibrate and to train: how much of which text, and how it begins."""
+    rows = [
+        [use, s.name or s.data, whole(s.sequences), whole(s.tokens), s.start or NONE]
+        for use, sources in report.data.items()
+        for s in sources
+    ]
+    columns = ["for", "text", "sequences", "tokens", "begins"]
+    return [Grid("Texts that were read.", columns, rows, 5)] if rows else []
+
+
 def texts(found: Texts) -> list[Grid]:
     """Each text's ratio, in calibration and out of it, their mean and the worst; where there is more than one."""
     if len(found.each) < 2:

@@ -83,6 +83,12 @@ def _sections(report: Report, drawn: list[Drawing]) -> list[Section]:
     tokens = [g for n, each in report.divergence.items() for g in evaluations.divergence(n, each)]
     verdict = None if found is None else ("passed", "good") if found.passed else ("failed", "bad")
     rounded = [Grid(PEAKS, COLUMNS, [row.cells for row in report.outliers()])]
+    whole = [
+        f"{kind_words(kind)}: {sentences.width_words(spaces)}"
+        for kind, spaces in sentences.spaces(report).items()
+        if all(w.kept == w.dim for w in spaces)
+    ]
+    left = [f"Left whole: {'; '.join(whole)}."] if whole else []
     asked = [
         Section("Size and cost", grids=[Grid(NOTE, COLUMNS, [r.cells for r in report.costs()])]),
         Section("Nested members", grids=evaluations.members(report)),
@@ -107,7 +113,8 @@ def _sections(report: Report, drawn: list[Drawing]) -> list[Section]:
             missing="This run has no certificate.",
             badge=verdict,
         ),
-        Section("Widths kept", drawings=of("widths"), missing="This run has no widths."),
+        Section("Data", grids=evaluations.data(report)),
+        Section("Widths kept", left, drawings=of("widths"), missing="Nothing was cut."),
         Section("Spectra", [SHARES], drawings=of("spectra"), missing="This run has no spectra."),
         Section("Time", grids=_steps(report), missing="This run has no timings."),
     ]
@@ -144,8 +151,9 @@ def figures(report: Report, spectra: Spectra) -> list[Drawing]:
         title = "Held-out loss over the steps of training"
         found.append(plots.curves("recovery", title, "", {"held-out loss": losses}, labels))
     for kind, spaces in sentences.spaces(report).items():
-        title = f"Widths of the {kind_words(kind)}"
-        found.append(plots.widths(f"widths-{kind}", title, sentences.width_words(spaces), spaces))
+        if any(w.kept < w.dim for w in spaces):
+            said, title = sentences.width_words(spaces), f"Widths of the {kind_words(kind)}"
+            found.append(plots.widths(f"widths-{kind}", title, said, spaces))
     return found + _spectra(report, spectra)
 
 
@@ -176,7 +184,11 @@ def table(report: Report) -> Group:
 
     rows = [row.cells for row in (*report.costs(), *report.losses(), *report.outliers())]
     parts: list[Any] = [Grid("", COLUMNS, rows).table(), Text(sentences.exactness(report))]
-    more = [*evaluations.texts(report.texts), *evaluations.members(report)]
+    more = [
+        *evaluations.data(report),
+        *evaluations.texts(report.texts),
+        *evaluations.members(report),
+    ]
     parts += [grid.table() for grid in (*more, *evaluations.tasks(report))]
     parts += [Padding(texts, (1, 0)) for texts in evaluations.samples(report)]
     if output := report.output:

@@ -270,6 +270,21 @@ def test_nothing_is_cut_off_on_a_narrow_terminal(report):
     assert "…" not in said and name in re.sub(r"[^\w]", "", said).replace("perplexity", "")
 
 
+def test_what_was_read_and_what_was_left_whole_is_said(report):
+    report["data"] = {
+        "calibration": [
+            {"name": "b", "data": "b.txt", "sequences": 8, "tokens": 2048, "start": NASTY}
+        ],
+        "training": [],
+    }
+    report["dims"]["vo.0"] = report["widths"]["vo.0"] = 64
+    text = Page(page(report, {}, draw=False)).text
+    assert "Texts that were read." in text and "2,048" in text and NASTY in text
+    assert "Left whole: value/output heads: 64 of 64 in 1 space." in text
+    drawn = pages.figures(checked(Report, report, "r"), {})
+    assert not [d for d in drawn if "vo" in d.name] and [d for d in drawn if "mlp" in d.name]
+
+
 def test_a_key_that_is_shown_is_a_row_of_page_terminal_and_comparison(report):
     report["predicted_seconds"] = {"dense": 0.5, "sliced": 0.25}
     assert ["predicted latency", "500.0\xa0ms", "250.0\xa0ms", "0.50×"] in [
