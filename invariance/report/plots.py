@@ -229,6 +229,7 @@ def layers(
                 (line,) = axes.plot(*zip(*known, strict=True), **style)
                 line.set_gid(made.tip(said))
         axes.set_ylim(0, max([1e-9, top, *(1.05 * v for vs in found.values() for v in vs if v)]))
+        axes.set_xlim(-0.5, max(map(len, found.values())) - 0.5)
         axes.set(xlabel="block", ylabel="share")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         legend(made, {said: look(n) for n, said in enumerate(found)})
