@@ -75,6 +75,12 @@ def ablate(
             help="Also log every run: tensorboard, wandb, mlflow or csv. May stand several times."
         ),
     ] = [],
+    latex: Annotated[
+        bool,
+        typer.Option(
+            "--latex", help="Also write results.tex, a LaTeX table with standard errors over seeds."
+        ),
+    ] = False,
     device: Device = "auto",
     plugin: Plugin = [],
     trust_remote_code: Trust = False,
@@ -86,7 +92,7 @@ def ablate(
     `base` names a recipe; `grid` (all combinations), `zip` (together) or `search` (Optuna) say what varies. Every recipe is
     planned before anything runs. What runs share is computed once: moments, bases, the dense model's perplexity. Interrupt
     it when you like: finished runs are kept, and the same command goes on. Writes results.parquet, results.csv and
-    study.html, and its charts as front.svg and curves.svg. Studies that ship: recipes/ablations/*.yaml.
+    study.html, and figures/*.svg and *.pdf. Studies that ship: recipes/ablations/*.yaml.
     """
     from ..compress.setting import Setting
     from ..core.outputs import alone
@@ -116,7 +122,11 @@ def ablate(
         trust_task_code,
     )
     ablation = studies.Ablation(
-        found, folder, setting, lambda line: err.print(line, highlight=False, markup=False)
+        found,
+        folder,
+        setting,
+        lambda line: err.print(line, highlight=False, markup=False),
+        latex=latex,
     )
     outlook = ablation.outlook()
     if not as_json or not dry_run:
@@ -171,18 +181,27 @@ def compare(
     html: Annotated[
         Path | None, typer.Option(help="Also write the comparison as one page, to this file.")
     ] = None,
+    latex: Annotated[
+        Path | None,
+        typer.Option(help="Also write a LaTeX table with standard errors, to this file."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Set reports side by side: sizes, costs, perplexities, widths and energies layer by layer, texts. The first is the measure.
 
     For example `invariance compare runs/demo runs/slicegpt --html both.html`.
     """
-    from ..core.signed import check_page, write_page
+    from ..core.signed import TEX, check_page, write_page
     from ..report import compare as comparing
+    from ..report.grid import NEEDS
 
-    if html is not None:
-        check_page(html, "--html")
+    files = [("--html", html), ("--latex", latex)]
+    for flag, file in files:
+        if file is not None:
+            check_page(file, flag)
     found = comparing.load(runs)
     if html is not None:
         write_page(html, comparing.page(found), "--html")
+    if latex is not None:
+        write_page(latex, NEEDS + comparing.latex(found).latex(), "--latex", TEX)
     say(comparing.document(found), as_json, *([] if as_json else comparing.tables(found)))

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 from rich.text import Text
 
 from ..core.errors import InputError
@@ -99,7 +98,9 @@ def run(
     Stops, and writes nothing, if a rotation moves the logits. Moments of the dense model are kept, so a second
     recipe on the same model and tokens calibrates in no time.
     """
-    from ..report.report import table
+    from ..report.document import Report
+    from ..report.page import table
+    from ..report.reading import checked
     from ..run import run as runs
 
     report = runs.run(
@@ -111,7 +112,7 @@ def run(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
-    say(report, as_json, *([] if as_json else [table(report)]))
+    say(report, as_json, *([] if as_json else [table(checked(Report, report, "report"))]))
 
 
 @command
@@ -125,6 +126,7 @@ def plan(
     from ..compress.plan import plan as make
     from ..io.models import load_config
     from ..recipe.recipe import load_recipe
+    from ..report.plans import plan as tables
 
     asked = load_recipe(recipe, set_)
     chart = make(
@@ -178,63 +180,7 @@ def plan(
         "stock": None if widths is None else chart.why_not_stock(widths) is None,
         "why_not_stock": None if widths is None else chart.why_not_stock(widths),
     }
-    say(document, as_json, *([] if as_json else _plan_tables(document)))
-
-
-def _plan_tables(document: dict[str, Any]) -> list[Any]:
-    units = Table(
-        "spaces", "group", "width", "of", "rotate", "select", "slice", title="what is changed"
-    )
-    for u in document["units"]:
-        names = (
-            u["spaces"][0]
-            if len(u["spaces"]) == 1
-            else f"{u['spaces'][0]} … {u['spaces'][-1]} ({len(u['spaces'])})"
-        )
-        width = "by calibration" if u["width"] is None else str(u["width"])
-        units.add_row(
-            names,
-            u["group"],
-            width,
-            str(u["dim"]),
-            *(str(u.get(k, "")) for k in ("rotate", "select", "slice")),
-        )
-    costs = Table("", "dense", "sliced", "ratio", title="what it costs")
-    dense, sliced = document["parameters"]["dense"], document["parameters"]["sliced"]
-    for part, n in dense.items():
-        m = None if sliced is None else sliced[part]
-        costs.add_row(
-            part,
-            f"{n:,}",
-            "" if m is None else f"{m:,}",
-            f"{m / n:.3f}" if m is not None and n else "",
-        )
-    for share, member in document["nested"].items():
-        n, m = dense["total"], None if member is None else member["total"]
-        cells = ["", ""] if m is None else [f"{m:,}", f"{m / n:.3f}"]
-        costs.add_row(f"total, nested {share}", f"{n:,}", *cells)
-    for key, name in (
-        ("flops_per_token", "FLOPs a token"),
-        ("kv_entries_per_token", "KV numbers a token"),
-    ):
-        n, m = document[key].values()
-        cells = ["", ""] if m is None else [f"{m:,}", f"{m / n:.3f}"]
-        costs.add_row(name, f"{n:,}", *cells)
-    seconds = document["predicted_seconds"]
-    if seconds["dense"] is not None:
-        costs.add_row(
-            "latency, ms",
-            *(f"{1e3 * s:.2f}" if s else "" for s in seconds.values()),
-            f"{seconds['sliced'] / seconds['dense']:.3f}" if seconds["sliced"] else "",
-        )
-    why = document["why_not_stock"]
-    whole = (
-        "Members are extracted as stock checkpoints."
-        if document["nested"]
-        else "Exports as a stock checkpoint."
-    )
-    stock = f"No stock checkpoint: {why}." if why else whole
-    return [units, costs] if document["stock"] is None else [units, costs, stock]
+    say(document, as_json, *([] if as_json else tables(document)))
 
 
 @command
@@ -286,6 +232,7 @@ def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Jso
     """List a model's spaces, groups and widths, its parameters, FLOPs and KV bytes. Reads no weights."""
     from ..io.checkpoint import layout_of_config
     from ..io.models import load_config
+    from ..report.plans import inspection
 
     config = load_config(model, trust_remote_code=trust_remote_code)
     layout, folded = layout_of_config(config), layout_of_config(config, fold=True)
@@ -303,19 +250,7 @@ def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Jso
         "flops_per_token": layout.flops({}),
         "kv_bytes_per_token": size * layout.kv_entries({}),
     }
-    spaces = Table(
-        "space", "kind", "width", "copies", "group", title=f"{model} ({config.model_type})"
-    )
-    for name, s in folded.spaces.items():
-        spaces.add_row(name, s.kind, str(s.dim), str(s.copies), s.group.value)
-    costs = Table("cost", "", title="what it costs")
-    for part, n in document["parameters"].items():
-        costs.add_row(f"parameters, {part}", f"{n:,}")
-    costs.add_row("FLOPs per token", f"{document['flops_per_token']:,}")
-    costs.add_row(
-        f"KV bytes per token, {size} bytes a number", f"{document['kv_bytes_per_token']:,}"
-    )
-    say(document, as_json, spaces, costs)
+    say(document, as_json, *inspection(document, size))
 
 
 command(cli_measure.evaluate)
@@ -406,7 +341,9 @@ def recover(
     interrupted run goes on from its last check when it is given again.
     """
     from ..recipe.recipe import load_recover
-    from ..report.words import best
+    from ..report.document import Trained
+    from ..report.reading import checked
+    from ..report.sentences import best
     from ..run.recover import run as recover_model
 
     found = recover_model(
@@ -426,7 +363,7 @@ def recover(
         found,
         as_json,
         f"held-out perplexity {what['held_out']['before']:.3f} → {what['held_out']['after']:.3f}; "
-        f"{best(what)}; {what['tokens']:,} tokens at {what['tokens_per_second']:,} a second\n"
+        f"{best(checked(Trained, what, 'recover'))}; {what['tokens']:,} tokens at {what['tokens_per_second']:,} a second\n"
         f"checkpoint  {found['output']}/model",
     )
 
@@ -440,6 +377,7 @@ def methods(
 ) -> None:
     """List the rotators, selectors and slicers that a recipe can name, with their options."""
     from ..method.manual import pages
+    from ..report.grid import Grid
 
     known = pages()
     if name is not None:
@@ -455,11 +393,10 @@ def methods(
         text = f"{page['kind']}: {name}\n\n{page['doc']}\n\noptions:{options or ' none'}"
         say(page, as_json, Text(text))  # not markup: [x xᵀ] is mathematics
         return
-    listing = Table("kind", "name", "what it does", "options", title="methods")
-    for p in known:
-        options = ", ".join(o["name"] for o in p["options"])
-        listing.add_row(p["kind"], p["name"], Text(p["doc"].splitlines()[0]), options)
-    say(known, as_json, listing)
+    taken = {p["name"]: ", ".join(o["name"] for o in p["options"]) for p in known}
+    rows = [[p["kind"], p["name"], p["doc"].splitlines()[0], taken[p["name"]]] for p in known]
+    listing = Grid("Methods.", ["kind", "name", "what it does", "options"], rows, 4)
+    say(known, as_json, listing.table())
 
 
 @command

@@ -118,7 +118,9 @@ def evaluate(
     from ..io.models import check_same_tokens, load_config, load_model, load_tokenizer
     from ..measure.evaluate import measure, prepare_each
     from ..recipe.recipe import load_recipe
-    from ..report.evaluate_words import grids, samples
+    from ..report.document import Measured
+    from ..report.evaluations import grids, samples
+    from ..report.reading import checked
 
     read = {"--split": split, "--sequences": sequences, "--tokens": tokens, "--stride": stride}
     asked = {"--shots": shots, "--limit": limit, "--run-code": run_code or None}
@@ -183,11 +185,8 @@ def evaluate(
         for s, m in sides.items()
     }
     document = {"models": sides, "device": where, **measure(found, models, progress)}
-    say(
-        document,
-        as_json,
-        *([] if as_json else [g.table() for g in grids(document)] + samples(document)),
-    )
+    seen = checked(Measured, document, "evaluation")
+    say(document, as_json, *(g.table() for g in grids(seen)), *samples(seen))
 
 
 def _unused(flags: dict[str, Any], why: str) -> None:
@@ -293,7 +292,8 @@ def bench(
     from ..io.models import load_config
     from ..measure import bench as benchmark
     from ..model.families import check_positions
-    from ..report.bench_report import grids, page
+    from ..report.bench_report import figures, grids, page
+    from ..report.figures import write as write_figures
 
     if dtype not in ("auto", "float32", "bfloat16"):
         raise InputError(
@@ -324,7 +324,9 @@ def bench(
             progress=progress,
         )
         if claim is not None:
+            drawn = figures(document)
             with claim.writing() as folder:
                 write_json(folder / "bench.json", document)
-                write_text(folder / "bench.html", page(document))
+                write_text(folder / "bench.html", page(document, drawn))
+                write_figures(folder / "figures", drawn)
     say(document, as_json, *([] if as_json else [g.table() for g in grids(document)]))

@@ -58,12 +58,14 @@ class Growing:
         """A folder to write products into; they are moved into place, one by one, when the block ends well."""
         with tempfile.TemporaryDirectory(prefix=".new.", dir=self.folder) as scratch:
             yield Path(scratch)
-            new = {p.name: (manifest.sha256(p),) for p in Path(scratch).iterdir()}
+            files = [p for p in Path(scratch).rglob("*") if p.is_file()]
+            new = {p.relative_to(scratch).as_posix(): (manifest.sha256(p),) for p in files}
             self.check(new)  # somebody may have edited them meanwhile
             made = manifest.read(self.folder)
             before = {} if made is None else made.files
             self._note(before | {name: (*before.get(name, ()), *new[name]) for name in new})
             for name in new:
+                (self.folder / name).parent.mkdir(exist_ok=True)
                 os.replace(Path(scratch) / name, self.folder / name)
             self._note(before | new)
 

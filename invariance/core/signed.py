@@ -10,7 +10,8 @@ from pathlib import Path
 from .errors import InputError
 from .files import write_text
 
-MARK = re.compile(rb"\n<!-- made by invariance, sha256 ([0-9a-f]{64}) -->\n\Z")
+MARK = re.compile(rb"\n(?:<!--|%) made by invariance, sha256 ([0-9a-f]{64})(?: -->)?\n\Z")
+HTML, TEX = "<!-- {} -->", "% {}"  # how a comment is written
 
 
 def check_page(path: Path, flag: str) -> None:
@@ -33,11 +34,12 @@ def check_page(path: Path, flag: str) -> None:
         )
 
 
-def write_page(path: Path, text: str, flag: str) -> None:
-    """Write a page of HTML. Raises InputError as ``check_page`` does, and where it cannot be written."""
+def write_page(path: Path, text: str, flag: str, comment: str = HTML) -> None:
+    """Write a page of HTML or TeX. Raises InputError as ``check_page`` does, and where it cannot be written."""
     check_page(path, flag)
     digest = hashlib.sha256(text.encode()).hexdigest()
     try:
-        write_text(path, f"{text}\n<!-- made by invariance, sha256 {digest} -->\n")
+        mark = comment.format(f"made by invariance, sha256 {digest}")
+        write_text(path, f"{text}\n{mark}\n")
     except OSError as e:
         raise InputError(f"{flag} {path}: {e.strerror}. Name a file that can be written.") from None

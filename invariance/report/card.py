@@ -2,129 +2,143 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
-from . import evaluate_words, quantize_words, words
+from . import evaluations, pages, sentences
+from .document import SIDES, Held, Model, Report, Trained
 from .grid import Grid
+from .page import COLUMNS, yaml_text
+from .reading import checked
+from .units import NONE, count, plain
 
-Report = Mapping[str, Any]
+FILES = {
+    "model": "the checkpoint (safetensors), its config, tokenizer and model card",
+    "report.html": "everything measured, to read in a browser",
+    "report.json": "the same, to read by a program",
+    "figures": "what the report draws, as SVG and PDF files",
+    "spectra.json": "the energy of every direction of every basis",
+    "basis.safetensors": "the basis of the residual stream, which invariance recover needs to compare streams",
+    "recover": "the curves of recovery",
+    "recipe.yaml": "the recipe in full",
+}
 
 
 def card(report: Report) -> str:
     """The README.md of a checkpoint's folder, as model hubs read it: metadata, then Markdown."""
-    name = report["model"]["name"]
-    parts = [
-        f"---\n{_yaml(_metadata(report))}---",
-        f"# {name}, sliced",
-        " ".join([words.summary(report), *quantize_words.summary(report)]),
-        "## Load",
-        words.checkpoint(report) + quantize_words.checkpoint(report),
-        f"```python\n{loading(report['model'])}\n```",
-        "## What it costs",
-        _costs(report).markdown(),
-        *(_section(g) for g in evaluate_words.members(report)),
-        "## What it is worth",
-        *(_evaluation(report) or ["Nothing was measured."]),
-        *_samples(report),
-        "## Exactness",
-        words.exactness(report),
-        "## Recipe",
-        f"{_again(report)} makes it again, with invariance {report['version']}, from:",
-        f"```yaml\n{_yaml(report['recipe'])}```",
-        "## Licence",
-        _licence(report),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def recovered(document: Report, source: Mapping[str, Any], sliced: Report | None = None) -> str:
-    """The README.md of a checkpoint that was trained on: metadata, then Markdown. ``document`` is its recover.json,
-    ``source`` the ``name``, ``origin`` and ``licence`` of what its weights come from, ``sliced`` the report of the run that
-    made the model which was trained, where that is known."""
-    trained = document["recover"]
-    model = {**source, "why_not_stock": None} | document["exported"]
-    stages = (
-        f", after stages one by one on {words.count(n)} tokens"
-        if (n := trained["local_tokens"])
-        else ""
+    sides = list(report.samples[0].known) if report.samples else []
+    texts = [[s.prompt, *(getattr(s, side) or NONE for side in sides)] for s in report.samples]
+    columns = ["prompt", *(SIDES[side] for side in sides)]
+    return _card(
+        report.model,
+        title=f"{report.model.name}, sliced",
+        lead=sentences.summary(report),
+        how=sentences.checkpoint(report.model, report),
+        costs=_costs(report),
+        members=evaluations.members(report),
+        worth=evaluations.grids(report),
+        samples=[Grid("", columns, texts, 9)] if texts else [],
+        exactness=sentences.exactness(report),
+        commands=sentences.commands(report),
+        recipe=yaml_text(report.recipe),
+        version=report.version,
     )
+
+
+def recovered(
+    document: Mapping[str, Any], source: Mapping[str, Any], sliced: Report | None = None
+) -> str:
+    """The card of a checkpoint that was trained on. ``document`` is its recover.json, ``source`` the ``name``, ``origin``
+    and ``licence`` of what its weights come from, ``sliced`` the report of the run that made the model which was
+    trained, where that is known."""
+    trained = checked(Trained, document["recover"], "recover.json: recover")
+    made = {**source, "why_not_stock": None, **document["exported"]}
+    local = trained.local_tokens
+    stages = f", after stages one by one on {count(local)} tokens" if local else ""
     said = (
-        f"{document['model']}, trained on {words.count(trained['tokens'])} tokens{stages} ({trained['weights']}, "
-        f"{words.count(trained['trained_parameters'])} parameters, {trained['steps']} steps); shapes and size are as they were: "
-        f"{model['parameters']:,} stored parameters."
+        f"{document['model']}, trained on {count(trained.tokens)} tokens{stages} ({trained.weights}, "
+        f"{count(trained.trained_parameters)} parameters, {trained.steps} steps); shapes and size are as they were: "
+        f"{made['parameters']:,} stored parameters."
     )
-    parts = [
-        f"---\n{_yaml(_metadata({'model': model}))}---",
-        f"# {_title(document['model'])}, recovered",
-        said,
-        "## Load",
-        words.checkpoint({"model": model}),
-        f"```python\n{loading(model)}\n```",
-        *([] if sliced is None else ["## What it costs", _costs(sliced).markdown()]),
-        "## What it is worth",
-        _section(gain(trained["held_out"], trained)),
-        "## Training",
-        f"`invariance recover` with invariance {document['version']}"
-        + (f", towards {document['teacher']}" if document["teacher"] else "")
-        + ", and these options:",
-        f"```yaml\n{_yaml(document['options'])}```",
-        *([] if sliced is None else _slice(sliced)),
-        "## Licence",
-        _licence({"model": model}),
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _slice(sliced: Report) -> list[str]:
-    """How it was sliced, which training has left as it was."""
-    return [
-        "## Exactness, before it was cut",
-        words.exactness(sliced),
-        "## Recipe of the slice",
-        f"```yaml\n{_yaml(sliced['recipe'])}```",
-    ]
+    return _card(
+        checked(Model, made, str(source["name"])),
+        title=f"{_title(document['model'])}, recovered",
+        lead=said,
+        worth=[gain(trained.held_out, trained)],
+        teacher=document["teacher"],
+        options=yaml_text(document["options"]),
+        version=document["version"],
+        **_slice(sliced),
+    )
 
 
 def member(
-    document: Report,
+    document: Mapping[str, Any],
     source: Mapping[str, Any],
     sliced: Report | None = None,
     gained: Grid | None = None,
 ) -> str:
-    """The README.md of a member of a nested family that no report of its own tells of. ``document`` is its extract.json,
+    """The card of a member of a nested family that no report of its own tells of. ``document`` is its extract.json,
     ``source`` as in ``recovered``, ``sliced`` the report of the run that made the family, of this member, where it was
     trained since, and ``gained`` what that has brought."""
-    model = {**source, **document, "stock": not document["why_not_stock"], "name": source["name"]}
-    parts = [
-        f"---\n{_yaml(_metadata({'model': model}))}---",
-        f"# {_title(document['family'])}, member {document['share']:g}",
-        f"The member of share {document['share']:g} of the nested family {document['family']}, cut out by `invariance extract` "
-        f"with invariance {document['version']}: {document['parameters']:,} parameters.",
-        "## Load",
-        words.checkpoint({"model": model}),
-        f"```python\n{loading(model)}\n```",
-        *([] if sliced is None else ["## What it costs", _costs(sliced).markdown()]),
-        *([] if gained is None else ["## What it is worth", _section(gained)]),
-        *([] if sliced is None else _slice(sliced)),
-        "## Licence",
-        _licence({"model": model}),
-    ]
-    return "\n\n".join(parts) + "\n"
+    made = {**source, **document, "stock": not document["why_not_stock"], "name": source["name"]}
+    share, family = f"{document['share']:g}", document["family"]
+    said = (
+        f"The member of share {share} of the nested family {family}, cut out by invariance extract with invariance "
+        f"{document['version']}: {document['parameters']:,} parameters."
+    )
+    return _card(
+        checked(Model, made, str(source["name"])),
+        title=f"{_title(family)}, member {share}",
+        lead=said,
+        worth=None if gained is None else [gained],
+        **_slice(sliced),
+    )
 
 
-def gain(held: Mapping[str, float], trained: Report) -> Grid:
-    """Perplexities ``before`` and ``after`` recovery; ``trained`` is the section ``recover`` of a recover.json."""
-    caption = f"Perplexity on {trained['held_out']['tokens']:,} held-out tokens of the training text; {words.best(trained)}."
-    rows = [
-        [name, words.plain(held[when])]
-        for name, when in (("before", "before"), ("recovered", "after"))
-    ]
+def _slice(sliced: Report | None) -> dict[str, Any]:
+    """How it was sliced, which training has left as it was."""
+    if sliced is None:
+        return {}
+    return {
+        "costs": _costs(sliced),
+        "exactness": sentences.exactness(sliced),
+        "recipe": yaml_text(sliced.recipe),
+    }
+
+
+def _card(model: Model, **parts: Any) -> str:
+    from huggingface_hub import ModelCardData
+
+    data = ModelCardData(
+        license=model.licence,  # type: ignore[arg-type]
+        base_model=model.origin,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["invariance", "compression"],
+    )
+    nothing: dict[str, Any] = {
+        "members": [],
+        "samples": [],
+        "commands": [],
+        "exactness": "",
+        "recipe": "",
+    }
+    nothing |= {"options": None, "teacher": None, "version": "", "costs": Grid("", (), ())}
+    how = sentences.checkpoint(model)
+    values = nothing | {"model": model, "how": how, "loading": loading(model.stock)} | parts
+    return pages.card("card", metadata=pages.raw(data.to_yaml()), **values)
+
+
+def gain(held: Held, trained: Trained) -> Grid:
+    """Perplexities before and after recovery, of the whole or of a member."""
+    tokens = trained.held_out.tokens
+    caption = (
+        f"Perplexity on {tokens:,} held-out tokens of the training text; {sentences.best(trained)}."
+    )
+    rows = [["before", plain(held.before)], ["recovered", plain(held.after)]]
     return Grid(caption, ["", "perplexity"], rows)
 
 
@@ -134,94 +148,19 @@ def _title(model: str) -> str:
     return path.parent.name if path.name == "model" else path.name
 
 
-FILES = {
-    "model": "the checkpoint (safetensors), its config, tokenizer and model card",
-    "report.html": "everything measured, to read in a browser",
-    "report.json": "the same, to read by a program",
-    "spectra.json": "the energy of every direction of every basis",
-    "basis.safetensors": "the basis of the residual stream, which `invariance recover` needs to compare streams",
-    "recover": "the curves of recovery",
-    "recipe.yaml": "the recipe in full",
-}
-
-
 def readme(report: Report, folder: Path) -> str:
     """The README.md of a run's folder: which of the files that are there holds what."""
     found = [(folder / name, holds) for name, holds in FILES.items() if (folder / name).exists()]
-    rows = "\n".join(f"| `{path.name}{'/' * path.is_dir()}` | {holds} |" for path, holds in found)
-    return f"""# {report["model"]["name"]}, sliced
-
-How to load it, what it costs and what it is worth: [model/README.md](model/README.md).
-
-{_again(report)} makes this folder again.
-
-| file | what it holds |
-|---|---|
-{rows}
-"""
+    files = [(f"{path.name}{'/' * path.is_dir()}", holds) for path, holds in found]
+    commands = sentences.commands(report)
+    return pages.card("folder", name=report.model.name, files=files, commands=commands)
 
 
-def loading(model: Mapping[str, Any]) -> str:
-    """The lines of Python that load the checkpoint; ``model`` is what a report says of it."""
-    first = "" if model["stock"] else "import invariance  # registers the model type\n"
+def loading(stock: bool) -> str:
+    """The lines of Python that load a checkpoint, plain transformers' own or one of ours."""
+    first = "" if stock else "import invariance  # registers the model type\n"
     return f'{first}from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("model")'
 
 
-def _again(report: Report) -> str:
-    return ", then ".join(f"`{command}`" for command in words.commands(report))
-
-
-def _metadata(report: Report) -> dict[str, Any]:
-    found = {
-        "license": report["model"].get("licence"),
-        "base_model": report["model"].get("origin"),
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["invariance", "compression"],
-    }
-    return {key: value for key, value in found.items() if value is not None}
-
-
 def _costs(report: Report) -> Grid:
-    found = (
-        *words.parameters(report),
-        *words.costs(report),
-        words.speed(report),
-        *quantize_words.sizes(report),
-    )
-    rows = [row.cells for row in found]
-    return Grid("", ["", "dense", "sliced", "ratio"], rows)
-
-
-def _evaluation(report: Report) -> list[str]:
-    return [_section(g) for g in evaluate_words.grids(report)]
-
-
-def _section(grid: Grid) -> str:
-    return f"{grid.caption}\n\n{grid.markdown()}"
-
-
-def _samples(report: Report) -> list[str]:
-    if not report["samples"]:
-        return []
-    sides = [side for side in evaluate_words.SIDES if side in report["samples"][0]]
-    rows = [
-        [found["prompt"], *(found[side] or words.NONE for side in sides)]
-        for found in report["samples"]
-    ]
-    return [Grid("", ["prompt", *(evaluate_words.SIDES[side] for side in sides)], rows).markdown()]
-
-
-def _licence(report: Report) -> str:
-    name, licence = report["model"]["name"], report["model"].get("licence")
-    if licence is None:
-        return f"Where {name} was read from, no licence is stated. Ask its source before you pass this checkpoint on."
-    return f"{name} is under the licence `{licence}`, which holds for this checkpoint too: it is made from its weights."
-
-
-def _yaml(value: Mapping[str, Any]) -> str:
-    yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
-    yaml.default_flow_style, yaml.width = False, 4096
-    yaml.representer.sort_base_mapping_type_on_output = False
-    yaml.dump(value, stream)
-    return stream.getvalue()
+    return Grid("", COLUMNS, [row.cells for row in report.costs()])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 
-from . import words
+from .units import block
 
 
 def by_block(values: Mapping[str, float]) -> list[float | None]:
     """The mean of spaces' values in each block."""
     found: dict[int, list[float]] = {}
     for name, value in values.items():
-        found.setdefault(words.block(name), []).append(value)
+        found.setdefault(block(name), []).append(value)
     return [fmean(found[n]) if n in found else None for n in range(max(found, default=-1) + 1)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,11 @@ from ..io.models import licence, load_config, load_model, load_tokenizer
 from ..model.labels import label
 from ..recipe.recipe import Recipe
 from ..report.card import card, gain, member, readme
+from ..report.document import Report, Trained
+from ..report.figures import write as write_figures
 from ..report.grid import Grid
-from ..report.report import page
+from ..report.page import figures, page
+from ..report.reading import checked, load, read_spectra
 from .nested_report import of_member
 from .run import RECOVERED, SLICED, stored_dtype
 
@@ -76,7 +78,8 @@ def _run(folder: Path, share: float, output: Claim, progress: Progress) -> dict[
         mine = None if sliced is None else of_member(sliced, share, made, why)
         source = {"name": str(folder)} if mine is None else mine["model"]
         source = {**source, "licence": source.get("licence") or licence(str(model))}
-        write_text(place / "model" / "README.md", member(document, source, mine, gained))
+        of = None if mine is None else checked(Report, mine, SLICED)
+        write_text(place / "model" / "README.md", member(document, source, of, gained))
         if mine is not None:
             write_json(place / SLICED, mine)
         if told is not None:
@@ -105,43 +108,35 @@ def _told(path: Path) -> dict[str, Any] | None:
     """A family's report, where there is one. Raises InputError where it cannot be read."""
     if not path.is_file():
         return None
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        shares = {each["share"] for each in found["nested"] or ()}
-    except (OSError, ValueError, LookupError, TypeError) as e:
-        raise InputError(
-            f"{path}: cannot be read as a family's report ({type(e).__name__}: {e}). Copy it again from where it was made, "
-            "or move it away to extract without a report."
-        ) from e
-    return found if shares else None
+    otherwise = "Copy it again from where it was made, or move it away to extract without a report."
+    found: dict[str, Any] = load(path, otherwise)
+    return found if checked(Report, found, str(path), otherwise).nested else None
 
 
 def _gained(path: Path, share: float) -> Grid | None:
     """What recovery brought a member, where it was trained with its family. Raises InputError where that cannot be read."""
     if not path.is_file():
         return None
-    try:
-        trained = json.loads(path.read_text(encoding="utf-8"))["recover"]
-        held = next(
-            (each for name, each in trained["members"].items() if float(name) == share), None
-        )
-        return None if held is None else gain(held, trained)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise InputError(
-            f"{path}: cannot be read as what recovery says ({type(e).__name__}: {e}). Copy it again from where it was made, "
-            "or move it away to extract without it."
-        ) from e
+    otherwise = "Copy it again from where it was made, or move it away to extract without it."
+    found = load(path, otherwise)
+    found = found.get("recover") if isinstance(found, dict) else None
+    trained = checked(Trained, found, f"{path}: recover", otherwise)
+    held = trained.members.get(repr(share))
+    return None if held is None else gain(held, trained)
 
 
 def _write_report(place: Path, report: dict[str, Any], family: Path) -> None:
     """All that a run's folder holds beside its checkpoint, of the member."""
     try:
-        spectra = json.loads((family / "spectra.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # curves to look at, which the checkpoint does without
+        spectra = read_spectra(family)
+    except InputError:  # curves to look at, which the checkpoint does without
         spectra = {}
+    told = checked(Report, report, str(family / "report.json"))
+    drawn = figures(told, spectra)
     write_json(place / "report.json", report)
     write_json(place / "spectra.json", spectra)
-    write_text(place / "report.html", page(report, spectra))
+    write_text(place / "report.html", page(told, spectra, drawn))
+    write_figures(place / "figures", drawn)
     write_text(place / "recipe.yaml", Recipe.from_dict(report["recipe"]).to_yaml())
-    write_text(place / "model" / "README.md", card(report))
-    write_text(place / "README.md", readme(report, place))
+    write_text(place / "model" / "README.md", card(told))
+    write_text(place / "README.md", readme(told, place))

@@ -40,6 +40,8 @@ from ..model.verify import double_copy
 from ..recipe.recover import Recover
 from ..recover.recover import check, recover
 from ..report.card import recovered
+from ..report.document import Report
+from ..report.reading import checked
 from .run import RECOVERED, SLICED, stored_dtype
 
 PACKAGES = ("invariance", "torch", "transformers", "lightning", "peft")
@@ -134,9 +136,9 @@ def _run(
         made.save_pretrained(folder / "model")
         if (sliced := _sliced(model)) is not None:
             write_json(folder / SLICED, sliced)
-        write_text(
-            folder / "model" / "README.md", recovered(document, _source(model, sliced), sliced)
-        )
+        told = None if sliced is None else checked(Report, sliced, f"{model}: report")
+        card = recovered(document, _source(model, sliced), told)
+        write_text(folder / "model" / "README.md", card)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder / "model")
         if (path := beside(model, NAME)) is not None:
@@ -155,10 +157,11 @@ def _sliced(model: str) -> dict[str, Any] | None:
         found: Any = None if path is None else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    told = isinstance(found, dict) and {"recipe", "parameters", "exactness"} <= found.keys()
-    return (
-        found | {"quantize": None} if told else None
-    )  # what is trained and written is not rounded
+    try:
+        checked(Report, found, str(path))
+    except InputError:
+        return None
+    return found | {"quantize": None}  # what is trained and written is not rounded
 
 
 def _source(model: str, sliced: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -430,7 +430,10 @@ def log_ratio(dense: float, sliced: float) -> float | None:
 def write(output: Claim, result: Outcome, recipe: Recipe, tokenizer: Any) -> None:
     """The whole folder, under a temporary name and then in one step into place."""
     from ..report.card import card, readme
-    from ..report.report import page
+    from ..report.document import Report
+    from ..report.figures import write as write_figures
+    from ..report.page import figures, page
+    from ..report.reading import checked
 
     result.report["output"] = str(output.folder)
     with output.writing() as folder:
@@ -440,15 +443,18 @@ def write(output: Claim, result: Outcome, recipe: Recipe, tokenizer: Any) -> Non
             tokenizer.save_pretrained(folder / "model")
         if result.report["quantize"] is not None:
             result.report["quantize"]["file_bytes"] = stored_bytes(str(folder / "model"))
-        write_text(folder / "model" / "README.md", card(result.report))
+        report = checked(Report, result.report, "report.json")
+        drawn = figures(report, result.spectra)
+        write_text(folder / "model" / "README.md", card(report))
         write_json(folder / "report.json", result.report)
         write_json(folder / "spectra.json", result.spectra)
-        write_text(folder / "report.html", page(result.report, result.spectra))
+        write_text(folder / "report.html", page(report, result.spectra, drawn))
+        write_figures(folder / "figures", drawn)
         write_text(folder / "recipe.yaml", recipe.to_yaml())
         result.basis.write(folder, result.blocks)
         if result.logs is not None:
             shutil.copytree(result.logs, folder / "recover")
-        write_text(folder / "README.md", readme(result.report, folder))
+        write_text(folder / "README.md", readme(report, folder))
     if result.logs is not None:
         shutil.rmtree(result.logs.parent, ignore_errors=True)  # what was kept to resume from
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -13,11 +15,13 @@ from ..compress.setting import Setting
 from ..core.files import replacing, write_json, write_text
 from ..core.growing import Growing
 from ..core.progress import Progress, quiet
-from ..report import words
+from ..report import reading
+from ..report.document import Report
+from ..report.grid import NEEDS
+from ..report.units import size
 from . import table as tables
 from .factors import Alternative
 from .job import PRUNED, Answer
-from .kept import read_report, read_spectra
 from .plan import Job, Outlook, Planner, finished, outlook, preparations, samples, told
 from .runners import Runner
 from .study import Study, Variant, check_measured
@@ -28,8 +32,7 @@ PRODUCTS = (
     "results.parquet",
     "results.csv",
     "study.html",
-    "front.svg",
-    "curves.svg",
+    *(f"figures/{name}.{kind}" for name in ("front", "curves") for kind in ("svg", "pdf")),
 )
 Tell = Callable[[str], None]
 
@@ -43,6 +46,7 @@ class Ablation:
     setting: Setting
     tell: Tell = print
     progress: Progress = quiet
+    latex: bool = False  # whether results.tex is written too
     variants: list[Variant] = field(default_factory=list)
     jobs: list[Job] = field(default_factory=list)  # fewer: variants of one recipe are one
     failures: dict[str, str] = field(default_factory=dict)  # run → reason
@@ -77,7 +81,9 @@ class Ablation:
         if search := self.study.options.search:
             return outlook(self.samples[:1], {}, search.trials)
         done = finished(self.runs, self.jobs)
-        return outlook(self.jobs, {key: read_report(folder) for key, folder in done.items()})
+        return outlook(
+            self.jobs, {key: _json(folder / "report.json") for key, folder in done.items()}
+        )
 
     def run(self, runner: Runner) -> None:
         """Carry out what is missing, model by model. Failures are kept with their reasons, and do not stop the rest."""
@@ -108,13 +114,14 @@ class Ablation:
             return
         folder = self.runs / job.key
         answer.report["output"] = str(folder)
+        report = reading.checked(Report, answer.report, job.key)
         (self.output / "failed" / f"{job.key}.txt").unlink(missing_ok=True)  # of an earlier try
         with replacing(folder) as made:
             made.mkdir()
             write_text(made / "recipe.yaml", job.recipe.to_yaml())
             write_json(made / "spectra.json", answer.spectra)
             write_json(made / "report.json", answer.report)
-        found = tables.row(job.key, {}, answer.report, tables.DONE)
+        found = tables.row(job.key, {}, report, tables.DONE)
         self.tell(
             f"{count}  {varied}: perplexity {tables.cell('perplexity', found.get('perplexity'))}, "
             f"{tables.cell('parameters', found['parameters'])} parameters, {found['seconds']:.1f} s"
@@ -140,7 +147,7 @@ class Ablation:
 
     def _row(self, job: Job, variant: Variant, folder: Path | None) -> Row:
         if folder is not None:
-            return tables.row(job.key, variant.varied, read_report(folder), tables.DONE)
+            return tables.row(job.key, variant.varied, reading.read(folder), tables.DONE)
         reason = self.failures.get(job.key, "")
         status = (
             tables.PRUNED
@@ -152,19 +159,27 @@ class Ablation:
         return tables.row(job.key, variant.varied, None, status, reason)
 
     def write(self) -> list[Row]:
-        """results.parquet, results.csv, study.html and its charts as files of their own, of what there is so far."""
-        from .page import figures, page
+        """results.parquet, results.csv, study.html and its figures as files of their own, of what there is so far."""
+        from ..report.figures import write as write_figures
+        from .page import Results, figures, page
 
         rows = self.rows()
         done = finished(self.runs, self.jobs)
-        reports = {key: read_report(folder) for key, folder in done.items()}
-        spectra = {key: read_spectra(folder) for key, folder in done.items()}
-        recipes = {job.key: job.recipe.to_yaml() for job in self.jobs if job.key in done}
+        reports = {key: reading.read(folder) for key, folder in done.items()}
+        spectra = {key: reading.read_spectra(folder) for key, folder in done.items()}
+        recipes = {
+            key: (folder / "recipe.yaml").read_text(encoding="utf-8")
+            for key, folder in done.items()
+        }
+        found = Results(self.study, rows, reports, spectra, recipes)
+        drawn = figures(found)
         with folder_of(self.output).filling() as made:
             tables.write(made, rows)
-            write_text(made / "study.html", page(self.study, rows, reports, spectra, recipes))
-            for name, drawn in figures(self.study, rows).items():
-                write_text(made / f"{name}.svg", drawn)
+            write_text(made / "study.html", page(found, drawn))
+            write_figures(made / "figures", drawn)
+            if self.latex:
+                grid = tables.latex(self.study.name, self.study.titles, rows)
+                write_text(made / "results.tex", NEEDS + grid.latex())
         return rows
 
     def begin(self) -> None:
@@ -172,6 +187,10 @@ class Ablation:
         folder_of(self.output).begin()
         with folder_of(self.output).filling() as made:
             write_text(made / "study.yaml", self.study.to_yaml())
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def folder_of(output: Path) -> Growing:
@@ -202,9 +221,7 @@ def plan_table(ablation: Ablation, outlook: Outlook) -> Table:
             ("dense evaluations", outlook.evaluations, ""),
         ):
             table.add_row(name, f"{count}, each made once{where}" if count else "none")
-    table.add_row(
-        "expected", f"about {duration(outlook.seconds)} and {words.size(outlook.disk)} of disk"
-    )
+    table.add_row("expected", f"about {duration(outlook.seconds)} and {size(outlook.disk)} of disk")
     return table
 
 

@@ -3,355 +3,245 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from statistics import fmean
-from typing import Any
-from xml.etree.ElementTree import Element
+from typing import TYPE_CHECKING, Any
 
-from ..report import charts, study_charts, words
-from ..report.charts import el
+from ..report import pages, plots, sentences
+from ..report.document import Report
 from ..report.energy import by_block, energy_lost
-from ..report.study_charts import Point, Series
+from ..report.pages import Section
+from ..report.plots import Point, Spectrum
+from ..report.reading import Spectra
 from . import table as tables
 from .study import Study
 from .table import DONE, Row
 
-Reports = Mapping[str, Mapping[str, Any]]
-Spectra = Mapping[str, Mapping[str, Sequence[float]]]
+if TYPE_CHECKING:
+    from ..report.figures import Drawing
+
+HERE = Path(__file__).parent / "templates"
 HEAT_ROWS = 48  # the most that one heat map shows
-
-SCRIPT = """
-for (const button of document.querySelectorAll('th button')) {
-  button.addEventListener('click', () => {
-    const head = button.closest('th'), table = head.closest('table'), body = table.tBodies[0];
-    const column = [...head.parentNode.children].indexOf(head);
-    const down = head.getAttribute('aria-sort') === 'ascending';
-    for (const other of head.parentNode.children) other.removeAttribute('aria-sort');
-    head.setAttribute('aria-sort', down ? 'descending' : 'ascending');
-    const value = row => row.children[column].dataset.v ?? '';
-    const compare = (a, b) => {
-      const x = value(a), y = value(b);
-      if (x === '' || y === '') return (x === '') - (y === '');
-      const known = isNaN(x) || isNaN(y) ? x.localeCompare(y) : x - y;
-      return down ? -known : known;
-    };
-    for (const row of [...body.rows].sort(compare)) body.append(row);
-  });
-}
-const open = () => {
-  const found = location.hash && document.getElementById(location.hash.slice(1));
-  if (found && found.closest('details')) { found.closest('details').open = true; found.scrollIntoView(); }
-};
-addEventListener('hashchange', open);
-open();
-"""
+SHARES = "The part of its basis's energy that each direction holds, the mean over spaces of a kind."
 
 
-def page(
-    study: Study,
-    rows: Sequence[Row],
-    reports: Reports,
-    spectra: Spectra,
-    recipes: Mapping[str, str],
-) -> str:
+@dataclass(frozen=True)
+class Results:
+    """A study and what its runs gave, by run: reports, spectra and recipes."""
+
+    study: Study
+    rows: Sequence[Row]
+    reports: Mapping[str, Report]
+    spectra: Mapping[str, Spectra]
+    recipes: Mapping[str, str]
+
+    @cached_property
+    def done(self) -> list[Row]:
+        return [r for r in self.rows if r["status"] == DONE]
+
+    @cached_property
+    def runs(self) -> list[Row]:
+        """One row a run; variants of one recipe share theirs."""
+        return list({r["run"]: r for r in self.done}.values())
+
+    @cached_property
+    def best(self) -> set[str]:
+        """The runs on the front."""
+        return tables.front(self.done, (tables.cost_axes(self.done)[0], "perplexity"))
+
+    def name(self, r: Row, without: Sequence[str] = ()) -> str:
+        """What a run has of the factors, seeds and what varies along a curve left out."""
+        factors = [f for f in self.study.factors if f != "seed" and f not in without and f in r]
+        return " · ".join(str(r[f]) for f in factors) or "all"
+
+    def series(self, r: Row) -> str:
+        return self.name(r, self.along)
+
+    @cached_property
+    def x(self) -> str | None:
+        """What the curves run over: the study's `x`, or the factor with the most numbers."""
+        if self.study.options.x is not None:
+            return self.study.options.x
+        counts = {f: len({r[f] for r in self.done}) for f in self.numbers}
+        most = max(counts, key=lambda f: counts[f], default=None)
+        return most if most is not None and counts[most] > 1 else None
+
+    @cached_property
+    def numbers(self) -> list[str]:
+        """The factors whose values are numbers; seeds are none."""
+        values = {f: {r.get(f) for r in self.done} for f in self.study.factors if f != "seed"}
+        return [f for f, found in values.items() if found and all(map(tables.is_number, found))]
+
+    @cached_property
+    def along(self) -> list[str]:
+        """The factors that vary along a curve: its x, or all numbers where that is a column of the results."""
+        if self.x is None:
+            return []
+        return [self.x] if self.x in self.study.factors else self.numbers
+
+    def title(self, name: str) -> str:
+        """What a factor or a column is called."""
+        return self.study.titles.get(name, name.replace("_", " "))
+
+
+def page(found: Results, drawn: Sequence[Drawing]) -> str:
     """One HTML file that holds everything it shows."""
-    done = [r for r in rows if r["status"] == DONE]
-    best = tables.front(done, (tables.cost_axes(done)[0], "perplexity"))
-    looks = _looks(study, done)
-    body = [
-        el("p", "Ablation study · invariance", class_="soft"),
-        el("h1", study.name),
-        el("p", _summary(study, rows, best)),
-        *_fronts(study, done, looks),
-        *_curves(study, done, looks),
-        *_table(study, rows, best),
-        *_layers(study, done, best, reports, spectra, looks),
-        *_spectra(study, done, reports, spectra, looks),
-        *_recipes(study, done, recipes),
+
+    def of(*names: str) -> list[Drawing]:
+        return [d for d in drawn if d.name.startswith(names)]
+
+    later = [
+        Section("Layer by layer", drawings=of("widths", "kept", "cut")),
+        Section("Spectra", [SHARES], drawings=of("spectra")),
     ]
-    return charts.document(
-        f"{study.name} · invariance", *body, script=SCRIPT, style=study_charts.STYLE
+    return pages.page(
+        "study",
+        folder=HERE,
+        script=(HERE / "study.js").read_text(encoding="utf-8"),
+        title=f"{found.study.name} · invariance",
+        kicker="Ablation study · invariance",
+        heading=found.study.name,
+        lead=[_summary(found)],
+        sections=[
+            Section("Cost and loss", drawings=of("front"), missing="No run was measured."),
+            *([Section("Curves", drawings=of("curves"))] if of("curves") else []),
+        ],
+        later=[section for section in later if section.drawings],
+        columns=[(n, found.title(n)) for n in _columns(found)],
+        runs=[_cells(found, r) for r in found.rows],
+        reasons=[f"{found.name(r)}: {r['reason']}" for r in found.rows if r.get("reason")],
+        recipes=[(r["run"], found.name(r), found.recipes[r["run"]]) for r in found.runs],
     )
 
 
-def _summary(study: Study, rows: Sequence[Row], best: set[str]) -> str:
-    counts = {
-        s: sum(r["status"] == s for r in rows) for s in dict.fromkeys(r["status"] for r in rows)
-    }
-    said = ", ".join(f"{n} {status}" for status, n in counts.items()) or "none"
-    ahead = len({r["run"] for r in rows} & best)
-    return f"What varies: {', '.join(study.factors)}. Runs: {said}; on the front: {ahead}."
+def _summary(found: Results) -> str:
+    states = [r["status"] for r in found.rows]
+    said = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states)) or "none"
+    ahead = len({r["run"] for r in found.rows} & found.best)
+    varies = ", ".join(found.study.factors)
+    return f"What varies: {varies}. Runs: {said}; on the front: {ahead}."
 
 
-def _series_name(study: Study, r: Row, without: Sequence[str] = ()) -> str:
-    """What a run has of the factors, seeds and the curves' x left out."""
-    left = [str(r[f]) for f in study.factors if f != "seed" and f not in without and f in r]
-    return " · ".join(left) or "all"
+def _columns(found: Results) -> list[str]:
+    return [*found.study.factors, *tables.shown(found.rows), "status"]
 
 
-def _x(study: Study, done: Sequence[Row]) -> str | None:
-    """What the curves run over: the study's `x`, or the factor with the most numbers."""
-    if study.options.x is not None:
-        return study.options.x
-    counts = {f: len({r[f] for r in done}) for f in _numbers(study, done)}
-    return max(counts, key=lambda f: counts[f]) if counts and max(counts.values()) > 1 else None
+def _cells(found: Results, r: Row) -> dict[str, Any]:
+    """A row of the table: every cell with the value that it is sorted by."""
+    values = [(tables.cell(n, r.get(n)), r.get(n)) for n in _columns(found)]
+    cells = [(said, "" if value is None else str(value)) for said, value in values]
+    link = f"#recipe-{r['run']}" if r["status"] == DONE else None
+    return {"cells": cells, "link": link, "best": r["run"] in found.best, "why": r.get("reason")}
 
 
-def _numbers(study: Study, done: Sequence[Row]) -> list[str]:
-    """The factors whose values are numbers; seeds are none."""
-    values = {f: {r.get(f) for r in done} for f in study.factors if f != "seed"}
-    return [f for f, found in values.items() if found and all(map(tables.is_number, found))]
-
-
-def _along(study: Study, done: Sequence[Row]) -> list[str]:
-    """The factors that vary along a curve: its x, or all numbers where that is a column of the results."""
-    x = _x(study, done)
-    return [] if x is None else [x] if x in study.factors else _numbers(study, done)
-
-
-def _said(study: Study, x: str | None) -> str:
-    """What a factor or a column is called."""
-    return "" if x is None else study.titles.get(x, x.replace("_", " "))
-
-
-def _looks(study: Study, done: Sequence[Row]) -> dict[str, str]:
-    """Series → what it looks like in every chart."""
-    names = list(dict.fromkeys(_series_name(study, r, _along(study, done)) for r in done))
-    return {name: study_charts.look(n, len(names)) for n, name in enumerate(names)}
-
-
-def figures(study: Study, rows: Sequence[Row]) -> dict[str, str]:
-    """The charts of costs and of curves as SVG files of their own, by name."""
-    done = [r for r in rows if r["status"] == DONE]
-    looks = _looks(study, done)
-    drawn = {
-        "front": _front(study, done, tables.cost_axes(done)[0], looks),
-        "curves": _lines(study, done, looks),
-    }
-    return {
-        name: study_charts.alone(chart, looks) for name, chart in drawn.items() if chart is not None
-    }
-
-
-def _front(
-    study: Study, done: Sequence[Row], axis: str, looks: Mapping[str, str]
-) -> Element | None:
-    """Perplexity over one cost, with those runs ringed that no other beats in both."""
-    along, best = _along(study, done), tables.front(done, (axis, "perplexity"))
-    points = [
-        Point(
-            r["run"],
-            f"{_series_name(study, r)}: {tables.cell(axis, r[axis])} {axis}, perplexity {r['perplexity']:.2f}",
-            r[axis],
-            r["perplexity"],
-            looks[_series_name(study, r, along)],
-            r["run"] in best,
-        )
-        for r in done
-        if r.get("perplexity") is not None and r.get(axis) is not None
-    ]
-    if not points:
-        return None
-    return study_charts.scatter(f"Perplexity over {axis}", points, axis.replace("_", " "))
-
-
-def _fronts(study: Study, done: Sequence[Row], looks: Mapping[str, str]) -> list[Element]:
-    """A chart for each cost that tells the runs apart."""
-    figures = [
-        el(
-            "figure",
-            el(
-                "figcaption",
-                el("b", "Perplexity"),
-                f" over {axis.replace('_', ' ')}; a point leads to its recipe",
-            ),
-            drawn,
-        )
-        for axis in tables.cost_axes(done)
-        if (drawn := _front(study, done, axis, looks)) is not None
-    ]
-    if not figures:
-        return [el("h2", "Cost and loss"), el("p", "No run was measured.", class_="soft")]
-    whole = el("div", *figures, class_="charts") if len(figures) > 1 else figures[0]
-    return [el("h2", "Cost and loss"), whole, study_charts.legend(looks)]
-
-
-def _lines(study: Study, done: Sequence[Row], looks: Mapping[str, str]) -> Element | None:
-    x = _x(study, done)
-    if x is None:
-        return None
-    along = _along(study, done)
-    groups: dict[str, dict[float, list[float]]] = {}
-    for r in done:
-        if r.get("perplexity") is not None and isinstance(r.get(x), int | float):
-            groups.setdefault(_series_name(study, r, along), {}).setdefault(r[x], []).append(
-                r["perplexity"]
-            )
-    series = [
-        Series(
-            name, looks[name], [(a, min(ys), fmean(ys), max(ys)) for a, ys in sorted(found.items())]
-        )
-        for name, found in groups.items()
-    ]
-    said = _said(study, x)
-    return study_charts.curves(f"Perplexity over {said}", series, said) if series else None
-
-
-def _curves(study: Study, done: Sequence[Row], looks: Mapping[str, str]) -> list[Element]:
-    drawn = _lines(study, done, looks)
-    if drawn is None:
+def figures(found: Results) -> list[Drawing]:
+    """Everything that the page draws, to write as files too."""
+    if not found.done:
         return []
-    caption = el(
-        "figcaption",
-        el("b", "Perplexity"),
-        f" over {_said(study, _x(study, done))}; a band spans runs at one place, such as seeds",
+    fronts = [_front(found, axis) for axis in tables.cost_axes(found.done)]
+    drawn = [*fronts, _curves(found), *_layers(found), *_spectra(found)]
+    return [each for each in drawn if each is not None]
+
+
+def _front(found: Results, axis: str) -> Drawing | None:
+    """Perplexity over one cost, with those runs ringed that no other beats in both."""
+    best = tables.front(found.done, (axis, "perplexity"))
+    series: dict[str, list[Point]] = {}
+    for r in found.done:
+        x, y = r.get(axis), r.get("perplexity")
+        if x is not None and y is not None:
+            said = f"{found.name(r)}: {tables.cell(axis, x)} {axis}, perplexity {y:.2f}"
+            error = r.get("perplexity_error") or 0.0
+            point = Point(x, y, error, said, f"#recipe-{r['run']}", r["run"] in best)
+            series.setdefault(found.series(r), []).append(point)
+    if not series:
+        return None
+    first = axis == tables.cost_axes(found.done)[0]
+    name, over = "front" if first else f"front-{axis}", axis.replace("_", " ")
+    caption = (
+        "a point leads to its recipe; ringed: on the front; bars: one standard error over windows"
     )
-    return [el("h2", "Curves"), el("figure", caption, drawn), study_charts.legend(looks)]
+    labels = (over, "perplexity")
+    return plots.curves(name, f"Perplexity over {over}", caption, series, labels, lines=False)
 
 
-def _table(study: Study, rows: Sequence[Row], best: set[str]) -> list[Element]:
-    names = [*study.factors, *tables.shown(rows), "status"]
-    titles = [_said(study, n) for n in names]
-    button = [
-        el("th", el("button", t, type="button", title=n), scope="col")
-        for n, t in zip(names, titles, strict=True)
-    ]
-    body = []
-    for r in rows:
-        link = (
-            el("a", str(r.get(names[0])), href=f"#recipe-{r['run']}")
-            if r["status"] == DONE
-            else str(r.get(names[0]))
-        )
-        first = el("th", link, scope="row", data_v=_sortable(r.get(names[0])))
-        cells = [
-            el("td", tables.cell(n, r.get(n)), data_v=_sortable(r.get(n))) for n in names[1:-1]
+def _curves(found: Results) -> Drawing | None:
+    """Mean perplexity along what varies, a line a series."""
+    if found.x is None:
+        return None
+    groups: dict[str, dict[float, list[Row]]] = {}
+    for r in found.done:
+        if r.get("perplexity") is not None and tables.is_number(r.get(found.x)):
+            groups.setdefault(found.series(r), {}).setdefault(r[found.x], []).append(r)
+    series = {
+        name: [
+            Point(x, fmean(r["perplexity"] for r in runs), tables.spread(runs) or 0.0)
+            for x, runs in sorted(places.items())
         ]
-        status = el("td", r["status"], title=r.get("reason"), data_v=r["status"])
-        body.append(el("tr", first, *cells, status, class_="best" if r["run"] in best else None))
-    whole = el(
-        "table",
-        el("caption", "Every run; a heading sorts, a name leads to its recipe."),
-        el("thead", el("tr", *button)),
-        el("tbody", *body),
-        id="runs",
+        for name, places in groups.items()
+    }
+    if not series:
+        return None
+    over = found.title(found.x)
+    caption = (
+        "bars: one standard error, over runs at one place such as seeds, or over windows of one run"
     )
-    failed = [
-        el("p", f"{_series_name(study, r)}: {r['reason']}", class_="soft")
-        for r in rows
-        if r.get("reason")
-    ]
-    return [el("h2", "Runs"), el("div", whole, class_="scroll"), *failed]
+    labels = (over, "perplexity")
+    return plots.curves("curves", f"Perplexity over {over}", caption, series, labels)
 
 
-def _sortable(value: Any) -> str:
-    return "" if value is None else str(value)
-
-
-def _layers(
-    study: Study,
-    done: Sequence[Row],
-    best: set[str],
-    reports: Reports,
-    spectra: Spectra,
-    looks: Mapping[str, str],
-) -> list[Element]:
+def _layers(found: Results) -> list[Drawing]:
     """Widths and lost energies by layer, kind by kind, of every run that cut there."""
-    along = _along(study, done)
-    figures = []
-    kinds = list(dict.fromkeys(k for r in done for k in words.spaces(reports[r["run"]])))
-    for kind in kinds:
-        names, kept, lost, lines = [], [], [], []
-        for r in {r["run"]: r for r in done}.values():
-            widths = words.spaces(reports[r["run"]]).get(kind, [])
-            if all(w.kept == w.dim for w in widths):
-                continue
-            names.append(_series_name(study, r))
-            share = by_block({w.name: w.kept / max(w.dim, 1) for w in widths})
-            kept.append(share)
-            lost.append(by_block(energy_lost(spectra[r["run"]], {w.name: w.kept for w in widths})))
-            if r["run"] in best:
-                points = [(float(n), v, v, v) for n, v in enumerate(share) if v is not None]
-                lines.append(Series(names[-1], looks[_series_name(study, r, along)], points))
-        title = words.kind_words(kind)
-        if lines:
-            figures.append(
-                _figure(
-                    title,
-                    "share of each block's width that is kept, runs on the front",
-                    study_charts.layers(f"Widths of the {title}", lines),
-                )
-            )
-        for said, rows in (("width kept", kept), ("energy cut", lost)):
-            if any(v is not None for found in rows for v in found):
-                drawn = study_charts.heat(
-                    f"{said}, {title}",
-                    names[:HEAT_ROWS],
-                    rows[:HEAT_ROWS],
-                    f"of the {said.split()[0]}",
-                )
-                left = (
-                    f", the first {HEAT_ROWS} of {len(rows)} runs" if len(rows) > HEAT_ROWS else ""
-                )
-                figures.append(
-                    _figure(
-                        title, f"{said} by block (across) and run (down), as a share{left}", drawn
-                    )
-                )
-    return [el("h2", "Layer by layer"), el("div", *figures, class_="charts")] if figures else []
+    drawn = []
+    widths = {r["run"]: sentences.spaces(found.reports[r["run"]]) for r in found.runs}
+    for kind in dict.fromkeys(kind for each in widths.values() for kind in each):
+        title = sentences.kind_words(kind)
+        names, kept, lost, front = [], [], [], {}
+        for r in found.runs:
+            spaces = widths[r["run"]].get(kind, [])
+            if any(w.kept < w.dim for w in spaces):
+                names.append(found.name(r))
+                kept.append(by_block({w.name: w.kept / max(w.dim, 1) for w in spaces}))
+                cut = energy_lost(found.spectra[r["run"]], {w.name: w.kept for w in spaces})
+                lost.append(by_block(cut))
+                if r["run"] in found.best:
+                    front[names[-1]] = kept[-1]
+        if front:
+            said = "share of each block's width that is kept, runs on the front"
+            drawn.append(plots.layers(f"widths-{kind}", f"Widths of the {title}", said, front, 1.0))
+        for file, what, rows in (("kept", "Width kept", kept), ("cut", "Energy cut", lost)):
+            if any(v is not None for values in rows for v in values):
+                said = "a share, by block (across) and run (down)"
+                if len(rows) > HEAT_ROWS:
+                    said += f", the first {HEAT_ROWS} of {len(rows)} runs"
+                shown = (names[:HEAT_ROWS], rows[:HEAT_ROWS])
+                drawn.append(plots.heat(f"{file}-{kind}", f"{what}: {title}", said, *shown))
+    return drawn
 
 
-def _spectra(
-    study: Study, done: Sequence[Row], reports: Reports, spectra: Spectra, looks: Mapping[str, str]
-) -> list[Element]:
+def _spectra(found: Results) -> list[Drawing]:
     """The spectra of each kind of space, one curve for all runs with the same bases."""
-    along = _along(study, done)
-    found: dict[str, dict[tuple[float, ...], charts.Curve]] = {}
-    for r in {r["run"]: r for r in done}.values():
-        report = reports[r["run"]]
-        kinds: dict[str, list[charts.Curve]] = {}
-        for name, energies in spectra[r["run"]].items():
-            kept = report["widths"].get(name, len(energies))
-            kinds.setdefault(words.kind_of(report, name), []).append(
-                charts.Curve(name, "", energies, kept)
-            )
-        for kind, each in kinds.items():
-            longest = max(len(c.energies) for c in each)
-            alike = [c for c in each if len(c.energies) == longest and len(set(c.energies)) > 1]
+    kinds: dict[str, dict[tuple[float, ...], Spectrum]] = {}
+    for r in found.runs:
+        report = found.reports[r["run"]]
+        each: dict[str, list[Spectrum]] = {}
+        for name, energies in found.spectra[r["run"]].items():
+            unit = Spectrum(name, "", energies, len(energies))
+            each.setdefault(sentences.kind_of(report, name), []).append(unit)
+        for kind, units in each.items():
+            longest = max(len(u.energies) for u in units)
+            alike = [u for u in units if len(u.energies) == longest and len(set(u.energies)) > 1]
             if alike:
-                mean = tuple(
-                    fmean(shares) for shares in zip(*(c.shares for c in alike), strict=True)
-                )
-                name = _series_name(study, r, along)
-                curve = charts.Curve(name, looks[name], mean, longest)
-                found.setdefault(kind, {}).setdefault(tuple(round(e, 9) for e in mean), curve)
-    figures = [
-        _figure(
-            words.kind_words(kind),
-            f"{len(each)} sets of bases, mean over the spaces",
-            charts.spectra_chart(
-                f"Spectra of the {words.kind_words(kind)}", "Falling energies", list(each.values())
-            ),
-        )
-        for kind, each in found.items()
-    ]
-    said = (
-        "The part of its basis's energy that each direction holds, the mean over spaces of a kind."
-    )
-    return (
-        [el("h2", "Spectra"), el("p", said), el("div", *figures, class_="charts")]
-        if figures
-        else []
-    )
-
-
-def _figure(kind: str, caption: str, drawn: Element) -> Element:
-    return el("figure", el("figcaption", el("b", kind), f" · {caption}"), drawn)
-
-
-def _recipes(study: Study, done: Sequence[Row], recipes: Mapping[str, str]) -> list[Element]:
-    found = []
-    for r in {r["run"]: r for r in done}.values():
-        command = f"invariance run runs/{r['run']}/recipe.yaml --output again"
-        text = el("pre", f"# {command}\n{recipes[r['run']]}", id=f"recipe-{r['run']}", tabindex=0)
-        found.append(el("details", el("summary", f"{_series_name(study, r)} ({r['run']})"), text))
-    return [el("h2", "Recipes"), *found]
+                mean = [fmean(shares) for shares in zip(*(u.shares for u in alike), strict=True)]
+                same = tuple(round(e, 9) for e in mean)
+                curves = kinds.setdefault(kind, {})
+                color = f"C{len(curves) % 10}"
+                curves.setdefault(same, Spectrum(found.series(r), color, mean, longest))
+    drawn = []
+    for kind, curves in kinds.items():
+        caption = f"{len(curves)} sets of bases, mean over the spaces"
+        title = f"Spectra of the {sentences.kind_words(kind)}"
+        drawn.append(plots.spectra(f"spectra-{kind}", title, caption, list(curves.values())))
+    return drawn

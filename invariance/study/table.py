@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 from rich.table import Table
-from rich.text import Text
 
 from ..core.files import replacing
 from ..recipe.recipe import Recipe
-from ..report import words
+from ..report import units
+from ..report.document import Mean, Pair, Report
+from ..report.grid import Grid
 
 Row = dict[str, Any]
 DONE, FAILED, PRUNED, WAITING = "done", "failed", "pruned", "not run"
@@ -40,6 +42,7 @@ NUMBERS = (
     *(f"{c}_dense" for c in COSTS),
     *(f"parameters_{p}" for p in PARTS),
     "perplexity",
+    "perplexity_error",
     "ratio",
     "bytes",
     "calibration_tokens",
@@ -52,66 +55,65 @@ NUMBERS = (
 
 
 def row(
-    key: str,
-    varied: Mapping[str, Any],
-    report: Mapping[str, Any] | None,
-    status: str,
-    reason: str = "",
+    key: str, varied: Mapping[str, Any], report: Report | None, status: str, reason: str = ""
 ) -> Row:
     """The row of a run; what is not known is None."""
     found: Row = {"run": key, **varied, "status": status, "reason": reason or None}
     if report is None:
         return found
-    found = {"model": report["model"]["name"], "stock": report["model"]["stock"]} | found
-    text = (report.get("recipe") or {}).get("calibrate") or {}
-    known = text.get("sequences") and text.get("tokens")
-    found["calibration_tokens"] = text["sequences"] * text["tokens"] if known else None
-    for name, section in zip(
-        COSTS, ("parameters", "flops_per_token", "kv_bytes_per_token"), strict=True
-    ):
-        for side in ("sliced", "dense"):
-            value = report[section][side]
-            found[name + ("" if side == "sliced" else "_dense")] = (
-                value["total"] if name == "parameters" else value
-            )
-    for part in PARTS:
-        found[f"parameters_{part}"] = report["parameters"]["sliced"][part]
-    for n, (name, values) in enumerate(report["perplexity"].items()):
-        best = values["sliced"] if values.get("recovered") is None else values["recovered"]
-        if not n:
-            found |= {
-                "perplexity": best,
-                "ratio": best / values["dense"] if best and values["dense"] else None,
-            }
-        found |= {
-            f"perplexity.{name}.{side}": values.get(side)
-            for side in ("dense", "sliced", "recovered")
-        }
-        found |= {f"perplexity.{name}.{side}": values[side] for side in QUANTIZED if side in values}
-    if quantize := report.get("quantize"):
-        found |= {f"bytes.{side}": value for side, value in quantize["bytes"].items()}
-    found |= {
-        f"{kind}_loss": report["predicted"][source]
-        for kind, source in (("predicted", "loss"), ("measured", "measured"))
-    }
-    rate = report["tokens_per_second"]["sliced"]
-    found |= {
-        "seconds_per_token": 1 / rate if rate else None,
-        "exactness": report["exactness"]["relative_error"],
-    }
-    found["seconds"] = round(sum(report["seconds"].values()), 3)
-    found |= {f"seconds.{step}": value for step, value in report["seconds"].items()}
-    return found | {f"version.{name}": value for name, value in report["versions"].items()}
+    found = {"model": report.model.name, "stock": report.model.stock} | found
+    asked = report.recipe.get("calibrate") or {}
+    known = asked.get("sequences") and asked.get("tokens")
+    found["calibration_tokens"] = asked["sequences"] * asked["tokens"] if known else None
+    found |= _costs(report) | _worth(report)
+    if report.quantize is not None:
+        found |= {f"bytes.{side}": value for side, value in report.quantize.bytes.known.items()}
+    found |= {"predicted_loss": report.predicted.loss, "measured_loss": report.predicted.measured}
+    rate, exact = report.tokens_per_second.sliced, report.exactness
+    found["seconds_per_token"] = 1 / rate if rate else None
+    found["exactness"] = None if exact is None else exact.relative_error
+    found["seconds"] = round(sum(report.seconds.values()), 3)
+    found |= {f"seconds.{step}": value for step, value in report.seconds.items()}
+    return found | {f"version.{name}": value for name, value in report.versions.items()}
+
+
+def _costs(report: Report) -> Row:
+    """What the sliced model and the dense one cost, and the parameters of the sliced one by part."""
+    found: Row = {}
+    dense, sliced = report.parameters.dense, report.parameters.sliced
+    totals = [None if side is None else side.total for side in (dense, sliced)]
+    total = Pair[int | float](dense=totals[0], sliced=totals[1])
+    pairs = (total, report.flops_per_token, report.kv_bytes_per_token)
+    for name, pair in zip(COSTS, pairs, strict=True):
+        found |= {name: pair.sliced, f"{name}_dense": pair.dense}
+    return found | {f"parameters_{part}": getattr(sliced, part, None) for part in PARTS}
+
+
+def _worth(report: Report) -> Row:
+    """Every perplexity, and that of the first data, after recovery where there is one, with its standard error."""
+    found: Row = {}
+    for name, each in report.perplexity.items():
+        side = "sliced" if each.recovered is None else "recovered"
+        best, dense = getattr(each, side), each.dense
+        error = each.extra_loss.get(side, Mean()).standard_error
+        if not found:
+            found = {"perplexity": best, "ratio": best / dense if best and dense else None}
+            known = best is not None and error is not None
+            found["perplexity_error"] = best * error if known else None
+        columns = dict.fromkeys(("dense", "sliced", "recovered")) | each.known
+        found |= {f"perplexity.{name}.{side}": value for side, value in columns.items()}
+    return found
 
 
 def measured(recipes: Iterable[Recipe]) -> set[str]:
     """The columns of numbers that runs of these recipes may have, but for the seconds of steps."""
-    found = {*NUMBERS} - {"perplexity", "ratio", "bytes"}
+    asked = {"perplexity", "perplexity_error", "ratio"}
+    found = {*NUMBERS} - asked - {"bytes"}
     for recipe in recipes:
         below = QUANTIZED if recipe.quantize else ()
         sides = ("dense", "sliced", *(("recovered",) if recipe.recover else ()), *below)
         names = [e.perplexity.label for e in recipe.evaluate if e.perplexity]
-        found |= {"perplexity", "ratio"} if names else set()
+        found |= asked if names else set()
         found |= {f"perplexity.{name}.{side}" for name in names for side in sides}
         found |= {f"bytes.{side}" for side in sides if below}
     return found
@@ -163,23 +165,38 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
     table = arrow(rows)
     with replacing(folder / "results.parquet") as path:
         pyarrow.parquet.write_table(table, path)
+    names = [harmless(name) for name in table.column_names]
+    columns = [column.to_pylist() for column in table.columns]
+    words = [[harmless(v) if isinstance(v, str) else v for v in column] for column in columns]
+    safe = [pyarrow.array(v, c.type) for v, c in zip(words, table.columns, strict=True)]
     with replacing(folder / "results.csv") as path:
-        pyarrow.csv.write_csv(table, path)
+        pyarrow.csv.write_csv(pyarrow.table(safe, names), path)
+
+
+def harmless(text: str) -> str:
+    """Words that a spreadsheet would run as a formula, behind the sign that keeps it from that."""
+    if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return text
+    try:
+        float(text)  # a number among words
+    except ValueError:
+        return f"'{text}"
+    return text
 
 
 def cell(name: str, value: Any) -> str:
     """A value as the tables show it."""
     if value is None:
-        return words.NONE
+        return units.NONE
     if not is_number(value):
         return str(value)
     if name in ("parameters", "flops"):
-        return words.count(value)
+        return units.count(value)
     if name == "kv_bytes":
-        return words.size(value)
+        return units.size(value)
     if name == "seconds_per_token":
         return f"{1000 * value:.3g} ms"
-    return words.plain(value) if isinstance(value, float) else f"{value:,}"
+    return units.plain(value) if isinstance(value, float) else f"{value:,}"
 
 
 def shown(rows: Sequence[Row]) -> list[str]:
@@ -192,21 +209,60 @@ def shown(rows: Sequence[Row]) -> list[str]:
 
 def terminal(name: str, factors: Mapping[str, str], rows: Sequence[Row]) -> Table:
     """One line a run by falling cost, those on the Pareto front marked; ``factors`` have their titles."""
-    axis = cost_axes(rows)[0]
+    axis, names = cost_axes(rows)[0], shown(rows)
     best = front(rows, (axis, "perplexity"))
-    title = f"{name}: ● no other run has less {axis} and less perplexity"
-    table = Table("", *factors.values(), *(n.replace("_", " ") for n in shown(rows)), title=title)
-    for n, column in enumerate(table.columns):
-        column.justify, column.overflow = (
-            ("left", "fold") if n <= len(factors) else ("right", "ellipsis")
-        )
+    said = f"{name}: ● no other run has less {axis} and less perplexity"
+    lines, styles = [], []
     for r in sorted(
         rows, key=lambda r: (r["status"] != DONE, -(r.get(axis) or 0), r.get("perplexity") or 0)
     ):
-        mark = "●" if r["run"] in best else "" if r["status"] == DONE else "✗"
-        cells = [Text(str(r.get(f))) for f in factors] + [
-            Text(cell(n, r.get(n))) for n in shown(rows)
-        ]
-        style = "bold green" if r["run"] in best else "" if r["status"] == DONE else "dim"
-        table.add_row(mark, *cells, style=style)
+        ahead, done = r["run"] in best, r["status"] == DONE
+        mark = "●" if ahead else "" if done else "✗"
+        labels = [str(r.get(f)) for f in factors]
+        lines.append([mark, *labels, *(cell(n, r.get(n)) for n in names)])
+        styles.append("bold green" if ahead else "" if done else "dim")
+    columns = ["", *factors.values(), *(n.replace("_", " ") for n in names)]
+    table = Grid(said, columns, lines, 1 + len(factors)).table()
+    for line, style in zip(table.rows, styles, strict=True):
+        line.style = style
     return table
+
+
+def latex(name: str, factors: Mapping[str, str], rows: Sequence[Row]) -> Grid:
+    """The results for a paper: a line for all seeds of a setting, means with one standard error, over seeds where
+    there are several, else over windows."""
+    kept = [f for f in factors if f != "seed"]
+    names = [n for n in shown(rows) if n != "seconds"]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for r in rows:
+        if r["status"] == DONE:
+            groups.setdefault(tuple(str(r.get(f)) for f in kept), []).append(r)
+    lines = [
+        [*(labels or ("all",)), *(_with_error(n, runs) for n in names)]
+        for labels, runs in groups.items()
+    ]
+    columns = [*([factors[f] for f in kept] or ["runs"]), *(n.replace("_", " ") for n in names)]
+    said = "one standard error, over seeds where there are several, else over windows"
+    return Grid(f"{name}; ± is {said}.", columns, lines, max(len(kept), 1))
+
+
+def _with_error(name: str, runs: Sequence[Row]) -> str:
+    values = [r[name] for r in runs if r.get(name) is not None]
+    if not values:
+        return units.NONE
+    error = spread(runs) if name == "perplexity" else standard_error(values)
+    digits = 2 if name == "perplexity" else 3
+    mean = values[0] if len(set(values)) == 1 else fmean(values)
+    return cell(name, mean) + (units.within(error, digits) if error and name not in COSTS else "")
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean of several values."""
+    return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+
+
+def spread(runs: Sequence[Row]) -> float | None:
+    """The standard error of the mean perplexity: over runs where there are several, else over the windows of one."""
+    found = {r["run"]: r for r in runs if r.get("perplexity") is not None}.values()
+    over_runs = standard_error([r["perplexity"] for r in found])
+    return over_runs if len(found) > 1 else next((r.get("perplexity_error") for r in found), None)

@@ -184,7 +184,7 @@ def test_weights_of_few_bits_are_said_to_run_as_full_numbers(document: dict) -> 
     few = document | {"models": [document["models"][0], document["models"][1] | {"rounded": True}]}
     told = grids(few)[0]
     assert (
-        "| sliced * |" in told.markdown()
+        r"| sliced \* |" in told.markdown()
         and "| dense |" in told.markdown()
         and "few bits" in told.caption
     )

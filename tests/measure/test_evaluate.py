@@ -28,8 +28,10 @@ from invariance.measure.trust import trusting
 from invariance.model.verify import tolerance
 from invariance.recipe.evaluate import Tasks
 from invariance.recipe.recipe import parse_recipe
-from invariance.report import evaluate_words
-from invariance.report.words import NONE
+from invariance.report import evaluations
+from invariance.report.document import Measured
+from invariance.report.reading import checked
+from invariance.report.units import NONE
 
 TASKS = Path(__file__).parent / "tasks"
 VOCABULARY = 41
@@ -223,13 +225,14 @@ def test_scores_of_all_questions_at_once_differ_by_what_lies_between_them() -> N
 
     def told(after: float) -> tuple[dict[str, Any], list[str]]:
         rows = tasks.rows({"dense": found(8.0), "sliced": found(after)})
-        (grid,) = evaluate_words.tasks({"tasks": rows})
-        return rows[0]["difference"]["sliced"], list(grid.rows[0])
+        (grid,) = evaluations.tasks(checked(Measured, {"tasks": rows}, "here"))
+        scores = [row[5:] for row in grid.rows]
+        return rows[0]["difference"]["sliced"], [scores[0][0], *scores[1][:-1]]
 
     known, words = told(9.5)
     assert known == {"difference": 1.5, "standard_error": None, "p": None, "significant": None}
-    assert words[4:] == ["8.000", "9.500", "+1.500", NONE, NONE]
-    assert told(math.nan)[1][4:] == ["8.000", NONE, NONE, NONE, NONE]
+    assert words == ["8.000", "9.500", "+1.500", NONE]
+    assert told(math.nan)[1] == ["8.000", NONE, NONE, NONE]
 
 
 def test_significance_is_decided_over_all_rows() -> None:

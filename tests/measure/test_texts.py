@@ -7,8 +7,10 @@ import math
 import pytest
 
 from invariance.measure.texts import texts
-from invariance.report.text_words import texts as tables
-from invariance.report.text_words import warning
+from invariance.report.document import Texts
+from invariance.report.evaluations import texts as tables
+from invariance.report.evaluations import warning
+from invariance.report.reading import checked
 
 
 def measured(dense: float, sliced: float, recovered: float | None = None):
@@ -57,7 +59,7 @@ def test_every_side_has_its_own_numbers():
 
 
 def test_the_table_shows_each_text_and_warns_where_unseen_ones_lose_more():
-    report = {"texts": texts(FOUND, SOURCES, ["a.txt"])}
+    report = checked(Texts, texts(FOUND, SOURCES, ["a.txt"]), "here")
     (grid,) = tables(report)
     rows = {row[0]: row[1:] for row in grid.rows}
     assert rows["novel"] == ["yes", "1.100×"] and rows["code"] == ["no", "2.000×"]
@@ -65,10 +67,10 @@ def test_the_table_shows_each_text_and_warns_where_unseen_ones_lose_more():
     assert rows["worst, not calibrated on"] == ["", "2.000×"]
     assert "2.00× against 1.48×" in grid.caption and "mixture" in warning(report)
     even = {"a": measured(1, 1.2), "b": measured(1, 1.3)}
-    calm = {"texts": texts(even, [("a", ["x"]), ("b", ["y"])], ["x"])}
+    calm = checked(Texts, texts(even, [("a", ["x"]), ("b", ["y"])], ["x"]), "here")
     assert warning(calm) == "" and len(tables(calm)) == 1
 
 
 def test_one_text_or_none_makes_no_table():
-    assert tables({}) == [] and tables({"texts": {}}) == []
-    assert tables({"texts": texts({"a": measured(1, 2)}, [("a", [])], [])}) == []
+    assert tables(Texts()) == []
+    assert tables(checked(Texts, texts({"a": measured(1, 2)}, [("a", [])], []), "here")) == []

@@ -6,14 +6,18 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from folders import invoke, save_model, save_tokens
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 
 from invariance.io.models import licence, origin
 from invariance.recipe.recipe import load_recipe, parse_recipe
-from invariance.report.card import card
+from invariance.report.card import card as card_of
+from invariance.report.document import Report
+from invariance.report.reading import checked
 
 RECIPE = """\
 model: dense
@@ -37,6 +41,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         status, _, err = invoke("run", "recipe.yaml", "--output", "made", "--json")
         assert status == 0, err
         yield root
+
+
+def card(report: dict[str, Any]) -> str:
+    return card_of(checked(Report, report, "report.json"))
 
 
 def text(root: Path) -> str:
@@ -88,6 +96,33 @@ def test_a_licence_that_is_not_stated_is_not_made_up(root: Path) -> None:
     assert "no licence is stated" in card(report) and "license:" not in card(report)
 
 
+@pytest.mark.parametrize(
+    "name", ["<script>alert(1)</script>", "[a](javascript:b)", "**a** | `b` $c$ ~~d~~", "a\n# b"]
+)
+def test_whatever_a_name_holds_is_shown_as_text(root: Path, name: str) -> None:
+    report = json.loads((root / "made/report.json").read_text())
+    report["model"] |= {"name": name, "licence": f"mit ` {name}", "stock": False}
+    report["model"]["why_not_stock"] = name
+    report["perplexity"] = {name: next(iter(report["perplexity"].values()))}
+    found = MarkdownIt("commonmark").enable("table").parse(card(report).split("---\n", 2)[2])
+    inline = [t for token in found for t in (token, *(token.children or ()))]
+    kinds = {t.type for t in inline}
+    assert not kinds & {"html_block", "html_inline", "link_open", "strong_open", "em_open"}
+    shown = [t.content for t in inline if t.type in ("text", "code_inline")]
+    flat = "".join(shown)
+    assert flat.count(" ".join(name.split())) >= 4
+    heads = [t.content for n, t in enumerate(found) if n and found[n - 1].type == "heading_open"]
+    assert len(heads) == 7 and heads[-1] == "Licence"
+
+
+def test_a_recipe_cannot_leave_its_block_of_code(root: Path) -> None:
+    report = json.loads((root / "made/report.json").read_text())
+    report["recipe"] = {"model": "a\n```\n<script>\n````\n"}
+    found = MarkdownIt("commonmark").parse(card(report))
+    assert [t.info for t in found if t.type == "fence"] == ["python", "yaml"]
+    assert not [t for t in found if t.type == "html_block"]
+
+
 def test_a_sliced_model_hands_its_licence_on(root: Path) -> None:
     assert licence("made/model") == "apache-2.0"
     assert licence("packaged:smollm2-135m-instruct") == "apache-2.0"
@@ -123,5 +158,5 @@ def test_the_card_tells_the_base_model_that_was_known_when_it_was_loaded(
 def test_the_folder_says_where_to_read_on(root: Path) -> None:
     said = (root / "made/README.md").read_text()
     assert "(model/README.md)" in said
-    files = {path.name for path in (root / "made").iterdir()} - {"README.md"}
+    files = {path.name for path in (root / "made").iterdir()} - {"README.md", "manifest.json"}
     assert {name.rstrip("/") for name in re.findall(r"^\| `(.*?)`", said, re.MULTILINE)} == files

@@ -33,6 +33,8 @@ from invariance.measure import evaluate
 from invariance.method.interfaces import find
 from invariance.model.verify import relative_error, tolerance
 from invariance.recipe.recipe import Recipe, load_recipe
+from invariance.report.document import Report
+from invariance.report.reading import checked
 from invariance.study import job as study_job
 from invariance.study import log as study_log
 from invariance.study import table as study_table
@@ -214,7 +216,7 @@ def test_processes_of_their_own_give_the_numbers_of_this_one(
     assert answers.keys() == rows.keys()
     for run, answer in answers.items():
         assert answer.report is not None, answer.reason
-        found = study_table.row(run, {}, answer.report, study_table.DONE)
+        found = study_table.row(run, {}, checked(Report, answer.report, run), study_table.DONE)
         assert [found[k] for k in FACTS] == [rows[run][k] for k in FACTS]
 
 
@@ -274,6 +276,18 @@ def test_ctrl_c_keeps_what_is_done_and_writes_the_results(
     with (root / "stopped" / "results.csv").open() as file:
         assert [r["status"] for r in csv.DictReader(file)].count("done") == 2
     assert (root / "stopped" / "study.html").is_file()
+
+
+def test_figures_and_a_table_for_papers_lie_in_the_folder(root: Path, done: Any) -> None:
+    rows = done[0]
+    names = {path.name for path in (root / "first" / "figures").iterdir()}
+    assert {"front.svg", "front.pdf"} <= names and len(names) % 2 == 0
+    status, _, err = invoke("ablate", write(root, STUDY), "--output", root / "first", "--latex")
+    assert status == 0, err
+    text = (root / "first" / "results.tex").read_text()
+    lines = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(lines) == 1 + len(rows) and lines[1].count(r"$\pm$") == 1
+    assert f"{rows[0]['perplexity']:.2f} $" in lines[1]
 
 
 def test_a_folder_that_is_no_studys_is_left_alone(root: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ import pytest
 from folders import invoke
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
+from rich.console import Console
 from transformers import AutoConfig
 
 from invariance.compress.setting import Setting
@@ -19,7 +24,7 @@ from invariance.study.factors import short
 from invariance.study.job import key
 from invariance.study.plan import REPORT_BYTES, Planner, _own, outlook
 from invariance.study.study import Study, Variant, load_study
-from invariance.study.table import arrow, cost_axes, front
+from invariance.study.table import arrow, cost_axes, front, latex, terminal, write
 
 STUDIES = sorted((Path(__file__).parents[2] / "recipes" / "ablations").glob("*.yaml"))
 BASE = """\
@@ -333,6 +338,38 @@ def test_the_front_is_what_no_run_beats(values: list[tuple[int, int]]) -> None:
 def test_columns_of_several_kinds_become_words_and_none_stays_none() -> None:
     table = arrow([{"a": 1, "b": 1, "c": None}, {"a": "x", "b": 0.5}])
     assert table.to_pydict() == {"a": ["1", "x"], "b": [1.0, 0.5], "c": [None, None]}
+
+
+def test_formulas_among_labels_are_text_in_a_spreadsheet(tmp_path: Path) -> None:
+    labels = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(1)", "\t=1", "-0.5", "pca", "a=b"]
+    write(tmp_path, [{"=x": label, "n": -1.5} for label in labels])
+    with (tmp_path / "results.csv").open(newline="") as file:
+        head, *rows = csv.reader(file)
+    assert head == ["'=x", "n"] and {row[1] for row in rows} == {"-1.5"}
+    assert [row[0] for row in rows] == [f"'{x}" for x in labels[:5]] + labels[5:]
+    assert parquet.read_table(tmp_path / "results.parquet")["=x"].to_pylist() == labels
+
+
+def test_seeds_are_one_line_of_a_table_for_papers() -> None:
+    row = {"status": "done", "parameters": 100, "perplexity_error": 0.5, "run": "a"}
+    seeds = enumerate((9.0, 10.0, 11.0))
+    found = [row | {"rotate": "pca", "seed": n, "perplexity": p, "run": str(n)} for n, p in seeds]
+    found.append(row | {"rotate": "none", "seed": 0, "perplexity": 20.0, "run": "b"})
+    found.append({"status": "failed", "rotate": "lost", "seed": 0, "run": "c"})
+    grid = latex("s", {"rotate": "rotate", "seed": "seed"}, found)
+    assert list(grid.columns) == ["rotate", "parameters", "perplexity"]
+    assert grid.rows == [["pca", "100", "10.00 ± 0.58"], ["none", "100", "20.00 ± 0.50"]]
+
+
+def test_no_label_is_cut_off_on_a_narrow_terminal() -> None:
+    name = "mixed_energy_of_everything_that_there_is_under_the_sun"
+    row = {"run": "a", "status": "done", "parameters": 10**9, "perplexity": 12.5, "seconds": 3.0}
+    console = Console(width=60, file=io.StringIO())
+    console.print(terminal("s", {"rotate": "rotate"}, [row | {"rotate": name}]))
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in said and "12.50" in said
+    column = re.sub(r"[\W\d_]", "", "".join(line[2:34] for line in said.splitlines()))
+    assert name.replace("_", "") in column
 
 
 def test_the_costs_that_are_drawn_tell_runs_apart() -> None:
