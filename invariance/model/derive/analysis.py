@@ -220,15 +220,11 @@ class Analysis:
         alike = Mark.NO_MIX | Mark.FROZEN | Mark.SELF | Mark.ONES
         out = []
         for a, b in partner.items():
-            free = not {a, b} & clash and not (self.marks[a] | self.marks[b]) & alike
-            if (
-                free
-                and self.company(a) == self.company(b)
-                and self.one_scale(a)
-                and self.one_scale(b)
-            ):
-                if a in self.places:
-                    out.append(self.block(Kind.C, (a, b), self.where((a, b))))
+            free = a in self.places and not {a, b} & clash
+            free = free and not (self.marks[a] | self.marks[b]) & alike
+            free = free and self.company(a) == self.company(b)
+            if free and self.one_scale(a) and self.one_scale(b):
+                out.append(self.block(Kind.C, (a, b), self.where((a, b))))
         return out
 
     def company(self, c: int) -> tuple[frozenset[int], frozenset[tuple]]:

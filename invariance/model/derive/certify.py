@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -182,7 +182,7 @@ class Trial:
                 break
         return most
 
-    def _half(self, element: Element, keep) -> float:
+    def _half(self, element: Element, keep: Callable[[Step], bool]) -> float:
         changed = copy.deepcopy(self.model)
         weights = dict(changed.named_parameters())
         fold(weights, self.derived)

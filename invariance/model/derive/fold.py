@@ -23,7 +23,7 @@ def fold(weights: Mapping[str, Tensor], derived: Derived) -> int:
         for name, offset in derived.gains.items()
         if name not in derived.unfolded
     }
-    for (name, dim), field in derived.axes.items():
+    for (name, _), field in derived.axes.items():
         ids = unique(field)
         factors = torch.ones(len(ids), dtype=torch.float64)
         for i, a in enumerate(ids.tolist()):

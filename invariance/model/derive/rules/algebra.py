@@ -181,9 +181,9 @@ def link(r: Record, coarse: Tensor, fine: Tensor) -> None:
     nodes, counts = torch.unique_consecutive(c[order], return_counts=True)
     for node, below in zip(nodes.tolist(), torch.split(f[order], counts.tolist()), strict=True):
         if node >= 0:
-            below = list(dict.fromkeys(a for a in below.tolist() if a >= 0))
-            r.ids.link(node, below)
-            r.ids.seen(torch.tensor(below))
+            ids = list(dict.fromkeys(a for a in below.tolist() if a >= 0))
+            r.ids.link(node, ids)
+            r.ids.seen(torch.tensor(ids))
 
 
 def fibres(r: Record, field: Tensor, dims: Sequence[int]) -> None:

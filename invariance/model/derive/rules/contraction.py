@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..arrays import uniform, unique_list, varies
@@ -108,19 +107,20 @@ def beside(r: Record, f: Tensor, other: tuple[Tensor, Label | None]) -> None:
 def dual(r: Record, one: tuple[Tensor, Label], two: tuple[Tensor, Label]) -> list[Side]:
     """Σ_k x_k y_k: what changes x by A changes y by the inverse of Aᵀ."""
     ids, ((f, lx), (g, ly)) = r.ids, (one, two)
-    for p, reader in ((f, ly), (g, lx)):
-        waits = any(a in r.gains for a in unique_list(p))
-        if waits and (reader.parameter is None or reader.parameter[1] != 0):
-            release(r, p)
+    for own, other in ((f, ly), (g, lx)):
+        waits = any(a in r.gains for a in unique_list(own))
+        if waits and (other.parameter is None or other.parameter[1] != 0):
+            release(r, own)
     rows = f if 1 in varies(f) else f.narrow(1, 0, 1)
     columns = g if 2 in varies(g) else g.narrow(2, 0, 1)
     wide = columns.unsqueeze(1).expand(columns.shape[0], rows.shape[1], *columns.shape[1:])
     pairs = ids.pairs(rows.unsqueeze(3), wide)
     ids.met(pairs)
     for a, b in pairs:
-        for p, q in ((a, b), (b, a)):
-            if p in r.gains:
-                r.folds[q] = Fold(r.gains[p].name, r.gains[p].index, 1)
+        for gained, reader in ((a, b), (b, a)):
+            if gained in r.gains:
+                gain = r.gains[gained]
+                r.folds[reader] = Fold(gain.name, gain.index, 1)
         r.readers |= {a, b}
         ids.relate(a, b, -1)
     fibres(r, f, (2,))

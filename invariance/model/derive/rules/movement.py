@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,9 +77,9 @@ def alone(r: Record, f: Tensor) -> None:
 def stack_of_vectors(r: Record, call: Call, label: Label) -> None:
     """A matrix that is taken row by row is a stack of vectors: the pass is traced again with that known."""
     x = call.args[0]
-    if call.op in ("select", "unbind") and label.parameter is not None and id(x) in r.names:
-        if x.dim() == 2 and len(label.fields) == 2:
-            r.found_stacks.add(label.parameter[0])
+    whole = id(x) in r.names and x.dim() == len(label.fields) == 2
+    if whole and call.op in ("select", "unbind") and label.parameter is not None:
+        r.found_stacks.add(label.parameter[0])
 
 
 def flattened(r: Record, fields: list[Tensor]) -> list[Tensor]:

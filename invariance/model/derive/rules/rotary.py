@@ -26,10 +26,9 @@ Turns = list[
 
 def rotary(r: Record, lx: Label, ly: Label) -> tuple[Tensor, Tensor] | None:
     """The fields of queries and keys before they were turned; None where the pattern is not understood."""
-    turns = turns_of(lx, 2), turns_of(ly, 1)
-    if turns[0] is None or turns[1] is None or len(turns[0]) != len(turns[1]):
+    queries, keys = turns_of(lx, 2), turns_of(ly, 1)
+    if queries is None or keys is None or len(queries) != len(keys):
         return None
-    queries, keys = turns
     if not all(alike(a, b) for (_, a), (_, b) in zip(queries, keys, strict=True)):
         return None
     met = [
