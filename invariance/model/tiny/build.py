@@ -27,7 +27,7 @@ class Tiny:
     config: PretrainedConfig
     vocabulary: int
 
-    def tokens(self, sequences: int = 2, length: int = 12, seed: int = 1) -> dict[str, Any]:
+    def tokens(self, sequences: int = 4, length: int = 12, seed: int = 1) -> dict[str, Any]:
         """An example of inputs: random tokens, none of them special."""
         generator = torch.Generator().manual_seed(seed)
         ids = torch.randint(3, self.vocabulary, (sequences, length), generator=generator)
@@ -43,7 +43,9 @@ def tiny(kind: str, seed: int = 0) -> Tiny:
         except Exception as error:
             complaints.append(f"{type(error).__name__}: {error}")
     told = "; ".join(dict.fromkeys(" ".join(c.split())[:120] for c in complaints[:4]))
-    raise InputError(f"{kind}: its default config cannot be made small ({told}). Give a config of your own")
+    raise InputError(
+        f"{kind}: its default config cannot be made small ({told}). Give a config of your own"
+    )
 
 
 def attempts(kind: str, complaints: list[str]) -> Iterator[Values]:
@@ -56,7 +58,7 @@ def attempts(kind: str, complaints: list[str]) -> Iterator[Values]:
             break
         except Exception as error:
             complaints.append(f"{type(error).__name__}: {error}")
-            answer = repaired(start, str(error))
+            answer = repaired(start, str(error), {})
             if answer is None:
                 return
             start = answer
@@ -67,7 +69,9 @@ def attempts(kind: str, complaints: list[str]) -> Iterator[Values]:
         for _ in range(REPAIRS):
             before = len(complaints)
             yield values
-            answer = repaired(values, complaints[-1]) if len(complaints) > before else None
+            answer = (
+                repaired(values, complaints[-1], defaults) if len(complaints) > before else None
+            )
             if answer is None:
                 break
             values = answer
@@ -76,10 +80,11 @@ def attempts(kind: str, complaints: list[str]) -> Iterator[Values]:
 def built(config: PretrainedConfig, seed: int) -> Tiny:
     """The causal model of a config, with random weights, once it has run."""
     torch.manual_seed(seed)
-    config = own_config(config)
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    config = own_config(config, kind.config_class)
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
-    model = from_config(config)
+    model = from_config(config, kind)
     count = sum(p.numel() for p in model.parameters())
     if count > LARGEST:
         raise ValueError(f"{count} parameters, more than {LARGEST}")
@@ -87,7 +92,11 @@ def built(config: PretrainedConfig, seed: int) -> Tiny:
     untie(model)
     random_weights(model, seed)
     table = model.get_input_embeddings()
-    rows = table.weight.shape[0] if isinstance(table, nn.Embedding) else config.get_text_config().vocab_size
+    rows = (
+        table.weight.shape[0]
+        if isinstance(table, nn.Embedding)
+        else config.get_text_config().vocab_size
+    )
     made = Tiny(model, config, min(60, rows))
     from ..derive.certify import outputs
 
@@ -96,18 +105,20 @@ def built(config: PretrainedConfig, seed: int) -> Tiny:
     return made
 
 
-def own_config(config: PretrainedConfig) -> PretrainedConfig:
+def own_config(config: PretrainedConfig, wanted: type | None) -> PretrainedConfig:
     """The part of a config that the causal model of its type is made of."""
-    wanted = AutoModelForCausalLM._model_mapping[type(config)].config_class
     if wanted is None or isinstance(config, wanted):
         return config
     return next((v for v in vars(config).values() if isinstance(v, wanted)), config)
 
 
-def from_config(config: PretrainedConfig) -> nn.Module:
+def from_config(config: PretrainedConfig, kind: Any) -> nn.Module:
     """With plain attention and experts one by one, where the type has them."""
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
-    for options in ({"attn_implementation": "eager", "experts_implementation": "eager"}, {"attn_implementation": "eager"}, {}):
+    for options in (
+        {"attn_implementation": "eager", "experts_implementation": "eager"},
+        {"attn_implementation": "eager"},
+        {},
+    ):
         try:
             return kind._from_config(config, **options)
         except (ValueError, TypeError) as error:
@@ -118,7 +129,11 @@ def from_config(config: PretrainedConfig) -> nn.Module:
 def untie(model: nn.Module) -> bool:
     """Gives a head that shares its weight with the table of tokens a copy of its own. Whether there was one."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if table is None or head is None or getattr(head, "weight", None) is not getattr(table, "weight", 0):
+    if (
+        table is None
+        or head is None
+        or getattr(head, "weight", None) is not getattr(table, "weight", 0)
+    ):
         return False
     head.weight = nn.Parameter(table.weight.detach().clone(), requires_grad=False)
     return True
@@ -128,7 +143,9 @@ def random_weights(model: nn.Module, seed: int) -> None:
     """Every weight is random and none is zero: gains, biases, and buffers that are stored and zero."""
     generator = torch.Generator().manual_seed(seed)
     for p in model.state_dict(keep_vars=True).values():
-        if not p.is_floating_point() or not (isinstance(p, nn.Parameter) or not bool((p != 0).any())):
+        if not p.is_floating_point() or not (
+            isinstance(p, nn.Parameter) or not bool((p != 0).any())
+        ):
             continue
         fan = max(1, p.shape[-1] if p.dim() > 1 else 4)
         noise = torch.randn(p.shape, generator=generator, dtype=torch.float64) / fan**0.5

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .sizes import HEAD, VOCABULARY, Scale, is_layers, is_number, is_token
+from .sizes import CLIP, HEAD, VOCABULARY, Scale, is_layers, is_number, is_token
 
 Values = dict[str, Any]
 
@@ -26,8 +26,10 @@ def small_values(defaults: Mapping[str, Any]) -> Values:
     for key, v in defaults.items():
         if key.startswith("_") or key in ("id2label", "label2id", "torch_dtype", "dtype"):
             continue
-        if key in lists:
-            out[key] = [v[i] for i in chosen]
+        if key == "clip_qkv":
+            out[key] = CLIP
+        elif key in lists:
+            out[key] = [scale.small(key, n) if is_number(n) else n for n in (v[i] for i in chosen)]
         elif key == "per_layer_config" and isinstance(v, Mapping):
             out[key] = layers_apart(v, chosen, scale)
         elif isinstance(v, Mapping):
@@ -35,7 +37,7 @@ def small_values(defaults: Mapping[str, Any]) -> Values:
             if inner:
                 out[key] = {**v, **inner} if not key.endswith("config") else keep_type(v, inner)
         elif is_number(v):
-            out[key] = small_number(key, v, scale, len(chosen))
+            out[key] = small_number(key, v, scale, (layers or 0, len(chosen)))
         elif isinstance(v, Sequence) and not isinstance(v, str):
             out[key] = small_list(key, v, scale, len(chosen))
     return {k: v for k, v in out.items() if v != defaults.get(k)}
@@ -45,9 +47,12 @@ def keep_type(v: Mapping[str, Any], inner: Values) -> Values:
     return {**inner, **({"model_type": v["model_type"]} if v.get("model_type") else {})}
 
 
-def small_number(key: str, v: int, scale: Scale, layers: int) -> int:
+def small_number(key: str, v: int, scale: Scale, layers: tuple[int, int]) -> int:
+    """layers: how many there are by default, and how many are kept."""
     if is_layers(key):
-        return layers
+        return layers[1]
+    if "shared_layers" in key:
+        return layers[1] if v == layers[0] else 0
     if is_token(key):
         return v if v < 3 else min(v, VOCABULARY - 1)
     return scale.small(key, v)
@@ -129,11 +134,18 @@ def small_list(key: str, v: Sequence[Any], scale: Scale, layers: int) -> Any:
         if product(v) == scale.defaults.get("max_position_embeddings"):
             return type(v)([8] * len(v))
         return type(v)(scale.small(key, n) for n in v)
-    if v and all(isinstance(e, (list, tuple)) and len(e) == 2 and is_number(e[1]) for e in v):
+    if v and all(is_repeated(e) for e in v):
         return [[e[0], max(1, layers // len(e[0]))] for e in v]
     if v and all(isinstance(e, str) for e in v) and len(v) > 4:
         return list(dict.fromkeys(v))
     return v
+
+
+def is_repeated(e: Any) -> bool:
+    """Whether an entry is [kinds of layers, how often]."""
+    return (
+        isinstance(e, (list, tuple)) and len(e) == 2 and isinstance(e[0], list) and is_number(e[1])
+    )
 
 
 def parts(v: Sequence[int], whole: int) -> Any:

@@ -11,20 +11,27 @@ from dataclasses import dataclass
 from typing import Any
 
 VOCABULARY, WIDTH, HEADS, HEAD, ROTARY, LENGTH = 67, 32, 4, 8, 4, 64
+CLIP = 0.5  # queries, keys and values are clipped where a type can clip them, so that certificates reach the clip
 
 _WIDTH = re.compile(
     r"^(hidden_size|d_model|n_embd|n_embed|dim|embed_dim|embedding_size|hidden_dim|emb_dim|model_dim"
     r"|decoder_hidden_size)$"
 )
-_HEADS = re.compile(r"^((num_attention|n|num|(en|de)coder_attention|num_(en|de)coder_attention)_heads?|n_head)$")
-_KV_HEADS = re.compile(r"num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|kv_n_heads|_kv_heads")
-_TOKEN = re.compile(r"_token_(id|index)$|_token$")
+_HEADS = re.compile(
+    r"^((num_attention|n|num|(en|de)coder_attention|num_(en|de)coder_attention)_heads?|n_head)$"
+)
+_KV_HEADS = re.compile(
+    r"num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|kv_n_heads|_kv_heads"
+)
+_TOKEN = re.compile(r"_token_(id|index)s?$")
 
 _SMALL: tuple[tuple[str, int], ...] = (
-    (r"vocab_size|^vocab", VOCABULARY),
-    (r"shared_layers", 0),
+    (r"vocab_size|^vocab|_vocab$", VOCABULARY),
     (r"(moe|expert|shared_expert)_intermediate|expert_ffn|moe_ffn|ffn_hidden_size_moe", 24),
-    (r"intermediate|ffn_dim|d_ff|inner_dim|n_inner|ffn_hidden|mlp_hidden|dim_ff|feed_forward|d_inner", 40),
+    (
+        r"intermediate|ffn_dim|d_ff|inner_dim|n_inner|ffn_hidden|mlp_hidden|dim_ff|feed_forward|d_inner",
+        40,
+    ),
     (r"nope_head_dim", HEAD),
     (r"rope_head_dim|rotary_dim|rotary_emb_dim", ROTARY),
     (r"qk_head_dim", HEAD + ROTARY),
@@ -51,7 +58,9 @@ _SMALL: tuple[tuple[str, int], ...] = (
 
 def is_layers(key: str) -> bool:
     """Whether a key counts a stack's layers."""
-    return bool(re.search(r"^(num_hidden_layers|n_layers?|num_layers|num_blocks|depth)$|coder_layers$", key))
+    return bool(
+        re.search(r"^(num_hidden_layers|n_layers?|num_layers|num_blocks|depth)$|coder_layers$", key)
+    )
 
 
 def is_token(key: str) -> bool:
@@ -97,6 +106,8 @@ class Scale:
             return ROTARY
         if is_number(rope) and is_number(nope) and v == rope + nope:
             return HEAD + ROTARY
+        if is_number(nope) and v == 2 * nope:
+            return 2 * HEAD
         if self.width and self.heads and v * self.heads == 2 * self.width:
             return 2 * HEAD
         return None
