@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from .analysis import Derived
-from .block import Block, Kind
+from .block import Axis, Block, Kind
 from .elements import Element, draw
 from .fold import fold
 from .precision import Double, double
+from .record import weights_of
 from .trace import Example, forward
 from .turn import Plan, Step, turn
 
@@ -162,37 +163,40 @@ class Trial:
         out = {}
         for probe, reference in zip(self.probes, self.references, strict=True):
             changed = louder(self.model, probe.loud)
-            weights = dict(changed.named_parameters())
+            weights = weights_of(changed)
             fold(weights, self.derived)
             turn(weights, self.plan, element)
             out[probe.name] = distance(reference, outputs(changed, probe.example))
         return out
 
     def control(self, blocks: Sequence[Block]) -> float:
-        """The error when a space is changed along one axis only, the first that shows anything."""
+        """The error when a space is changed along one axis only, the first that shows anything on any probe."""
         element, chosen = self.element(blocks, False), set(blocks)
-        sides = {(s.axis, s.variance): None for s in self.plan.steps if s.block in chosen}
+        sides = dict.fromkeys((s.axis, s.variance) for s in self.plan.steps if s.block in chosen)
         most = 0.0
-        for axis, variance in sides:
-            moved = self._half(
-                element, lambda s, a=axis, v=variance: (s.axis, s.variance) == (a, v)
-            )
-            most = max(most, moved)
-            if most > CONTROL:
-                break
+        for n, (axis, variance) in enumerate(sides):
+            for k in range(len(self.probes) if n < 2 else 1):
+                most = max(most, self._half(element, axis, variance, k))
+                if most > CONTROL:
+                    return most
         return most
 
-    def _half(self, element: Element, keep: Callable[[Step], bool]) -> float:
-        changed = copy.deepcopy(self.model)
-        weights = dict(changed.named_parameters())
+    def _half(self, element: Element, axis: Axis, variance: int, probe: int) -> float:
+        """The error of a change of one axis, and of one variance where that carries both."""
+
+        def keep(step: Step) -> bool:
+            return step.axis == axis and step.variance == variance
+
+        changed = louder(self.model, self.probes[probe].loud)
+        weights = weights_of(changed)
         fold(weights, self.derived)
         turn(weights, self.plan, element, keep)
-        return distance(self.references[0], outputs(changed, self.probes[0].example))
+        return distance(self.references[probe], outputs(changed, self.probes[probe].example))
 
     def scale_control(self) -> float:
         """The error when writers are scaled and readers are not."""
         changed = copy.deepcopy(self.model)
-        weights = dict(changed.named_parameters())
+        weights = weights_of(changed)
         fold(weights, self.derived)
         element = self.element((), True)
         turn(weights, self.plan, element, scale=lambda a: a not in self.derived.readers)

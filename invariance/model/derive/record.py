@@ -42,6 +42,15 @@ class Router:
     after: int
 
 
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint stores: parameters, and buffers such as a router's corrections; shared ones by their first name."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, t in model.state_dict(keep_vars=True).items():
+        if t.is_floating_point():
+            found.setdefault(id(t), (name, t))
+    return dict(found.values())
+
+
 class Record:
     """Labels of tensors, and what is known of the weights behind them."""
 
@@ -49,11 +58,14 @@ class Record:
         self.ids = Ids()
         self.stacks = frozenset(stacks)  # matrices that are taken row by row: stacks of vectors
         self.found_stacks: set[str] = set()
-        self.names = {id(p): n for n, p in model.named_parameters()}
+        self.names = {id(t): name for name, t in weights_of(model).items()}
         self.weights: dict[str, Label] = {}
         self.gains: dict[int, Gain] = {}  # id of a coordinate that waits for its gain to be folded
         self.broken: set[str] = set()  # gains that something else than a linear reader sees
         self.folds: dict[int, Fold] = {}  # id of a reader's or bias's coordinate
+        self.reads: dict[
+            int, Fold | None
+        ] = {}  # id -> the gain behind which it was used, None for none
         self.turned: dict[tuple[int, int], None] = {}  # pairs that rotary positions turn together
         self.readers: set[int] = (
             set()
@@ -114,6 +126,17 @@ class Record:
             return
         kept = tuple(f for f in fields if varies(f))
         self.put(t, Label(kept, terms, squared, parameter) if kept else None)
+
+    # ---- gains
+
+    def use(self, a: int, fold: Fold | None) -> None:
+        """A weight's id is used behind a gain, or without one; a gain that only some uses see cannot move into it."""
+        if a in self.reads and self.reads[a] != fold:
+            self.broken |= {f.name for f in (self.reads[a], fold) if f is not None}
+        elif a not in self.reads:
+            self.reads[a] = fold
+            if fold is not None:
+                self.folds[a] = fold
 
     # ---- weights
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .arrays import unique_list
 from .ids import Mark
 from .precision import double, in_double
-from .record import Record
+from .record import Record, weights_of
 from .rules.algebra import freeze
 from .rules.call import Call
 from .rules.table import BLANKS, RULES
@@ -136,7 +136,9 @@ def unseen(model: nn.Module, r: Record) -> tuple[str, ...]:
     """Weights that no op used, or some of whose coordinates none saw (an expert that no token reached)."""
     used = {a for s in r.ids.sets.values() for a in s.tolist()}
     out = []
-    for name, _ in model.named_parameters():
+    for name, weight in weights_of(model).items():
+        if not isinstance(weight, nn.Parameter):
+            continue
         label = r.weights.get(name)
         if label is None:
             out.append(name)

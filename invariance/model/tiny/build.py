@@ -80,11 +80,11 @@ def attempts(kind: str, complaints: list[str]) -> Iterator[Values]:
 def built(config: PretrainedConfig, seed: int) -> Tiny:
     """The causal model of a config, with random weights, once it has run."""
     torch.manual_seed(seed)
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    kind: Any = AutoModelForCausalLM._model_mapping[type(config)]
     config = own_config(config, kind.config_class)
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True
-    model = from_config(config, kind)
+    model: Any = from_config(config, kind)
     count = sum(p.numel() for p in model.parameters())
     if count > LARGEST:
         raise ValueError(f"{count} parameters, more than {LARGEST}")
@@ -105,7 +105,7 @@ def built(config: PretrainedConfig, seed: int) -> Tiny:
     return made
 
 
-def own_config(config: PretrainedConfig, wanted: type | None) -> PretrainedConfig:
+def own_config(config: PretrainedConfig, wanted: Any) -> PretrainedConfig:
     """The part of a config that the causal model of its type is made of."""
     if wanted is None or isinstance(config, wanted):
         return config
@@ -126,7 +126,7 @@ def from_config(config: PretrainedConfig, kind: Any) -> nn.Module:
     raise last
 
 
-def untie(model: nn.Module) -> bool:
+def untie(model: Any) -> bool:
     """Gives a head that shares its weight with the table of tokens a copy of its own. Whether there was one."""
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if (

@@ -112,7 +112,7 @@ def doubled(values: Values) -> Values:
     """Every layer twice: some types want two of a kind."""
     n = values.get("num_hidden_layers")
     lists = {k: v * 2 for k, v in values.items() if isinstance(v, list) and len(v) == n}
-    return {**values, **lists, **({"num_hidden_layers": 2 * n} if lists and is_number(n) else {})}
+    return {**values, **lists, "num_hidden_layers": 2 * int(n)} if n and lists else values
 
 
 def unset_values(defaults: Mapping[str, Any]) -> Values:

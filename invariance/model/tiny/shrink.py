@@ -130,10 +130,10 @@ def small_list(key: str, v: Sequence[Any], scale: Scale, layers: int) -> Any:
             return parts(v, scale.small("hidden_size", scale.width))
         if any(w in key for w in ("layer", "indices", "indexes")):
             kept = [i for i in v if i < layers]
-            return type(v)(kept or [layers - 1])
+            return like(v, kept or [layers - 1])
         if product(v) == scale.defaults.get("max_position_embeddings"):
-            return type(v)([8] * len(v))
-        return type(v)(scale.small(key, n) for n in v)
+            return like(v, [8] * len(v))
+        return like(v, [scale.small(key, n) for n in v])
     if v and all(is_repeated(e) for e in v):
         return [[e[0], max(1, layers // len(e[0]))] for e in v]
     if v and all(isinstance(e, str) for e in v) and len(v) > 4:
@@ -152,7 +152,11 @@ def parts(v: Sequence[int], whole: int) -> Any:
     """Numbers in the proportions of ``v`` that add up to ``whole``."""
     out = [max(1, n * whole // sum(v)) for n in v]
     out[out.index(max(out))] += whole - sum(out)
-    return type(v)(out)
+    return like(v, out)
+
+
+def like(v: Sequence[int], out: list[int]) -> Sequence[int]:
+    return tuple(out) if isinstance(v, tuple) else out
 
 
 def product(v: Sequence[int]) -> int:

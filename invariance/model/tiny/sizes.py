@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 VOCABULARY, WIDTH, HEADS, HEAD, ROTARY, LENGTH = 67, 32, 4, 8, 4, 64
 CLIP = 0.5  # queries, keys and values are clipped where a type can clip them, so that certificates reach the clip
@@ -122,5 +122,5 @@ class Scale:
         return None
 
 
-def is_number(v: Any) -> bool:
+def is_number(v: Any) -> TypeGuard[int]:
     return isinstance(v, int) and not isinstance(v, bool)

@@ -134,8 +134,8 @@ def add_pair(r: Record, f: Tensor, g: Tensor, parameter: tuple[str, float] | Non
         waits = any(a in r.gains for a in unique_list(f))
         if waits and parameter is not None and parameter[1] == 0:
             for a, b in ids.pairs(f, g):
-                if a in r.gains:
-                    r.folds[b] = Fold(r.gains[a].name, r.gains[a].index, -1)
+                gain = r.gains.get(a)
+                r.use(b, None if gain is None else Fold(gain.name, gain.index, -1))
         else:
             if waits:
                 release(r, f)

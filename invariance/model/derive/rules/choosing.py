@@ -24,6 +24,8 @@ def embedding(r: Record, call: Call) -> None:
             r.ids.freeze(f)
         elif along:
             fields.append(f[0].expand(call.out.shape))
+            for a in unique_list(f):
+                r.use(a, None)
     r.set(call.out, fields)
 
 

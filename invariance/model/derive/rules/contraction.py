@@ -118,9 +118,8 @@ def dual(r: Record, one: tuple[Tensor, Label], two: tuple[Tensor, Label]) -> lis
     ids.met(pairs)
     for a, b in pairs:
         for gained, reader in ((a, b), (b, a)):
-            if gained in r.gains:
-                gain = r.gains[gained]
-                r.folds[reader] = Fold(gain.name, gain.index, 1)
+            gain = r.gains.get(gained)
+            r.use(reader, None if gain is None else Fold(gain.name, gain.index, 1))
         r.readers |= {a, b}
         ids.relate(a, b, -1)
     fibres(r, f, (2,))

@@ -262,10 +262,9 @@ def write_constant(r: Record, call: Call, target: Label, source: Any) -> None:
 
 def write_rows(r: Record, call: Call, f: Tensor, label: Label) -> bool:
     """Which rows are written is data, so the type is the same along them. True where that says all."""
-    if "index_put" in call.op:
-        dims = [k for k, i in enumerate(call.args[1]) if i is not None]
-    else:
-        dims = [call.args[1] % f.dim()]
+    by_index = call.args[1] if "index_put" in call.op else None
+    dims = [call.args[1] % f.dim()] if by_index is None else []
+    dims += [k for k, i in enumerate(by_index or ()) if i is not None]
     for d in dims:
         if not any(d in varies(g) for g in label.fields if g.dim() == f.dim()):
             r.ids.same(f.narrow(d, 0, 1), f)
