@@ -55,6 +55,7 @@ class Ids:
         self.frozen_by: dict[str, int] = {}  # op -> how many ids it froze
         self.op = ""
         self._nodes: dict[tuple[int, ...], int] = {}
+        self._met: set[bytes] = set()
         self._colour = 0
 
     def new(self, shape: Iterable[int]) -> Tensor:
@@ -196,7 +197,11 @@ class Ids:
     def met(self, pairs: Iterable[tuple[int, int]]) -> None:
         p = np.asarray(list(pairs), np.int64).reshape(-1, 2)
         p = p[(p >= 0).all(1)]
-        if len(p):
+        key = hashlib.md5(self.op.encode() + p.tobytes()).digest()
+        if (
+            len(p) and key not in self._met
+        ):  # another pass over another expert says nothing new of this one
+            self._met.add(key)
             self.meetings.append((self.op, p))
 
     def node(self, fibre: Iterable[int]) -> int:

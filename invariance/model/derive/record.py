@@ -75,6 +75,7 @@ class Record:
         self.origin: dict[
             int, list[tuple[int, float]]
         ] = {}  # id in a blank tensor -> what was written there
+        self._products: dict[tuple, int] = {}
         self._labels: Any = WeakTensorKeyDictionary()
 
     # ---- labels of tensors
@@ -126,6 +127,18 @@ class Record:
             return
         kept = tuple(f for f in fields if varies(f))
         self.put(t, Label(kept, terms, squared, parameter) if kept else None)
+
+    # ---- products
+
+    def coin(self, keys: Iterable[tuple]) -> tuple[Tensor, list[bool]]:
+        """The id of each product, by what was multiplied, and whether it is new: a product met again is the same."""
+        out, new = [], []
+        for key in keys:
+            new.append(key not in self._products)
+            if new[-1]:
+                self._products[key] = int(self.ids.new((1,)))
+            out.append(self._products[key])
+        return torch.tensor(out, dtype=torch.int64), new
 
     # ---- gains
 

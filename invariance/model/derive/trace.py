@@ -91,26 +91,35 @@ def forward(model: nn.Module, example: Example) -> list[Tensor]:
 
 
 def trace(model: nn.Module, examples: Sequence[Example], refill: Refill | None = None) -> Record:
-    """The record of one pass; of more, with other weights, only while weights are left that no token reached.
+    """The record of the first pass that reached all weights; where none does, of all passes together.
 
-    Where matrices turn out to be stacks of vectors, all is traced again with that known.
+    Passes after the first run on other weights, which send tokens elsewhere; the structure is the same. Where matrices
+    turn out to be stacks of vectors, all is traced again with that known.
     """
     stacks: frozenset[str] = frozenset()
     while True:
-        r = Record(model, stacks)
-        for seed, example in enumerate(examples):
-            traced_pass(model, r, example, seed, refill)
-            if not unseen(model, r) or r.found_stacks - stacks:
+        found: set[str] = set()
+        before: tuple[str, ...] = ()
+        alone = ([(seed, example)] for seed, example in enumerate(examples))
+        for passes in (*alone, list(enumerate(examples))):
+            r = Record(model, stacks)
+            for seed, example in passes:
+                traced_pass(model, r, example, seed, refill)
+            found |= r.found_stacks
+            left = unseen(model, r)
+            if found - stacks or not left or not r.routers:
                 break
-        if r.found_stacks <= stacks:
+            if left == before and not any(name in r.weights for name in left):
+                break  # what no pass reaches is no expert
+            before = left
+        if found <= stacks:
             return r
-        stacks |= r.found_stacks
+        stacks |= found
 
 
 def traced_pass(
     model: nn.Module, r: Record, example: Example, seed: int, refill: Refill | None
 ) -> None:
-    """Passes after the first run on other weights, which send tokens elsewhere; the structure is the same."""
     kept = [p.detach().clone() for p in model.parameters()] if seed and refill is None else None
     if seed:
         (refill or random_weights)(model, seed)

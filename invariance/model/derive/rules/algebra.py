@@ -114,13 +114,14 @@ def product(r: Record, factors: Iterable[tuple[Tensor, int]]) -> Tensor:
     if not live:
         return small[0][0].expand(shape)
     rows, inverse = unique_rows(torch.stack([f.reshape(-1) for f, _ in small], 1))
-    new = ids.new((len(rows),))
+    powers = tuple(e for _, e in small)
+    new, fresh = r.coin(("product", powers, *row) for row in rows.tolist())
     for k in range(rows.shape[1]):
         ids.met(zip(new.tolist(), rows[:, k].tolist(), strict=True))
-    for row, c in zip(rows.tolist(), new.tolist(), strict=True):
-        if min(row) >= 0:
+    for row, c, unknown in zip(rows.tolist(), new.tolist(), fresh, strict=True):
+        if unknown and min(row) >= 0:
             ids.merge(c, row[0])
-            ids.equate([*zip(row, (e for _, e in small), strict=True), (c, -1)])
+            ids.equate([*zip(row, powers, strict=True), (c, -1)])
     return new[inverse].reshape(small[0][0].shape).expand(shape)
 
 
@@ -128,11 +129,11 @@ def scaled(r: Record, fine: Tensor, coarse: Tensor, exponents: tuple[int, int] =
     """Coordinates times one number per group of them (a head's gate): they still mix within the group."""
     ids, (ef, ec) = r.ids, exponents
     pairs, inverse, shape = unique_pairs(fine, coarse)
-    new = ids.new((len(pairs),))
+    new, fresh = r.coin(("scaled", ef, ec, a, b) for a, b in pairs.tolist())
     for k in (0, 1):
         ids.met(zip(new.tolist(), pairs[:, k].tolist(), strict=True))
-    for (a, b), c in zip(pairs.tolist(), new.tolist(), strict=True):
-        if a < 0 or b < 0:
+    for (a, b), c, unknown in zip(pairs.tolist(), new.tolist(), fresh, strict=True):
+        if a < 0 or b < 0 or not unknown:
             continue
         ids.merge(c, a)
         if ef != 1:

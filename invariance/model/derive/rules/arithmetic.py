@@ -261,12 +261,12 @@ def gained(r: Record, f: Tensor, g: Tensor, parameter: tuple[str, float]) -> Ten
     """gain × coordinate: a new id of the same class, whose gain may yet be folded into linear readers."""
     ids, (name, offset) = r.ids, parameter
     pairs, inverse, shape = unique_pairs(f, g)
-    new = ids.new((len(pairs),))
+    new, fresh = r.coin(("gained", a, b) for a, b in pairs.tolist())
     first = int(unique(r.weights[name].fields[0]).min())
     for k in (0, 1):
         ids.met(zip(new.tolist(), pairs[:, k].tolist(), strict=True))
-    for (a, b), c in zip(pairs.tolist(), new.tolist(), strict=True):
-        if a < 0 or b < 0:
+    for (a, b), c, unknown in zip(pairs.tolist(), new.tolist(), fresh, strict=True):
+        if a < 0 or b < 0 or not unknown:
             continue
         ids.merge(c, a)
         ids.merge(c, b)
