@@ -9,8 +9,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from .arrays import line, unique_list
@@ -32,6 +35,15 @@ class Place(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
+class ScaleRoots:
+    """An axis's ids as roots of scales: ``unique[at[i]]`` to the power of ``power[i]``."""
+
+    unique: list[int]
+    at: np.ndarray
+    power: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Derived:
     """All that one trace says of a model's weights.
 
@@ -42,7 +54,6 @@ class Derived:
     unfolded: gains that something else than a linear reader sees, so that they stay.
     folds: id of a reader's or bias's coordinate -> the element of a gain that moves into it.
     scales: what the equations leave of scales and signs; a coordinate's is that of ``ids.scale(id)``.
-    readers: ids of weights that something was contracted with.
     unseen: weights of which the examples prove nothing. unknown: ops that no rule understands. frozen_by: op -> ids.
     """
 
@@ -55,7 +66,6 @@ class Derived:
     folds: Mapping[int, Fold]
     scales: Scales
     places: Mapping[int, tuple[Place, ...]]
-    readers: frozenset[int]
     unseen: tuple[str, ...]
     unknown: Mapping[str, int]
     frozen_by: Mapping[str, int]
@@ -63,6 +73,31 @@ class Derived:
     def line(self, axis: Axis) -> list[int]:
         """The ids along an axis; for a stack, place by place."""
         return line(self.axes[axis]).tolist()
+
+    @cached_property
+    def scale_roots(self) -> Mapping[Axis, ScaleRoots]:
+        """Per axis, whose scale each position has."""
+        out = {}
+        for axis in self.axes:
+            ids = self.line(axis)
+            roots, powers = zip(*map(self.ids.scale, ids), strict=True)
+            unique, at = np.unique(np.array(roots), return_inverse=True)
+            out[axis] = ScaleRoots(unique.tolist(), at, np.array(powers))
+        return out
+
+    @cached_property
+    def folded_rows(self) -> Mapping[Axis, list[tuple[str, int, Tensor, Tensor]]]:
+        """Per axis, (gain, power, positions, the gain's elements there)."""
+        out = {}
+        for axis in self.axes:
+            found: dict[tuple[str, int], list[tuple[int, int]]] = defaultdict(list)
+            for position, a in enumerate(self.line(axis)):
+                into = self.folds.get(a)
+                if into is not None and into.name not in self.unfolded:
+                    found[(into.name, into.power)].append((position, into.index))
+            if found:
+                out[axis] = [(*key, *torch.tensor(pairs).T) for key, pairs in found.items()]
+        return out
 
     def is_gain(self, a: int) -> bool:
         return self.ids.marked(a, Mark.GAIN)
@@ -175,7 +210,6 @@ class Analysis:
             folds=r.folds,
             scales=solve(self.ids, carried),
             places=self.places,
-            readers=frozenset(r.readers),
             unseen=self.unseen,
             unknown=dict(r.unknown),
             frozen_by=dict(self.ids.frozen_by),
@@ -270,9 +304,13 @@ class Analysis:
     def swaps(self) -> list[Block]:
         """Heads and experts that can change places."""
         position = {p.id: (p.name, p.dim) for places in self.places.values() for p in places}
+
+        def closed(swap: Mapping[int, int]) -> bool:
+            return all(position.get(a) == position.get(b) for a, b in swap.items())
+
         graph = Swaps(self.ids, lambda a: bool(self.marks[self.ids.root(a)] & Mark.FROZEN))
         out = []
-        for nodes, maps in graph.groups(self.experts, position):
+        for nodes, maps in graph.groups(self.experts, position, closed):
             where = {position[a] for m in maps for a in m if a in position}
             out.append(self.block(Kind.NODES, nodes, where, tuple(maps)))
         return out

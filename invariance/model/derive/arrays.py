@@ -6,7 +6,8 @@ part that is really stored, its core: a label of a large tensor costs what it wa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -94,3 +95,16 @@ def line(field: Tensor) -> Tensor:
     rest = [d for d in range(c.dim()) if d not in along]
     sizes = [c.shape[d] for d in along]
     return c.permute(*along, *rest).reshape(*sizes, -1)[..., 0].reshape(-1)
+
+
+def rows_of(weight: Tensor, field: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:
+    """A weight as lines × the rest, and what writes such an array back."""
+    along = varies(field)
+    rest = [d for d in range(field.dim()) if d not in along]
+    view = weight.data.permute(*along, *rest)
+    lines = math.prod(field.shape[d] for d in along)
+
+    def put(rows: Tensor) -> None:
+        view.copy_(rows.reshape(view.shape))
+
+    return view.reshape(lines, -1), put

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from operator import eq
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from .fold import fold
 from .precision import Double, double
 from .record import weights_of
 from .trace import Example, forward
-from .turn import Plan, Step, turn
+from .turn import Plan, Step, scale_factors, turn
 
 TOLERANCE = 1e-10  # float64 throughout: rounding stays below 1e-12 in models of a few layers
 CONTROL = 1e-6  # a control that moves the outputs by less proves nothing
@@ -36,11 +38,12 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """error: of all that was kept at once, the worst over probes; errors: by probe.
+    """What holds of a derivation.
 
-    proposed: the error of all that was derived, before anything was dropped. folding: of folded gains alone.
-    controls: how far the outputs move when only one side of a space changes, the least over spaces is ``control``.
-    refuted: what was dropped, and why. blocks, scales: what was kept.
+    errors: of all that was kept at once, by probe; ``error`` is the worst. proposed: of all that was derived, before
+    anything was dropped. folding: of folded gains alone. controls: how far the outputs move when only one axis of a space
+    changes; ``control`` is the least. refuted: what was dropped, and why. blocks, scales: what was kept.
+    skipped: probes on which the model's own outputs are not finite.
     """
 
     errors: Mapping[str, float]
@@ -55,7 +58,7 @@ class Certificate:
 
     @property
     def error(self) -> float:
-        return max(self.errors.values(), default=float("inf"))
+        return worst(self.errors)
 
     @property
     def control(self) -> float:
@@ -73,33 +76,15 @@ def certify(
     trial = Trial(model, derived, probes, seed)
     blocks = tuple(b for b in derived.blocks if b not in trial.plan.broken)
     refuted = {name_of(b): why for b, why in trial.plan.broken.items()}
-    folding, proposed = worst(trial.errors((), False)), worst(trial.errors(blocks, True))
-    scales, controls = True, {}
-    if not proposed <= TOLERANCE:
-        error = worst(trial.errors((), True))
-        if not error <= TOLERANCE:
-            scales, refuted["scales"] = False, f"moves the outputs by {error:.1e}"
-    kept: list[Block] = []
-    for space, members in by_space(blocks).items():
-        error = 0.0 if proposed <= TOLERANCE else worst(trial.errors(members, False))
-        name = " ".join(map(str, space))
-        if not error <= TOLERANCE:
-            refuted[name] = f"moves the outputs by {error:.1e}"
-            continue
-        control = trial.control(members)
-        if not control > CONTROL:
-            refuted[name] = (
-                f"a change of one side alone moves the outputs by {control:.1e} only: nothing is proven"
-            )
-            continue
-        controls[name] = control
-        kept += members
-    if scales and derived.scales.free_scales + derived.scales.free_signs:
-        controls["scales"] = trial.scale_control()
+    errors = trial.errors(blocks, True)
+    held = worst(errors) <= TOLERANCE
+    kept, scales, controls = trial.sift(blocks, held, refuted)
     return Certificate(
-        errors=trial.errors(kept, scales),
-        proposed=proposed,
-        folding=folding,
+        errors=errors
+        if held and len(kept) == len(blocks) and scales
+        else trial.errors(kept, scales),
+        proposed=worst(errors),
+        folding=trial.error(trial.changed(trial.element((), False)), 0),
         controls=controls,
         refuted=refuted,
         blocks=tuple(kept),
@@ -153,61 +138,91 @@ class Trial:
                 self.probes.append(probe)
                 self.references.append(reference)
             else:
-                self.skipped.append(f"{probe.name}: the model's own outputs are not finite")
+                self.skipped.append(probe.name)
 
     def element(self, blocks: Iterable[Block], scales: bool) -> Element:
         return draw(self.derived, blocks, np.random.default_rng(self.seed), scales)
 
+    def changed(
+        self,
+        element: Element,
+        keep: Callable[[Step], bool] = lambda step: True,
+        scaled: Callable[[Axis], bool] = lambda axis: True,
+    ) -> nn.Module:
+        """A copy with gains folded and an element applied."""
+        twin = copy.deepcopy(self.model)
+        weights = weights_of(twin)
+        fold(weights, self.derived)
+        turn(weights, self.plan, element, keep, scaled)
+        return twin
+
+    def error(self, changed: nn.Module, probe: int) -> float:
+        loud = louder(changed, self.probes[probe].loud)
+        return distance(self.references[probe], outputs(loud, self.probes[probe].example))
+
     def errors(self, blocks: Iterable[Block], scales: bool) -> dict[str, float]:
-        element = self.element(blocks, scales)
-        out = {}
-        for probe, reference in zip(self.probes, self.references, strict=True):
-            changed = louder(self.model, probe.loud)
-            weights = weights_of(changed)
-            fold(weights, self.derived)
-            turn(weights, self.plan, element)
-            out[probe.name] = distance(reference, outputs(changed, probe.example))
-        return out
+        changed = self.changed(self.element(blocks, scales))
+        return {p.name: self.error(changed, k) for k, p in enumerate(self.probes)}
+
+    def sift(
+        self, blocks: Sequence[Block], held: bool, refuted: dict[str, str]
+    ) -> tuple[list[Block], bool, dict[str, float]]:
+        """Blocks that hold and whose control fails, whether scales do, and the controls. held: all do at once."""
+        kept: list[Block] = []
+        controls: dict[str, float] = {}
+        for space, members in by_space(blocks).items():
+            name = " ".join(space)
+            if not held and not (error := worst(self.errors(members, False))) <= TOLERANCE:
+                refuted[name] = f"moves the outputs by {error:.1e}"
+            elif not (control := self.control(members)) > CONTROL:
+                refuted[name] = (
+                    f"a change of one side moves the outputs by {control:.0e}: nothing is proven"
+                )
+            else:
+                controls[name] = control
+                kept += members
+        scales = held or (error := worst(self.errors((), True))) <= TOLERANCE
+        if not scales:
+            refuted["scales"] = f"move the outputs by {error:.1e}"
+        elif self.derived.scales.free_scales + self.derived.scales.free_signs:
+            controls["scales"] = self.scale_control()
+        return kept, scales, controls
 
     def control(self, blocks: Sequence[Block]) -> float:
         """The error when a space is changed along one axis only, the first that shows anything on any probe."""
         element, chosen = self.element(blocks, False), set(blocks)
         sides = dict.fromkeys((s.axis, s.variance) for s in self.plan.steps if s.block in chosen)
         most = 0.0
-        for n, (axis, variance) in enumerate(sides):
-            for k in range(len(self.probes) if n < 2 else 1):
-                most = max(most, self._half(element, axis, variance, k))
+        for n, side in enumerate(sides):
+            changed = self.changed(element, partial(on_side, side))
+            for probe in range(len(self.probes) if n < 2 else 1):
+                most = max(most, self.error(changed, probe))
                 if most > CONTROL:
                     return most
         return most
 
-    def _half(self, element: Element, axis: Axis, variance: int, probe: int) -> float:
-        """The error of a change of one axis, and of one variance where that carries both."""
-
-        def keep(step: Step) -> bool:
-            return step.axis == axis and step.variance == variance
-
-        changed = louder(self.model, self.probes[probe].loud)
-        weights = weights_of(changed)
-        fold(weights, self.derived)
-        turn(weights, self.plan, element, keep)
-        return distance(self.references[probe], outputs(changed, self.probes[probe].example))
-
     def scale_control(self) -> float:
-        """The error when writers are scaled and readers are not."""
-        changed = copy.deepcopy(self.model)
-        weights = weights_of(changed)
-        fold(weights, self.derived)
+        """The error when scales are applied along one axis only, the first that shows anything."""
         element = self.element((), True)
-        turn(weights, self.plan, element, scale=lambda a: a not in self.derived.readers)
-        return distance(self.references[0], outputs(changed, self.probes[0].example))
+        most = 0.0
+        for axis in scale_factors(self.derived, element):
+            most = max(most, self.error(self.changed(element, scaled=partial(eq, axis)), 0))
+            if most > CONTROL:
+                break
+        return most
+
+
+def on_side(side: tuple[Axis, int], step: Step) -> bool:
+    """Whether a step changes one axis, and one variance where that carries both."""
+    return (step.axis, step.variance) == side
 
 
 def louder(model: nn.Module, factor: float) -> nn.Module:
-    """A copy, its matrices times a factor."""
+    """A copy, its matrices times a factor; every change is linear in them, so they may be made louder after it."""
+    if factor == 1:
+        return model
     twin = copy.deepcopy(model)
-    if factor != 1:
-        for p in twin.parameters():
-            if p.dim() > 1:
-                p.data.mul_(factor)
+    for p in twin.parameters():
+        if sum(n > 1 for n in p.shape) > 1:
+            p.data.mul_(factor)
     return twin

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from invariance.core.errors import InputError
 
 from .analysis import Derived
-from .arrays import unique
+from .arrays import rows_of
 
 
 def fold(weights: Mapping[str, Tensor], derived: Derived) -> int:
@@ -23,22 +22,20 @@ def fold(weights: Mapping[str, Tensor], derived: Derived) -> int:
         for name, offset in derived.gains.items()
         if name not in derived.unfolded
     }
-    for (name, _), field in derived.axes.items():
-        ids = unique(field)
-        factors = torch.ones(len(ids), dtype=torch.float64)
-        for i, a in enumerate(ids.tolist()):
-            into = derived.folds.get(a)
-            if into is None or into.name not in gains:
+    for (name, dim), parts in derived.folded_rows.items():
+        rows, put = rows_of(weights[name], derived.axes[(name, dim)])
+        rows = rows.clone()
+        for gain, power, positions, indices in parts:
+            if gain not in gains:
                 continue
-            gain = float(gains[into.name][into.index])
-            if gain == 0 and into.power < 0:
+            factors = gains[gain][indices]
+            if power < 0 and bool((factors == 0).any()):
                 raise InputError(
-                    f"{into.name}: element {into.index} is 0, and the bias {name} beside it would be divided by it. "
-                    "Set that bias element to what its readers see, or the gain to a small number"
+                    f"{gain}: an element is 0, and the bias {name} beside it would be divided by it. "
+                    "Set that bias element to 0 and the gain to 1, with its readers' columns at 0"
                 )
-            factors[i] = gain**into.power
-        if not bool((factors == 1).all()):
-            weights[name].data.mul_(factors[torch.searchsorted(ids, field.contiguous())])
+            rows[positions] *= (factors**power)[:, None].to(rows.dtype)
+        put(rows)
     for name in gains:
         weights[name].data.fill_(1.0 - derived.gains[name])
     return len(gains)

@@ -67,9 +67,6 @@ class Record:
             int, Fold | None
         ] = {}  # id -> the gain behind which it was used, None for none
         self.turned: dict[tuple[int, int], None] = {}  # pairs that rotary positions turn together
-        self.readers: set[int] = (
-            set()
-        )  # ids of weights' coordinates that something was contracted with
         self.routers: list[Router] = []
         self.unknown: Counter[str] = Counter()  # ops that no rule understands
         self.origin: dict[

@@ -50,9 +50,15 @@ class Swaps:
         self.start = np.searchsorted(key[order], np.arange(len(self.ids.parent) + 1))
 
     def groups(
-        self, experts: Iterable[list[int]], carried: Mapping[int, object]
+        self,
+        experts: Iterable[list[int]],
+        carried: Mapping[int, object],
+        closed: Callable[[Swap], bool],
     ) -> list[tuple[list[int], list[Swap]]]:
-        """(nodes that change places, the swaps of the first with each other one)."""
+        """(nodes that change places, the swaps of the first with each other one).
+
+        carried: where ids lie in weights. closed: whether a swap keeps every id on its axis.
+        """
         nodes = [s for s in self.sets if len(s) > 1 and all(a in self.ids.children for a in s)]
         candidates = [*experts, *sorted((sorted(s) for s in nodes), key=lambda s: (-len(s), s))]
         done: set[int] = set()
@@ -63,7 +69,7 @@ class Swaps:
             swaps, partners = [], []
             for other in others:
                 swap = self.swap(first, other)
-                if swap is not None and any(a in carried for a in swap):
+                if swap is not None and any(a in carried for a in swap) and closed(swap):
                     swaps.append(swap)
                     partners.append(other)
             for swap in swaps:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .analysis import Derived
-from .arrays import varies
+from .arrays import rows_of
 from .block import Axis, Block, Kind
 from .elements import Element
 
@@ -96,27 +96,14 @@ def swap_steps(derived: Derived, block: Block, lines: Mapping[Axis, list[int]]) 
             yield Step(block, axis, torch.tensor([at[a] for a in images]))
 
 
-def rows_of(weight: Tensor, field: Tensor) -> tuple[Tensor, Callable[[Tensor], None]]:
-    """A weight as lines × the rest, and what writes such an array back."""
-    along = varies(field)
-    rest = [d for d in range(field.dim()) if d not in along]
-    view = weight.data.permute(*along, *rest)
-    lines = int(np.prod([field.shape[d] for d in along]))
-
-    def put(rows: Tensor) -> None:
-        view.copy_(rows.reshape(view.shape))
-
-    return view.reshape(lines, -1), put
-
-
 def turn(
     weights: Mapping[str, Tensor],
     plan: Plan,
     element: Element,
     keep: Callable[[Step], bool] = lambda step: True,
-    scale: Callable[[int], bool] = lambda a: True,
+    scaled: Callable[[Axis], bool] = lambda axis: True,
 ) -> None:
-    """In place. ``keep`` and ``scale`` leave steps and ids out: for controls."""
+    """In place. ``keep`` and ``scaled`` leave steps and axes out: for controls."""
     for step in plan.steps:
         if not keep(step):
             continue
@@ -125,8 +112,10 @@ def turn(
         elif step.block in element.swapped:
             rows, put = rows_of(weights[step.axis[0]], plan.derived.axes[step.axis])
             put(rows[step.rows])
-    if element.scales:
-        rescale(weights, plan.derived, element, scale)
+    for axis, factors in scale_factors(plan.derived, element).items():
+        if scaled(axis):
+            rows, put = rows_of(weights[axis[0]], plan.derived.axes[axis])
+            put(rows * factors.to(rows.dtype)[:, None])
 
 
 def change_rows(weight: Tensor, field: Tensor, step: Step, element: Element) -> None:
@@ -144,19 +133,16 @@ def change_rows(weight: Tensor, field: Tensor, step: Step, element: Element) -> 
     put(rows)
 
 
-def rescale(
-    weights: Mapping[str, Tensor], derived: Derived, element: Element, scale: Callable[[int], bool]
-) -> None:
-    """Every coordinate times its scale and sign."""
-    for axis, f in derived.axes.items():
-        factors = []
-        for a in derived.line(axis):
-            root, sign = derived.ids.scale(a)
-            log, bit = element.scales.get(root, (0.0, 0))
-            factors.append(float(np.exp(sign * log)) * (-1) ** bit if scale(a) else 1.0)
-        if any(x != 1.0 for x in factors):
-            rows, put = rows_of(weights[axis[0]], f)
-            put(rows * torch.tensor(factors, dtype=rows.dtype)[:, None])
+def scale_factors(derived: Derived, element: Element) -> Mapping[Axis, Tensor]:
+    """Per axis that is scaled, every position's scale and sign."""
+    out = {}
+    for axis, roots in derived.scale_roots.items() if element.scales else ():
+        drawn = [element.scales.get(r, (0.0, 0)) for r in roots.unique]
+        if any(x != (0.0, 0) for x in drawn):
+            logs = np.array([x[0] for x in drawn])[roots.at] * roots.power
+            signs = np.array([1 - 2 * x[1] for x in drawn])[roots.at]
+            out[axis] = torch.from_numpy(np.exp(logs) * signs)
+    return out
 
 
 def sizes(blocks: tuple[Block, ...]) -> Counter[tuple[str, Kind, int]]:

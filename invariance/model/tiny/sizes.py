@@ -29,7 +29,7 @@ _SMALL: tuple[tuple[str, int], ...] = (
     (r"vocab_size|^vocab|_vocab$", VOCABULARY),
     (r"(moe|expert|shared_expert)_intermediate|expert_ffn|moe_ffn|ffn_hidden_size_moe", 24),
     (
-        r"intermediate|ffn_dim|d_ff|inner_dim|n_inner|ffn_hidden|mlp_hidden|dim_ff|feed_forward|d_inner",
+        r"intermediate|ffn_dim|d_ff|inner_dim|n_inner|^dff$|ffn_hidden|mlp_hidden|dim_ff|feed_forward|d_inner",
         40,
     ),
     (r"nope_head_dim", HEAD),

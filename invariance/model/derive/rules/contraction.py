@@ -120,7 +120,6 @@ def dual(r: Record, one: tuple[Tensor, Label], two: tuple[Tensor, Label]) -> lis
         for gained, reader in ((a, b), (b, a)):
             gain = r.gains.get(gained)
             r.use(reader, None if gain is None else Fold(gain.name, gain.index, 1))
-        r.readers |= {a, b}
         ids.relate(a, b, -1)
     fibres(r, f, (2,))
     fibres(r, g, (1,))
