@@ -1,0 +1,93 @@
+"""A description against the model that it is said to be of: every parameter, every axis."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+from torch import nn
+
+from ...core.errors import InputError
+from .description import Description, Flat, FlatAxis, Kind
+from .pattern import RIGID, expand, length
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of every parameter by its first name; a model on meta will do."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def check(description: Description, model: nn.Module, file: str = "layout") -> None:
+    """Raises InputError, naming file, parameter and axis, unless every parameter of the model is as described."""
+    flat, found = description.flat(), shapes(model)
+    for what, names in (
+        ("has no parameter", flat.parameters() - set(found)),
+        ("is not described with its parameter", set(found) - flat.parameters() - tied(model)),
+    ):
+        if names:
+            raise InputError(
+                f"{file}: the model {what} {sorted(names)[0]} ({len(names)} in all). Derive the layout anew."
+            )
+    for space in {id(s): s for s in flat.spaces.values()}.values():
+        if space.blocks:
+            codes = np.sort(np.concatenate([c for _, c in expand(space.blocks)]))
+            if len(codes) != space.width or (codes != np.arange(space.width)).any():
+                raise InputError(
+                    f"{file}: the blocks of {space.name} are not its {space.width} coordinates."
+                )
+    known = dict[object, None]()
+    for a in flat.axes.values():
+        sizes = tuple(found[a.parameter])
+        key = (a.axis, sizes, tuple(found.get(a.gain(f), ()) for f in a.axis.folds))
+        if key not in known:
+            _check_axis(a, flat, found, file)
+            known[key] = None
+
+
+def tied(model: nn.Module) -> set[str]:
+    """Further names of parameters that have another."""
+    every = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    return every - set(shapes(model))
+
+
+def _check_axis(a: FlatAxis, flat: Flat, found: Shapes, file: str) -> None:
+    where = f"{file}: {a.parameter}, axis {'.'.join(map(str, a.axis.dims))}"
+    shape = found[a.parameter]
+    if any(d >= len(shape) for d in a.axis.dims):
+        raise InputError(f"{where}: the parameter has {len(shape)} axes. Derive the layout anew.")
+    size = math.prod(shape[d] for d in a.axis.dims)
+    for label in a.axis.labels:
+        n = length(label)
+        if n and n != size:
+            raise InputError(
+                f"{where}: {n} positions described, {size} there. Derive the layout anew."
+            )
+        counts: dict[tuple[str, object], Counter[int]] = {}
+        for symbol, codes in expand(label):
+            if symbol == RIGID:
+                continue
+            space = flat.spaces.get(a.space(symbol))
+            if space is None or (len(codes) and not 0 <= codes.min() <= codes.max() < space.width):
+                raise InputError(
+                    f"{where}: {symbol} is no coordinate of a space. Derive the layout anew."
+                )
+            if space.kind not in (Kind.SCALE, Kind.SWAP):
+                powers = symbol.powers if space.kind is Kind.GL or space.kind is Kind.C else ()
+                counts.setdefault((a.space(symbol), powers), Counter()).update(codes.tolist())
+        for (name, _), c in counts.items():
+            if len(c) != flat.spaces[name].width or len(set(c.values())) > 1:
+                raise InputError(
+                    f"{where}: not every coordinate of {name} is there as often as the others."
+                )
+    for fold in a.axis.folds:
+        gain = found.get(a.gain(fold))
+        entries = [c for s, c in expand(fold.entries) if s != RIGID]
+        last = max((int(c.max()) for c in entries), default=shape[a.axis.dims[-1]] - 1)
+        if gain is None or a.gain(fold) not in flat.gains or last >= math.prod(gain):
+            raise InputError(f"{where}: takes up {a.gain(fold)}, which is no gain of that width.")
+        if fold.entries and length(fold.entries) != size:
+            raise InputError(f"{where}: the entries of {a.gain(fold)} are not one a position.")
