@@ -17,16 +17,31 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Of every parameter by its first name; a model on meta will do."""
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    """Of every parameter, by each of its names; a model on meta will do."""
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: tuple(p.shape) for name, p in named}
+
+
+def untied(model: nn.Module, description: Description, where: str = "the model") -> None:
+    """Raises InputError where one parameter is described under two names: each would be changed in its own way."""
+    first = dict[int, str]()
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if name in description.flat().parameters() and first.setdefault(id(p), name) != name:
+            raise InputError(
+                f"{where}: {name} and {first[id(p)]} are one parameter, and a change of basis changes them apart. "
+                "Untie them first: give the output head a weight of its own."
+            )
 
 
 def check(description: Description, model: nn.Module, file: str = "layout") -> None:
     """Raises InputError, naming file, parameter and axis, unless every parameter of the model is as described."""
     flat, found = description.flat(), shapes(model)
+    known = flat.parameters()
+    own = dict(model.named_parameters(remove_duplicate=False))
+    described = {id(own[n]) for n in known if n in own}
     for what, names in (
-        ("has no parameter", flat.parameters() - set(found)),
-        ("is not described with its parameter", set(found) - flat.parameters() - tied(model)),
+        ("has no parameter", known - set(found)),
+        ("is described without its parameter", {n for n in found if id(own[n]) not in described}),
     ):
         if names:
             raise InputError(
@@ -39,19 +54,13 @@ def check(description: Description, model: nn.Module, file: str = "layout") -> N
                 raise InputError(
                     f"{file}: the blocks of {space.name} are not its {space.width} coordinates."
                 )
-    known = dict[object, None]()
+    done = set[object]()
     for a in flat.axes.values():
         sizes = tuple(found[a.parameter])
         key = (a.axis, sizes, tuple(found.get(a.gain(f), ()) for f in a.axis.folds))
-        if key not in known:
+        if key not in done:
             _check_axis(a, flat, found, file)
-            known[key] = None
-
-
-def tied(model: nn.Module) -> set[str]:
-    """Further names of parameters that have another."""
-    every = {n for n, _ in model.named_parameters(remove_duplicate=False)}
-    return every - set(shapes(model))
+            done.add(key)
 
 
 def _check_axis(a: FlatAxis, flat: Flat, found: Shapes, file: str) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from .description import Kind
+from ..derive.analysis import Derived
+from ..derive.arrays import core, line, varies
+from ..derive.block import Block
 
 LAYER = re.compile(r"^(.*?\.)(\d+)\.(.*)$")
+Axis = tuple[str, int]  # a parameter and a dim
 Key = tuple[str, tuple[int, ...]]  # a parameter, and dims of it
 
 
@@ -35,17 +37,6 @@ class Split:
 
 
 @dataclass(frozen=True)
-class Block:
-    """Coordinates (classes, in order) with one element of a group; on which axes; what they are called."""
-
-    kind: Kind
-    classes: tuple[int, ...]
-    axes: frozenset[tuple[str, int]]  # parameter, number of the field
-    stem: str
-    maps: tuple[Mapping[int, int], ...] = ()  # SWAP: involutions of ids
-
-
-@dataclass(frozen=True)
 class Scales:
     """Free scales of some roots: a column a generator, the power of each root. Signs count modulo 2."""
 
@@ -57,9 +48,7 @@ class Scales:
 class Source:
     """A derivation as arrays over the ids of coordinates."""
 
-    fields: Mapping[
-        str, tuple[Tensor, ...]
-    ]  # of each parameter: ids, of its shape, one array a space
+    fields: Mapping[Axis, Tensor]  # ids along an axis, of the parameter's shape
     shapes: Mapping[str, tuple[int, ...]]
     root: np.ndarray  # class of each id
     scale_root: np.ndarray
@@ -77,47 +66,55 @@ class Line:
     """The ids along one axis (of a stack: of all its slices, one after the other)."""
 
     parameter: str
-    field: int
     dims: tuple[int, ...]
-    ids: np.ndarray = dataclasses.field(repr=False)
+    ids: np.ndarray = field(repr=False)
 
     @property
     def key(self) -> Key:
         return self.parameter, self.dims
 
     @property
+    def axis(self) -> Axis:
+        return self.parameter, self.dims[-1]
+
+    @property
     def home(self) -> tuple[str, int] | None:
         return Split.of(self.parameter).home
 
 
-def stored(f: Tensor) -> Tensor:
-    """The part of an expanded tensor that takes memory."""
-    for d in range(f.dim()):
-        if f.shape[d] > 1 and f.stride(d) == 0:
-            f = f.narrow(d, 0, 1)
-    return f
+def source(
+    derived: Derived,
+    model: nn.Module,
+    blocks: Iterable[Block] | None = None,
+    scales: bool = True,
+) -> Source:
+    """A derivation of a model; only these blocks of it (those that were certified), scales or none."""
+    ids, n = derived.ids, len(derived.ids.parent)
+    found = [ids.scale(a) for a in range(n)]
+    free = derived.scales
+    return Source(
+        fields=derived.axes,
+        shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
+        root=np.fromiter(map(ids.root, range(n)), np.int64, n),
+        scale_root=np.fromiter((r for r, _ in found), np.int64, n),
+        scale_sign=np.fromiter((s for _, s in found), np.int64, n),
+        blocks=tuple(derived.blocks if blocks is None else blocks),
+        logs=tuple(Scales(roots, basis) for roots, basis in free.logs) if scales else (),
+        signs=tuple(Scales(roots, basis.T) for roots, basis in free.signs) if scales else (),
+        folds={a: (f.name, f.index, f.power) for a, f in derived.folds.items()},
+        gains={n: (offset, n not in derived.unfolded) for n, offset in derived.gains.items()},
+        unseen=derived.unseen,
+    )
 
 
 def lines(source: Source) -> list[Line]:
     """Every axis that carries coordinates, in the order in which the model came to them."""
     made = []
-    for name, fields in source.fields.items():
-        for k, f in enumerate(fields):
-            c = stored(f)
-            dims = tuple(
-                d for d in range(c.dim()) if c.shape[d] > 1 and bool((c != c.narrow(d, 0, 1)).any())
-            )
-            if not dims:
-                continue
-            for d in range(c.dim()):
-                if d not in dims:
-                    c = c.narrow(d, 0, 1)
-            made.append(Line(name, k, dims, c.permute(*dims, *_rest(c, dims)).reshape(-1).numpy()))
+    for (name, _), f in source.fields.items():
+        dims = varies(core(f))
+        if dims:
+            made.append(Line(name, dims, line(f).numpy()))
     return made
-
-
-def _rest(c: Tensor, dims: Iterable[int]) -> list[int]:
-    return [d for d in range(c.dim()) if d not in set(dims)]
 
 
 def first_seen(values: np.ndarray) -> np.ndarray:

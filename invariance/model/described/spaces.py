@@ -9,10 +9,12 @@ from fractions import Fraction
 
 import numpy as np
 
+from ..derive.block import Block
+from ..derive.block import Kind as Group
 from .description import Kind
 from .pattern import Pattern, bare
 from .scales import Family, families
-from .source import Block, Key, Line, Source, Split, first_seen
+from .source import Key, Line, Source, Split, first_seen
 from .swaps import Move, Swap, swaps
 
 MATRICES = {Kind.GL, Kind.O, Kind.O1, Kind.C}
@@ -54,12 +56,12 @@ def _home(names: Iterable[str]) -> Home:
 
 def _mixing(source: Source, axes: Sequence[Line]) -> list[Draft]:
     """Blocks alike, of one layer and found at the same places, are one space."""
-    rank = {(line.parameter, line.field): i for i, line in enumerate(axes)}
+    rank = {line.axis: i for i, line in enumerate(axes)}
     alike = defaultdict[object, list[Block]](list)
     for b in source.blocks:
-        if b.kind is not Kind.SWAP:
-            alike[b.kind, len(b.classes), b.axes, b.stem].append(b)
-    order = sorted(alike.values(), key=lambda bs: sorted(rank[a] for a in bs[0].axes if a in rank))
+        if b.kind is not Group.NODES:
+            alike[b.kind, len(b.classes), b.where, b.stem].append(b)
+    order = sorted(alike.values(), key=lambda bs: sorted(rank[a] for a in bs[0].where if a in rank))
     return [_draft(source, axes, bs) for bs in order]
 
 
@@ -69,14 +71,14 @@ def _draft(source: Source, axes: Sequence[Line], blocks: Sequence[Block]) -> Dra
     member[[c for b in blocks for c in b.classes]] = True
     codes, n = dict[Key, np.ndarray](), 0
     for line in axes:
-        if (line.parameter, line.field) in blocks[0].axes:
+        if line.axis in blocks[0].where:
             roots = source.root[line.ids]
             new = first_seen(roots[member[roots] & (number[roots] < 0)])
             number[new] = np.arange(n, n + len(new))
             n += len(new)
             codes[line.key] = number[roots]
-    home = _home(name for name, _ in blocks[0].axes)
-    made = Draft(blocks[0].kind, blocks[0].stem, home, n, codes, blocks=tuple(blocks))
+    home = _home(name for name, _ in blocks[0].where)
+    made = Draft(Kind(blocks[0].kind.value), blocks[0].stem, home, n, codes, blocks=tuple(blocks))
     size = len(blocks[0].classes)
     if len(blocks) > 1:
         each = [number[list(b.classes)] for b in blocks]
@@ -92,9 +94,7 @@ def _draft(source: Source, axes: Sequence[Line], blocks: Sequence[Block]) -> Dra
 def _variance(source: Source, axes: Sequence[Line], draft: Draft) -> Mapping[Key, np.ndarray]:
     """1 where a coordinate comes as on the first axis by name, -1 where it comes as the dual."""
     signs = dict[int, int]()
-    by_name = sorted(
-        (line for line in axes if line.key in draft.codes), key=lambda x: (x.parameter, x.field)
-    )
+    by_name = sorted((line for line in axes if line.key in draft.codes), key=lambda x: x.axis)
     for line in by_name:
         for p in np.flatnonzero(draft.codes[line.key] >= 0).tolist():
             signs.setdefault(int(draft.codes[line.key][p]), int(source.scale_sign[line.ids[p]]))

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .description import Kind
-from .source import Block, Key, Line, Source
+from ..derive.block import Block, Kind
+from .source import Key, Line, Source
 
 Move = tuple[tuple[int, int], ...]  # a product of transpositions
 
@@ -31,7 +31,7 @@ def swaps(source: Source, axes: Sequence[Line]) -> list[Swap]:
     """What can be said of the swaps found; what moves across parameters, or in another order, is not."""
     made = []
     for block in source.blocks:
-        if block.kind is Kind.SWAP and (swap := _swap(block, axes)) is not None:
+        if block.kind is Kind.NODES and (swap := _swap(block, axes)) is not None:
             made.append(swap)
     return made
 

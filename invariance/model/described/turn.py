@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .check import untied
 from .description import Description, Flat, FlatAxis, Kind, Space
 from .elements import Element, blocks
 from .pattern import RIGID, Pattern, Symbol, expand
@@ -172,6 +173,7 @@ def turn(
     without: Side | None = None,
 ) -> None:
     """Changes the model's weights in place; its logits stay, unless a side is left out."""
+    untied(model, description)
     flat = description.flat()
     named = dict(model.named_parameters())
     gains = {n: named[n].detach().clone() for n in flat.gains}
