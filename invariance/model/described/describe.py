@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
+from torch import nn
 
+from ..derive.trace import Example
 from .description import Axis, Description, Fold, Gain, Kind, Part, Point, Space
-from .pattern import BARE, RIGID, Pattern, Run, Symbol, compress
+from .pattern import BARE, RIGID, Pattern, Power, Run, Symbol, compress
+from .points import points
 from .source import Key, Line, Source, Split, lines
 from .spaces import MATRICES, Draft, Home, drafts
 
@@ -19,16 +21,17 @@ def describe(
     source: Source,
     what: str = "",
     stands: Mapping[int, Sequence[int]] | None = None,
-    points: Mapping[Key, Sequence[Point]] = {},
+    seen_by: tuple[nn.Module, Example] | None = None,
 ) -> Description:
-    """The description of a derivation.
+    """The description of a derivation. Two layers that carry the same share one text.
 
-    ``stands``: of each traced layer, the layers of the real model that it stands for. ``points``: where axes meet the
-    stream. Two layers that carry the same share one text.
+    ``stands``: of each traced layer, the layers of the real model that it stands for. ``seen_by``: the model and an
+    input, where the points of the stream are to be told.
     """
     axes = lines(source)
     found = drafts(source, axes)
-    made = [_axis(source, line, found, points) for line in axes]
+    at = points(source, axes, found, *seen_by) if seen_by is not None else {}
+    made = [_axis(source, line, found, at) for line in axes]
     return _assembled(what, source, found, made, stands)
 
 
@@ -76,7 +79,7 @@ def _label(line: Line, drafts: Sequence[Draft]) -> Pattern:
     return compress(list(symbols), which, codes)
 
 
-def _short(scales: str, powers: Sequence[Fraction]) -> tuple[Fraction, ...]:
+def _short(scales: str, powers: Sequence[Power]) -> tuple[Power, ...]:
     """No powers where each is 1; one where it stands for all (for a sign, its parity)."""
     one = powers[0]
     if all(

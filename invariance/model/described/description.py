@@ -8,6 +8,8 @@ from enum import Enum
 
 from .pattern import Pattern, Symbol, symbols
 
+Move = tuple[tuple[int, int], ...]  # a product of transpositions
+
 
 class Kind(Enum):
     """The group that acts on the coordinates of a space."""
@@ -36,7 +38,7 @@ class Space:
     copies: int = 1
     blocks: Pattern = ()
     scales: str = ""
-    moves: tuple[tuple[tuple[int, int], ...], ...] = ()
+    moves: tuple[Move, ...] = ()
 
     @property
     def local(self) -> bool:

@@ -12,13 +12,20 @@ import numpy as np
 LONGEST = 512  # runs in the body of a loop that is looked for
 MOST = 20_000  # runs; an axis with more stays as it is
 
+Power = int | Fraction
+
+
+def whole(power: Fraction) -> Power:
+    """An integer where it is one."""
+    return power.numerator if power.denominator == 1 else power
+
 
 @dataclass(frozen=True)
 class Symbol:
     """A space and the powers with which its scales come; no powers: each is 1. An empty space is no space."""
 
     space: str
-    powers: tuple[Fraction, ...] = ()
+    powers: tuple[Power, ...] = ()
 
     def __str__(self) -> str:
         return self.space + (f"^{','.join(map(str, self.powers))}" if self.powers else "")
@@ -26,7 +33,7 @@ class Symbol:
     @staticmethod
     def parse(text: str) -> Symbol:
         space, _, powers = text.partition("^")
-        return Symbol(space, tuple(Fraction(p) for p in powers.split(",")) if powers else ())
+        return Symbol(space, tuple(whole(Fraction(p)) for p in powers.split(",")) if powers else ())
 
 
 RIGID = Symbol("-")  # nothing changes these positions

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from .pattern import Power, whole
 from .source import Key, Line, Scales, Source, first_seen
 
 SMALL = 1e-9
@@ -37,7 +38,7 @@ def families(source: Source, lines: Sequence[Line], mixed: np.ndarray) -> list[F
     rank = _ranks(source, lines)
     made = []
     for letter, parts in (("R", source.logs), ("±", source.signs)):
-        reach = _reach(source, lines, _powers(parts, rank, letter))
+        reach = _reach(letter, source, lines, _powers(parts, rank, letter))
         inside = [g for g, r in reach.items() if all(mixed[line.ids[p]].all() for line, p, _ in r)]
         for g in inside:
             del reach[g]
@@ -55,20 +56,29 @@ def _ranks(source: Source, lines: Sequence[Line]) -> Mapping[int, int]:
 
 def _powers(
     parts: Iterable[Scales], rank: Mapping[int, int], letter: str
-) -> Mapping[int, list[tuple[int, Fraction]]]:
+) -> Mapping[int, list[tuple[int, Power]]]:
     """Of each root, its generators and powers. Each generator is 1 at the earliest root that it has for itself."""
-    powers = defaultdict[int, list[tuple[int, Fraction]]](list)
-    number = 0
+    powers = defaultdict[int, list[tuple[int, Power]]](list)
+    known: dict[
+        object, list[list[tuple[int, Power]]]
+    ] = {}  # coordinates alike have equations alike
+    number, last = 0, len(rank)
     for part in parts:
-        last = len(rank)
         order = sorted(range(len(part.roots)), key=lambda i: rank.get(part.roots[i], last))
-        B = reduced(part.basis[order], modulo=2 if letter == "±" else 0)
-        for column in B.T:
-            for i in np.flatnonzero(np.abs(column) > SMALL):
-                value = Fraction(float(column[i])).limit_denominator(64)
+        B = part.basis[order]
+        key = B.shape, B.tobytes()
+        if key not in known:
+            known[key] = [_sparse(c) for c in reduced(B, 2 if letter == "±" else 0).T]
+        for column in known[key]:
+            for i, value in column:
                 powers[part.roots[order[i]]].append((number, value))
             number += 1
     return powers
+
+
+def _sparse(column: np.ndarray) -> list[tuple[int, Power]]:
+    entries = np.flatnonzero(np.abs(column) > SMALL)
+    return [(int(i), whole(Fraction(float(column[i])).limit_denominator(64))) for i in entries]
 
 
 def reduced(B: np.ndarray, modulo: int = 0) -> np.ndarray:
@@ -91,28 +101,34 @@ def reduced(B: np.ndarray, modulo: int = 0) -> np.ndarray:
     return np.round(M[:row].T, 9) + 0.0
 
 
-Reach = list[tuple[Line, int, Fraction]]  # axis, position, power
+Reach = list[tuple[Line, int, Power]]  # axis, position, power
 
 
 def _reach(
-    source: Source, lines: Sequence[Line], powers: Mapping[int, list[tuple[int, Fraction]]]
+    letter: str,
+    source: Source,
+    lines: Sequence[Line],
+    powers: Mapping[int, list[tuple[int, Power]]],
 ) -> dict[int, Reach]:
     reach = defaultdict[int, Reach](list)
+    inverse = 1 if letter == "±" else -1
+    both = {r: {1: found, -1: [(g, inverse * v) for g, v in found]} for r, found in powers.items()}
     for line in lines:
         roots = source.scale_root[line.ids].tolist()
         signs = source.scale_sign[line.ids].tolist()
         for p, (r, s) in enumerate(zip(roots, signs, strict=True)):
-            for g, value in powers.get(r, ()):
-                reach[g].append((line, p, value * s))
+            if r in both:
+                for g, value in both[r][s]:
+                    reach[g].append((line, p, value))
     return dict(reach)
 
 
 def _grouped(letter: str, reach: Mapping[int, Reach]) -> list[Family]:
     alike = defaultdict[object, list[int]](list)
     for g, r in reach.items():
-        profile = defaultdict[tuple[Key, Fraction], int](int)
+        profile = defaultdict[tuple[Key, Power], int](int)
         for line, _, value in r:
-            profile[line.key, value % 2 if letter == "±" else value] += 1
+            profile[line.key, value] += 1
         alike[tuple(profile.items())].append(g)
     return [_family(letter, [reach[g] for g in gs]) for gs in alike.values()]
 
@@ -120,10 +136,10 @@ def _grouped(letter: str, reach: Mapping[int, Reach]) -> list[Family]:
 def _family(letter: str, reaches: Sequence[Reach]) -> Family:
     first = reaches[0][0][0].key
     reaches = sorted(reaches, key=lambda r: min(p for line, p, _ in r if line.key == first))
-    rows = defaultdict[Key, list[tuple[int, int, Fraction]]](list)
+    rows = defaultdict[Key, list[tuple[int, int, Power]]](list)
     for g, r in enumerate(reaches):
         for line, p, value in r:
-            rows[line.key].append((p, g, value % 2 if letter == "±" else value))
+            rows[line.key].append((p, g, value))
     touched = {}
     for key, found in rows.items():
         found.sort(key=lambda x: x[:2])

@@ -27,7 +27,9 @@ class Shallow:
     stands: Mapping[int, tuple[int, ...]]
 
 
-def shallow(config: PretrainedConfig, full: PreTrainedModel | None = None, each: int = 2) -> Shallow:
+def shallow(
+    config: PretrainedConfig, full: PreTrainedModel | None = None, each: int = 2
+) -> Shallow:
     """A few layers of each type at full width: ``each`` where there is one type, else one.
 
     Refused where no choice of layers makes layers like the full model's.
@@ -88,7 +90,7 @@ def fewer_layers(config: PretrainedConfig, count: int, kept: Sequence[int]) -> P
     made = copy.deepcopy(config)
     text = made.get_text_config()
     for k, v in per_layer(text, count).items():
-        setattr(text, k, type(v)(v[i] for i in kept))
+        setattr(text, k, [v[i] for i in kept])
     text.num_hidden_layers = len(kept)
     text.vocab_size = VOCABULARY
     for k in ("pad_token_id", "bos_token_id", "eos_token_id"):

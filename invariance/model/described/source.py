@@ -59,6 +59,7 @@ class Source:
     folds: Mapping[int, tuple[str, int, int]]  # id: gain, entry, power
     gains: Mapping[str, tuple[float, bool]]  # offset, folded
     unseen: tuple[str, ...]
+    readers: frozenset[int]  # ids of weights that something was contracted with
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def source(
         folds={a: (f.name, f.index, f.power) for a, f in derived.folds.items()},
         gains={n: (offset, n not in derived.unfolded) for n, offset in derived.gains.items()},
         unseen=derived.unseen,
+        readers=derived.readers,
     )
 
 

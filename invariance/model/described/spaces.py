@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import numpy as np
 
 from ..derive.block import Block
 from ..derive.block import Kind as Group
-from .description import Kind
+from .description import Kind, Move
 from .pattern import Pattern, bare
 from .scales import Family, families
 from .source import Key, Line, Source, Split, first_seen
-from .swaps import Move, Swap, swaps
+from .swaps import Swap, swaps
 
 MATRICES = {Kind.GL, Kind.O, Kind.O1, Kind.C}
 Home = tuple[str, int] | None  # prefix and number of a layer; None: the whole model
@@ -102,9 +101,7 @@ def _variance(source: Source, axes: Sequence[Line], draft: Draft) -> Mapping[Key
     for line in by_name:
         code = draft.codes[line.key]
         ref = np.array([signs.get(int(c), 1) for c in code])
-        made[line.key] = np.array(
-            [Fraction(int(s)) for s in ref * source.scale_sign[line.ids]], dtype=object
-        )
+        made[line.key] = np.array((ref * source.scale_sign[line.ids]).tolist(), dtype=object)
     return made
 
 
@@ -144,7 +141,7 @@ def _attach(draft: Draft, f: Family) -> bool:
         return False
     powers = {}
     for key, codes in draft.codes.items():
-        values = np.full(len(codes), Fraction(0), dtype=object)
+        values = np.full(len(codes), 0, dtype=object)
         if key in f.touched:
             values[f.touched[key].positions] = f.touched[key].powers
         powers[key] = values
@@ -167,7 +164,7 @@ def _own(f: Family, length: Mapping[Key, int]) -> list[Draft]:
                 layers.append(({}, {}))
             at = nth == n
             codes = np.full(length[key], -1)
-            powers = np.full(length[key], Fraction(0), dtype=object)
+            powers = np.full(length[key], 0, dtype=object)
             codes[t.positions[at]], powers[t.positions[at]] = t.generators[at], t.powers[at]
             layers[n][0][key], layers[n][1][key] = codes, powers
     first = Draft(Kind.SCALE, "scale", home, f.size, layers[0][0], [layers[0][1]], f.letter)

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..derive.block import Block, Kind
+from .description import Move
 from .source import Key, Line, Source
-
-Move = tuple[tuple[int, int], ...]  # a product of transpositions
 
 
 @dataclass(frozen=True)

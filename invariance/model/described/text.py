@@ -20,16 +20,16 @@ from collections.abc import Callable, Mapping
 
 from ...core.errors import InputError
 from . import pattern_text as pattern
-from .description import Axis, Description, Fold, Gain, Kind, Part, Point, Space
+from .description import Axis, Description, Fold, Gain, Kind, Move, Part, Point, Space
 
 FORMAT = 1
 SIGNS = {1: "×", -1: "÷"}
 SPACE = re.compile(
     r"space (?P<name>\S+) +(?P<kind>[A-Z]+\d?)(?:·(?P<scales>[R±]+))? +(?P<width>\d+)"
-    r"(?: in (?P<copies>\d+) of (?P<size>\d+): (?P<blocks>.+))?(?:: (?P<moves>[()\d |]+))?"
+    r"(?: in (?P<copies>\d+) of (?P<size>\d+): (?P<blocks>.+))?(?:: (?P<moves>[()\d |-]+))?"
 )
 LAYERS = re.compile(r"layers (?P<prefix>\S*)\*  (?P<layers>[\d,-]+)")
-POINT = re.compile(r"(reads|writes)((?: \d+)+)")
+POINT = re.compile(r"(reads|writes)((?: -?\d+)+)")
 
 
 def write(description: Description) -> str:
@@ -65,8 +65,28 @@ def _space(s: Space) -> str:
     if s.blocks:
         line += f" in {s.copies} of {s.width // s.copies}: {pattern.write(s.blocks, {})}"
     if s.moves:
-        line += ": " + " | ".join("".join(f"({a} {b})" for a, b in move) for move in s.moves)
+        line += ": " + " | ".join(_move(move) for move in s.moves)
     return line
+
+
+def _move(move: Move) -> str:
+    """Transpositions side by side are told as one: (0 4)(1 5) is (0-1 4-5)."""
+    runs = list[list[int]]()
+    for a, b in move:
+        if runs and (a, b) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]):
+            runs[-1][2] += 1
+        else:
+            runs.append([a, b, 1])
+    return "".join(
+        f"({a} {b})" if n == 1 else f"({a}-{a + n - 1} {b}-{b + n - 1})" for a, b, n in runs
+    )
+
+
+def _moved(text: str) -> Move:
+    pairs = list[tuple[int, int]]()
+    for a, last, b in re.findall(r"\((\d+)(?:-(\d+))? (\d+)(?:-\d+)?\)", text):
+        pairs += [(int(a) + i, int(b) + i) for i in range(int(last or a) - int(a) + 1)]
+    return tuple(pairs)
 
 
 def _axis(a: Axis, widths: Mapping[str, int]) -> str:
@@ -162,11 +182,7 @@ class _Reader:
         m = SPACE.fullmatch(line)
         if m is None:
             raise ValueError("a space is written `space NAME KIND WIDTH`")
-        moves = tuple(
-            tuple((int(a), int(b)) for a, b in re.findall(r"\((\d+) (\d+)\)", move))
-            for move in (m["moves"] or "").split(" | ")
-            if move
-        )
+        moves = tuple(_moved(move) for move in (m["moves"] or "").split(" | ") if move)
         part = self.parts[-1]
         blocks = pattern.read(m["blocks"], {}) if m["blocks"] else ()
         made = Space(

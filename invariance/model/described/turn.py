@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from .check import untied
 from .description import Description, Flat, FlatAxis, Kind, Space
 from .elements import Element, blocks
-from .pattern import RIGID, Pattern, Symbol, expand
+from .pattern import RIGID, Pattern, Power, Symbol, expand
 
 MATRICES = {Kind.GL, Kind.O, Kind.O1, Kind.C}
 
@@ -28,7 +27,7 @@ class Side:
     parameter: str
     dims: tuple[int, ...]
     space: str
-    powers: tuple[Fraction, ...]
+    powers: tuple[Power, ...]
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ class Turner:
         for symbol, (positions, codes) in sides.items():
             i, c = torch.from_numpy(positions), torch.from_numpy(codes)
             for k, (letter, s) in enumerate(zip(space.scales, element.scales, strict=True)):
-                power = float((symbol.powers or (Fraction(1),))[k if len(symbol.powers) > 1 else 0])
+                power = float((symbol.powers or (1,))[k if len(symbol.powers) > 1 else 0])
                 factor = s[c] ** (power % 2 if letter == "±" else power)
                 W[i] = W[i] * factor[:, None]
         return W

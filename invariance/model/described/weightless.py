@@ -79,7 +79,9 @@ class _LargeOnMeta(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.empty and not kwargs.get("device"):
-            size = args[0] if args and isinstance(args[0], (tuple, list)) else kwargs.get("size", args)
+            size = (
+                args[0] if args and isinstance(args[0], (tuple, list)) else kwargs.get("size", args)
+            )
             if torch.Size(size).numel() > LARGE:
                 kwargs = {**kwargs, "device": "meta"}
         return func(*args, **kwargs)
@@ -94,7 +96,7 @@ def _parameters_on_meta() -> Iterator[None]:
         empty = None if p is None else nn.Parameter(torch.empty_like(p, device="meta"), False)
         register(module, name, empty)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         with _LargeOnMeta():
             yield
