@@ -55,7 +55,8 @@ def note(model: nn.Module, was: Shapes, known: Mapping[type, Mapping[str, set[Ex
                 if n in own and own[n][d] != was[f"{prefix}.{n}" if prefix else n][d]
             }
             still = any(
-                n in own and own[n][d] == was[f"{prefix}.{n}" if prefix else n][d] for n, d in places
+                n in own and own[n][d] == was[f"{prefix}.{n}" if prefix else n][d]
+                for n, d in places
             )
             if len(changed) == 1 and not still:
                 value = changed.pop()

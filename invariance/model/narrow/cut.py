@@ -6,19 +6,16 @@ an input before it counts.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..derive.trace import Example, forward
 from ..described.description import Description, Flat, Kind
-from ..described.pattern import RIGID, expand
 from ..described.weightless import on_meta
 from .attributes import extents, moved, note
 from .norms import Norm, NormOver, recognised
@@ -48,9 +45,7 @@ def zero(model: nn.Module, description: Description, kept: Kept) -> None:
             named[n.parameter].copy_(value)
 
 
-def cut(
-    model: PreTrainedModel, description: Description, kept: Kept, example: Example
-) -> Cut:
+def cut(model: PreTrainedModel, description: Description, kept: Kept, example: Example) -> Cut:
     """Deletes what is not kept, in place. ``example``: an input, to see which modules are norms of what."""
     flat, config = description.flat(), model.config
     found = narrowings(description, model, kept)
@@ -60,7 +55,9 @@ def cut(
     norms = _norms(model, flat, found, kept, example)
     known = extents([model, base] if said is None else [model, base, said.model])
     _narrow(model, found)
-    replaced = [name for name, norm in norms.items() if _renorm(model, name, norm, flat, kept, found)]
+    replaced = [
+        name for name, norm in norms.items() if _renorm(model, name, norm, flat, kept, found)
+    ]
     note(model, was, known)
     if said is not None:
         _adopt(model, base, said, flat, kept)
@@ -77,9 +74,7 @@ def _narrow(model: nn.Module, found: list[Narrowing]) -> None:
             p.data = narrowed(p.data, n)
 
 
-def _adopt(
-    model: PreTrainedModel, base: nn.Module, said: Spoken, flat: Flat, kept: Kept
-) -> None:
+def _adopt(model: PreTrainedModel, base: nn.Module, said: Spoken, flat: Flat, kept: Kept) -> None:
     """The config and the whole numbers that modules hold, as a model of the new config has them."""
     for change in said.changes:
         setattr(change.key.holder(model.config), change.key.name, change.value)
@@ -124,7 +119,9 @@ def _norms(
             norm = recognised(modules[owner], p.shape[0])
             if norm is not None:
                 made[owner] = norm, n.space
-    widths = {flat.spaces[name].width: name for name in kept if flat.spaces[name].kind is not Kind.SWAP}
+    widths = {
+        flat.spaces[name].width: name for name in kept if flat.spaces[name].kind is not Kind.SWAP
+    }
     for name, width in _bare_widths(model, example).items():
         if width in widths:
             norm = recognised(modules[name], width)
@@ -192,9 +189,7 @@ def _renorm(
     return True
 
 
-def _widths(
-    norm: Norm, flat: Flat, kept: Kept, space: str, stay: Tensor | None
-) -> tuple[int, int]:
+def _widths(norm: Norm, flat: Flat, kept: Kept, space: str, stay: Tensor | None) -> tuple[int, int]:
     if stay is not None:
         return len(norm.gain), len(stay)
     return flat.spaces[space].width, len(kept[space])

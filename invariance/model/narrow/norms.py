@@ -31,7 +31,9 @@ class NormOver(nn.Module):
     mean = Σx / of; variance = Σx² / of − mean². Without centring the mean is left out.
     """
 
-    def __init__(self, of: int, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None):
+    def __init__(
+        self, of: int, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None
+    ):
         super().__init__()
         self.of, self.centred, self.eps = of, centred, eps
         self.weight = None if weight is None else nn.Parameter(weight.detach(), False)

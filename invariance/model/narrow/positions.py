@@ -36,7 +36,9 @@ def narrowings(description: Description, model: nn.Module, kept: Kept) -> list[N
     flat, named = description.flat(), dict(model.named_parameters(remove_duplicate=False))
     for name in kept:
         if name not in flat.spaces:
-            raise InputError(f"cut: there is no space {name}; known: {', '.join(sorted(flat.spaces))}.")
+            raise InputError(
+                f"cut: there is no space {name}; known: {', '.join(sorted(flat.spaces))}."
+            )
     made = []
     for a in flat.axes.values():
         found = _gone(a, flat, kept)
@@ -54,7 +56,13 @@ def narrowings(description: Description, model: nn.Module, kept: Kept) -> list[N
         go = np.stack([np.flatnonzero(row) for row in rows])
         single = len(a.axis.dims) == 1
         made.append(
-            Narrowing(a.parameter, a.axis.dims, space, stay[0] if single else stay, go[0] if single else go)
+            Narrowing(
+                a.parameter,
+                a.axis.dims,
+                space,
+                stay[0] if single else stay,
+                go[0] if single else go,
+            )
         )
     return made
 
@@ -87,14 +95,15 @@ def narrowed(value: Tensor, n: Narrowing) -> Tensor:
     shape = [1] * value.dim()
     shape[0], shape[n.dim] = n.stay.shape
     index = torch.from_numpy(n.stay).reshape(shape)
-    return value.gather(n.dim, index.expand(*(
-        n.stay.shape[1] if d == n.dim else s for d, s in enumerate(value.shape)
-    )))
+    return value.gather(
+        n.dim,
+        index.expand(*(n.stay.shape[1] if d == n.dim else s for d, s in enumerate(value.shape))),
+    )
 
 
 def zeroed(value: Tensor, n: Narrowing, to: float = 0.0) -> Tensor:
     """The same with entries that go set to a number."""
-    mask = torch.zeros(n.stay.shape[:-1] + (value.shape[n.dim],), dtype=torch.bool)
+    mask = torch.zeros((*n.stay.shape[:-1], value.shape[n.dim]), dtype=torch.bool)
     mask.scatter_(-1, torch.from_numpy(n.go), True)
     shape = [1] * value.dim()
     shape[n.dim] = value.shape[n.dim]

@@ -71,10 +71,7 @@ def spoken(config: PretrainedConfig, base: nn.Module, target: Shapes) -> Spoken 
     was = shapes(base)
     budget = itertools.count()
     pairs = {
-        (o, n)
-        for name, s in was.items()
-        for o, n in zip(s, target[name], strict=True)
-        if o != n
+        (o, n) for name, s in was.items() for o, n in zip(s, target[name], strict=True) if o != n
     }
     good, mixed = list[Change](), list[Change]()
     for change in _candidates(config, pairs):
@@ -135,7 +132,11 @@ def _candidates(config: PretrainedConfig, pairs: set[tuple[int, int]]) -> Iterat
     """Keys that may hold one of the widths, or a multiple or part of it."""
     for key, value in keys(config):
         if type(value) is int and value > 1:
-            scaled = {n * value // o for o, n in pairs if (o % value == 0 or value % o == 0) and not n * value % o}
+            scaled = {
+                n * value // o
+                for o, n in pairs
+                if (o % value == 0 or value % o == 0) and not n * value % o
+            }
             yield from (Change(key, v) for v in sorted(scaled) if v > 0)
         elif value is None:
             yield from (Change(key, n) for n in sorted({n for _, n in pairs})[:3])
