@@ -44,7 +44,7 @@ def read(text: str, widths: Mapping[str, int]) -> Pattern:
     p, text = 0, text.strip()
     while p < len(text):
         m = TOKEN.match(text, p)
-        if m is None or m.end() == p:
+        if m is None or not m[0].strip():
             raise ValueError(f"'{text[p:]}' cannot be read")
         p = m.end()
         if m["variable"]:

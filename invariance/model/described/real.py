@@ -48,7 +48,8 @@ def _attempt(few: Fewer, what: str) -> Description | None:
 
 def _derived(model: Shallow, what: str) -> Description:
     routed = bool(stack_sizes(model.model))
-    inputs = [tokens(4, 16, seed) if routed else tokens(2, 8, seed) for seed in range(PASSES)]
+    size = (8, 32) if routed else (2, 8)  # so many that one pass reaches every expert
+    inputs = [tokens(*size, seed) for seed in range(PASSES)]
     examples = [{"input_ids": ids, "use_cache": False} for ids in inputs]
     derived = derive(model.model, examples, refill)
     found = source(derived, model.model)

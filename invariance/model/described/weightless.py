@@ -7,26 +7,21 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
+
+from ..tiny.build import from_config
 
 LARGE = 10**6  # elements of a tensor that is made on meta at once
 SLICE = 7  # how far a stack's slices are apart in their vector
 
 
 def on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config, without weights or buffers."""
+    """The model of a config, without weights or buffers. Attention and experts are plain ops."""
     with torch.device("meta"):
-        return from_config(config)
-
-
-def from_config(config: PretrainedConfig) -> PreTrainedModel:
-    """A causal model that computes in plain ops: attention and experts written out."""
-    made: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager"
-    )
+        made = from_config(config)
+    assert isinstance(made, PreTrainedModel)
     return made
 
 
@@ -37,6 +32,7 @@ def weightless(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     try:
         with _parameters_on_meta():
             model = from_config(config)
+        assert isinstance(model, PreTrainedModel)
         fill(model, seed)
     finally:
         torch.set_default_dtype(before)

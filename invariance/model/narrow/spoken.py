@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..described.weightless import on_meta
 
 Shapes = Mapping[str, tuple[int, ...]]
-MOST = 120  # models built on meta at most
+MOST = 80  # models built on meta at most
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def spoken(config: PretrainedConfig, base: nn.Module, target: Shapes) -> Spoken 
     pairs = {
         (o, n) for name, s in was.items() for o, n in zip(s, target[name], strict=True) if o != n
     }
-    good, mixed = list[Change](), list[Change]()
+    good, mixed = list[Change](), list[tuple[Change, set[tuple[int, int]]]]()
     for change in _candidates(config, pairs):
         if next(budget) > MOST:
             break
@@ -84,8 +84,10 @@ def spoken(config: PretrainedConfig, base: nn.Module, target: Shapes) -> Spoken 
         if now == target:
             return Spoken(changed(config, [change]), (change,), built)
         right, wrong = _compared(was, now, target)
-        if right:
-            (mixed if wrong else good).append(change)
+        if right and wrong:
+            mixed.append((change, wrong))
+        elif right:
+            good.append(change)
     return _together(config, target, good, mixed, budget)
 
 
@@ -93,22 +95,21 @@ def _together(
     config: PretrainedConfig,
     target: Shapes,
     good: list[Change],
-    mixed: list[Change],
+    mixed: list[tuple[Change, set[tuple[int, int]]]],
     budget: Iterator[int],
 ) -> Spoken | None:
     """Several keys at once; a key that moves too much with another that holds the rest in place."""
     alone = _one_each(good)
-    for more in ([], *([m] for m in mixed)):
-        changes = [*(c for c in alone if all(c.key != m.key for m in more)), *more]
-        if not changes or next(budget) > MOST:
-            continue
-        found = _tried(config, changes, target)
-        if found is not None:
-            return found
-        for pin in _pins(config, target, changes):
+    none: list[tuple[Change | None, set[tuple[int, int]]]] = [(None, set())]
+    for more, wrong in [*none, *mixed]:
+        changes = alone
+        if more is not None:
+            changes = [*(c for c in alone if c.key != more.key), more]
+        pinned = [[*changes, pin] for pin in _pins(config, wrong, changes)]
+        for attempt in ([changes] if changes else []) + pinned:
             if next(budget) > MOST:
-                break
-            found = _tried(config, [*changes, pin], target)
+                return None
+            found = _tried(config, attempt, target)
             if found is not None:
                 return found
     return None
@@ -138,7 +139,8 @@ def _candidates(config: PretrainedConfig, pairs: set[tuple[int, int]]) -> Iterat
                 if (o % value == 0 or value % o == 0) and not n * value % o
             }
             yield from (Change(key, v) for v in sorted(scaled) if v > 0)
-        elif value is None:
+    for key, value in keys(config):
+        if value is None:
             yield from (Change(key, n) for n in sorted({n for _, n in pairs})[:3])
         elif isinstance(value, list) and value and all(type(v) is int for v in value):
             for o, n in sorted(pairs):
@@ -146,16 +148,16 @@ def _candidates(config: PretrainedConfig, pairs: set[tuple[int, int]]) -> Iterat
                     yield Change(key, [n if v == o else v for v in value])
 
 
-def _pins(config: PretrainedConfig, target: Shapes, changes: list[Change]) -> Iterator[Change]:
-    """Empty keys said out loud: what a width that must stay was computed as."""
+def _pins(
+    config: PretrainedConfig, wrong: set[tuple[int, int]], changes: list[Change]
+) -> Iterator[Change]:
+    """Empty keys said out loud: a width that must stay was computed as that many parts of something."""
     taken = {c.key for c in changes}
-    numbers = sorted({v for _, v in keys(config) if type(v) is int and 1 < v <= 1024})
-    extents = sorted({e for s in target.values() for e in s})
-    values = [v for v in numbers if any(e % v == 0 for e in extents)]
-    heads = sorted({e // n for e in extents for n in numbers if e % n == 0 and e // n > 1})
+    numbers = {v for _, v in keys(config) if type(v) is int and v > 1}
+    values = sorted({o // m for o, x in wrong for m in numbers if o % m == x % m == 0 and o > m})
     for key, value in keys(config):
         if value is None and key not in taken:
-            yield from (Change(key, v) for v in dict.fromkeys([*heads, *values]))
+            yield from (Change(key, v) for v in values)
 
 
 def _built(config: PretrainedConfig, changes: Sequence[Change]) -> PreTrainedModel | None:
@@ -165,15 +167,12 @@ def _built(config: PretrainedConfig, changes: Sequence[Change]) -> PreTrainedMod
         return None
 
 
-def _compared(was: Shapes, now: Shapes, target: Shapes) -> tuple[int, int]:
-    """How many extents became what was asked for, and how many something else."""
-    if was.keys() != now.keys():
-        return 0, 1
-    right = wrong = 0
-    for name, before in was.items():
-        if len(before) != len(now[name]):
-            return 0, 1
-        for o, x, n in zip(before, now[name], target[name], strict=True):
-            right += o != x and x == n
-            wrong += o != x and x != n
-    return right, wrong
+def _compared(was: Shapes, now: Shapes, target: Shapes) -> tuple[bool, set[tuple[int, int]]]:
+    """Whether extents became what was asked for, and those that became something else: (was, is)."""
+    if was.keys() != now.keys() or any(len(was[n]) != len(now[n]) for n in was):
+        return False, set()
+    extents = [e for n in was for e in zip(was[n], now[n], target[n], strict=True)]
+    return (
+        any(o != x == n for o, x, n in extents),
+        {(o, x) for o, x, n in extents if o != x != n},
+    )
