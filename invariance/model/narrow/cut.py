@@ -21,6 +21,7 @@ from .attributes import extents, moved, note
 from .norms import Norm, NormOver, recognised
 from .positions import Kept, Narrowing, narrowed, narrowings, shapes, zeroed
 from .spoken import Change, Spoken, spoken
+from .stock import speak
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def cut(model: PreTrainedModel, description: Description, kept: Kept, example: E
     note(model, was, known)
     if said is not None:
         _adopt(model, base, said, flat, kept)
+        speak(model)
     return Cut(tuple(found), () if said is None else said.changes, tuple(replaced))
 
 
@@ -86,6 +88,8 @@ def _adopt(model: PreTrainedModel, base: nn.Module, said: Spoken, flat: Flat, ke
         if name in now and now[name].shape != buffer.shape:
             owner, _, leaf = name.rpartition(".")
             held = getattr(modules[owner], leaf)
+            if held is None:
+                continue
             for d, (o, n) in enumerate(zip(buffer.shape, now[name].shape, strict=True)):
                 if o != n:
                     held = held.index_select(d, _stay(o, n, flat, kept))
