@@ -5,7 +5,7 @@ One tensor at a time, in float64, so that a model can be turned while it streams
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -75,7 +75,11 @@ class Turner:
             value.mul_(g.reshape(shape) ** f.power)
 
     def _label(self, a: FlatAxis, label: Pattern, value: Tensor, folded: bool) -> Tensor:
-        sides = self._positions(a, label)
+        sides = {
+            s: at
+            for s, at in positions(a, label, self.elements).items()
+            if Side(a.parameter, a.axis.dims, a.space(s), s.powers) != self.without
+        }
         if not sides:
             return value
         lead = a.axis.dims
@@ -88,26 +92,6 @@ class Turner:
             W = self._space(a, self.flat.spaces[name], self.elements[name], mine, W, folded)
         back = np.argsort([*lead, *rest]).tolist()
         return W.reshape(shape).permute(*back)
-
-    def _positions(
-        self, a: FlatAxis, label: Pattern
-    ) -> dict[Symbol, tuple[np.ndarray, np.ndarray]]:
-        """Of each symbol that has an element: positions and codes."""
-        found: dict[Symbol, list[tuple[int, np.ndarray]]] = {}
-        p = 0
-        for symbol, codes in expand(label):
-            if symbol != RIGID and a.space(symbol) in self.elements:
-                side = Side(a.parameter, a.axis.dims, a.space(symbol), symbol.powers)
-                if side != self.without:
-                    found.setdefault(symbol, []).append((p, codes))
-            p += len(codes)
-        return {
-            s: (
-                np.concatenate([np.arange(q, q + len(c)) for q, c in parts]),
-                np.concatenate([c for _, c in parts]),
-            )
-            for s, parts in found.items()
-        }
 
     def _space(
         self,
@@ -139,6 +123,25 @@ class Turner:
                 factor = s[c] ** (power % 2 if letter == "±" else power)
                 W[i] = W[i] * factor[:, None]
         return W
+
+
+def positions(
+    a: FlatAxis, label: Pattern, spaces: Container[str]
+) -> dict[Symbol, tuple[np.ndarray, np.ndarray]]:
+    """Of each symbol of these spaces: positions on the axis, and their codes."""
+    found: dict[Symbol, list[tuple[int, np.ndarray]]] = {}
+    p = 0
+    for symbol, codes in expand(label):
+        if symbol != RIGID and a.space(symbol) in spaces:
+            found.setdefault(symbol, []).append((p, codes))
+        p += len(codes)
+    return {
+        s: (
+            np.concatenate([np.arange(q, q + len(c)) for q, c in parts]),
+            np.concatenate([c for _, c in parts]),
+        )
+        for s, parts in found.items()
+    }
 
 
 def occurrences(positions: np.ndarray, codes: np.ndarray, width: int) -> Iterator[np.ndarray]:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PretrainedConfig
+
+from .spoken import Change, built, keys
 
 Extent = tuple[str, int]  # a parameter of a module, and one of its dims
 Shapes = Mapping[str, tuple[int, ...]]
@@ -73,3 +77,35 @@ def moved(base: nn.Module, other: nn.Module) -> dict[tuple[str, str], tuple[Any,
         for k, v in plain(module).items()
         if k in vars(others[name]) and getattr(others[name], k) != v
     }
+
+
+@dataclass(frozen=True)
+class OfHeads:
+    """What holds the width of a head: (module, attribute), and buffers with their dim and length."""
+
+    attributes: frozenset[tuple[str, str]]
+    buffers: frozenset[tuple[str, int, int]]
+
+
+def of_heads(config: PretrainedConfig, base: nn.Module, width: int) -> OfHeads:
+    """What halves where a key of the config doubles: there are twice as many heads then, each half as wide."""
+    attributes, buffers = set[tuple[str, str]](), set[tuple[str, int, int]]()
+    for key, number in keys(config):
+        if type(number) is not int or number < 1:
+            continue
+        for other in (2 * number, number // 2):
+            twin = built(config, [Change(key, other)]) if other else None
+            if twin is None:
+                continue
+            halved = {
+                place
+                for place, (was, now) in moved(base, twin).items()
+                if was == width and type(now) is int and now * other == was * number
+            }
+            attributes |= halved
+            held = dict(twin.named_buffers())
+            for name, b in base.named_buffers() if halved else ():
+                for d, (was, now) in enumerate(zip(b.shape, held[name].shape, strict=True)):
+                    if was != now and now * other == was * number:
+                        buffers.add((name, d, was))
+    return OfHeads(frozenset(attributes), frozenset(buffers))

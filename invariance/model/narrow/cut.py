@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..derive.trace import Example, forward
 from ..described.description import Description, Flat, Kind
+from ..described.elements import blocks
 from ..described.weightless import on_meta
 from .attributes import extents, moved, note
 from .norms import Norm, NormOver, recognised
@@ -86,22 +87,29 @@ def _adopt(model: PreTrainedModel, base: nn.Module, said: Spoken, flat: Flat, ke
     now = dict(said.model.named_buffers())
     for name, buffer in base.named_buffers():
         if name in now and now[name].shape != buffer.shape:
-            owner, _, leaf = name.rpartition(".")
-            held = getattr(modules[owner], leaf)
-            if held is None:
-                continue
             for d, (o, n) in enumerate(zip(buffer.shape, now[name].shape, strict=True)):
                 if o != n:
-                    held = held.index_select(d, _stay(o, n, flat, kept))
-            setattr(modules[owner], leaf, held)
+                    narrow_buffer(model, name, d, stay(o, n, flat, kept))
 
 
-def _stay(was: int, now: int, flat: Flat, kept: Kept) -> Tensor:
-    """What stays of a buffer: as of the space of its width, or of the first block of a space of pairs."""
+def narrow_buffer(model: nn.Module, name: str, dim: int, index: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    held = getattr(module, leaf)
+    if held is not None:
+        setattr(module, leaf, held.index_select(dim, index))
+
+
+def stay(was: int, now: int, flat: Flat, kept: Kept) -> Tensor:
+    """What stays of a buffer: as of the space of its width, or of the pairs of the first head."""
     for name, codes in kept.items():
         space = flat.spaces[name]
         if space.width == was and len(codes) == now:
             return torch.from_numpy(np.sort(codes))
+        if space.kind is Kind.C:
+            pairs = np.isin(blocks(space)[:was, 0], codes)
+            if len(pairs) == was and pairs.sum() == now:
+                return torch.from_numpy(np.flatnonzero(pairs))
     return torch.arange(now)
 
 

@@ -77,12 +77,12 @@ def spoken(config: PretrainedConfig, base: nn.Module, target: Shapes) -> Spoken 
     for change in _candidates(config, pairs):
         if next(budget) > MOST:
             break
-        built = _built(config, [change])
-        if built is None:
+        made = built(config, [change])
+        if made is None:
             continue
-        now = shapes(built)
+        now = shapes(made)
         if now == target:
-            return Spoken(changed(config, [change]), (change,), built)
+            return Spoken(changed(config, [change]), (change,), made)
         right, wrong = _compared(was, now, target)
         if right and wrong:
             mixed.append((change, wrong))
@@ -123,10 +123,10 @@ def _one_each(changes: list[Change]) -> list[Change]:
 
 
 def _tried(config: PretrainedConfig, changes: list[Change], target: Shapes) -> Spoken | None:
-    built = _built(config, changes)
-    if built is None or shapes(built) != target:
+    made = built(config, changes)
+    if made is None or shapes(made) != target:
         return None
-    return Spoken(changed(config, changes), tuple(changes), built)
+    return Spoken(changed(config, changes), tuple(changes), made)
 
 
 def _candidates(config: PretrainedConfig, pairs: set[tuple[int, int]]) -> Iterator[Change]:
@@ -139,9 +139,12 @@ def _candidates(config: PretrainedConfig, pairs: set[tuple[int, int]]) -> Iterat
                 if (o % value == 0 or value % o == 0) and not n * value % o
             }
             yield from (Change(key, v) for v in sorted(scaled) if v > 0)
+    numbers = {v for _, v in keys(config) if type(v) is int and v > 1}
+    parts = {n // m for o, n in pairs for m in numbers if o % m == n % m == 0 and n > m}
+    empty = [*sorted({n for _, n in pairs})[:3], *sorted(parts - {n for _, n in pairs})[:4]]
     for key, value in keys(config):
         if value is None:
-            yield from (Change(key, n) for n in sorted({n for _, n in pairs})[:3])
+            yield from (Change(key, n) for n in empty)
         elif isinstance(value, list) and value and all(type(v) is int for v in value):
             for o, n in sorted(pairs):
                 if o in value:
@@ -160,7 +163,7 @@ def _pins(
             yield from (Change(key, v) for v in values)
 
 
-def _built(config: PretrainedConfig, changes: Sequence[Change]) -> PreTrainedModel | None:
+def built(config: PretrainedConfig, changes: Sequence[Change]) -> PreTrainedModel | None:
     try:
         return on_meta(changed(config, changes))
     except Exception:  # a config that cannot be says so in many ways

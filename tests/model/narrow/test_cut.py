@@ -92,7 +92,8 @@ def test_the_keys_that_hold_a_width_are_found_and_plain_transformers_reloads(
         attn_implementation="eager",
         experts_implementation="eager",
     )
-    assert distance(outputs(small, PROBE), outputs(again, PROBE)) <= TOLERANCE
+    buffers = 1e-6  # the library computes some in float32 (a scale of the embedding)
+    assert distance(outputs(small, PROBE), outputs(again, PROBE)) <= buffers
     prompt = PROBE["input_ids"][:, :5]
     written = [
         m.generate(prompt, max_new_tokens=6, do_sample=False, use_cache=cache)
