@@ -13,7 +13,8 @@ from invariance.model.derive import derive
 from invariance.model.described.describe import describe
 from invariance.model.described.description import Description
 from invariance.model.described.source import source
-from invariance.model.tiny.build import from_config, random_weights, untie
+from invariance.model.described.weightless import plain
+from invariance.model.tiny import random_weights, untie
 
 SHAPE: dict[str, object] = {
     "vocab_size": 67,
@@ -53,10 +54,9 @@ def small(kind: str, seed: int = 0, **more: object) -> PreTrainedModel:
     """A tiny model in float64 whose every weight is random; nothing is tied."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(kind, **{**SHAPE, **more})
-    model = from_config(config).double().eval().requires_grad_(False)
+    model = plain(config).double().eval().requires_grad_(False)
     untie(model)
     random_weights(model, seed)
-    assert isinstance(model, PreTrainedModel)
     return model
 
 

@@ -7,32 +7,52 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import PretrainedConfig, PreTrainedModel
-
-from ..tiny.build import from_config
 
 LARGE = 10**6  # elements of a tensor that is made on meta at once
 SLICE = 7  # how far a stack's slices are apart in their vector
 
 
-def on_meta(config: PretrainedConfig) -> PreTrainedModel:
-    """The model of a config, without weights or buffers. Attention and experts are plain ops."""
-    with torch.device("meta"):
-        made = from_config(config)
+Class = type[PreTrainedModel]
+OPTIONS: tuple[dict[str, str], ...] = (
+    {"attn_implementation": "eager", "experts_implementation": "eager"},
+    {"attn_implementation": "eager"},
+    {},
+)
+
+
+def plain(config: PretrainedConfig, kind: Class | None = None) -> PreTrainedModel:
+    """The model of a config (of this class, else the causal one) whose attention and experts are plain ops."""
+    make: Any = transformers.AutoModelForCausalLM.from_config if kind is None else kind._from_config
+    for options in OPTIONS:
+        try:
+            made = make(config, **options)
+            break
+        except (ValueError, TypeError):
+            if not options:
+                raise
     assert isinstance(made, PreTrainedModel)
     return made
 
 
-def weightless(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
+def on_meta(config: PretrainedConfig, kind: Class | None = None) -> PreTrainedModel:
+    """The model of a config, without weights or buffers."""
+    with torch.device("meta"):
+        return plain(config, kind)
+
+
+def weightless(
+    config: PretrainedConfig, seed: int = 0, kind: Class | None = None
+) -> PreTrainedModel:
     """The model of a config in float64 with real buffers, on weights that take no memory."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with _parameters_on_meta():
-            model = from_config(config)
-        assert isinstance(model, PreTrainedModel)
+            model = plain(config, kind)
         fill(model, seed)
     finally:
         torch.set_default_dtype(before)

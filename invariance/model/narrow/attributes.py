@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from .spoken import Change, built, keys
 
@@ -87,14 +87,14 @@ class OfHeads:
     buffers: frozenset[tuple[str, int, int]]
 
 
-def of_heads(config: PretrainedConfig, base: nn.Module, width: int) -> OfHeads:
+def of_heads(config: PretrainedConfig, base: PreTrainedModel, width: int) -> OfHeads:
     """What halves where a key of the config doubles: there are twice as many heads then, each half as wide."""
     attributes, buffers = set[tuple[str, str]](), set[tuple[str, int, int]]()
     for key, number in keys(config):
         if type(number) is not int or number < 1:
             continue
         for other in (2 * number, number // 2):
-            twin = built(config, [Change(key, other)]) if other else None
+            twin = built(config, [Change(key, other)], type(base)) if other else None
             if twin is None:
                 continue
             halved = {

@@ -52,7 +52,7 @@ def cut(model: PreTrainedModel, description: Description, kept: Kept, example: E
     flat, config = description.flat(), model.config
     found = narrowings(description, model, kept)
     was, target = shapes(model, []), shapes(model, found)
-    base = on_meta(config)
+    base = on_meta(config, type(model))
     said = spoken(config, base, target)
     norms = _norms(model, flat, found, kept, example)
     known = extents([model, base] if said is None else [model, base, said.model])

@@ -102,7 +102,7 @@ def cut_heads(
     zero(reference, description, kept)
     wanted = outputs(reference, example)
     old = flat.spaces[found[0].values].width // flat.spaces[found[0].values].copies
-    base, best = on_meta(model.config), None
+    base, best = on_meta(model.config, type(model)), None
     for factor in (1.0, ((old - by) / old) ** 0.5, (old / (old - by)) ** 0.5):
         small = copy.deepcopy(model)
         _scale_scores(small, flat, found, factor)

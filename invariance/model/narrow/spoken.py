@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..described.weightless import on_meta
+from ..described.weightless import Class, on_meta
 
 Shapes = Mapping[str, tuple[int, ...]]
 MOST = 80  # models built on meta at most
@@ -66,7 +66,7 @@ def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in named}
 
 
-def spoken(config: PretrainedConfig, base: nn.Module, target: Shapes) -> Spoken | None:
+def spoken(config: PretrainedConfig, base: PreTrainedModel, target: Shapes) -> Spoken | None:
     """The config that says the target's shapes, if keys that can be found say them."""
     was = shapes(base)
     budget = itertools.count()
@@ -77,7 +77,7 @@ def spoken(config: PretrainedConfig, base: nn.Module, target: Shapes) -> Spoken 
     for change in _candidates(config, pairs):
         if next(budget) > MOST:
             break
-        made = built(config, [change])
+        made = built(config, [change], type(base))
         if made is None:
             continue
         now = shapes(made)
@@ -88,7 +88,7 @@ def spoken(config: PretrainedConfig, base: nn.Module, target: Shapes) -> Spoken 
             mixed.append((change, wrong))
         elif right:
             good.append(change)
-    return _together(config, target, good, mixed, budget)
+    return _together(config, target, good, mixed, budget, type(base))
 
 
 def _together(
@@ -97,6 +97,7 @@ def _together(
     good: list[Change],
     mixed: list[tuple[Change, set[tuple[int, int]]]],
     budget: Iterator[int],
+    kind: Class,
 ) -> Spoken | None:
     """Several keys at once; a key that moves too much with another that holds the rest in place."""
     alone = _one_each(good)
@@ -109,7 +110,7 @@ def _together(
         for attempt in ([changes] if changes else []) + pinned:
             if next(budget) > MOST:
                 return None
-            found = _tried(config, attempt, target)
+            found = _tried(config, attempt, target, kind)
             if found is not None:
                 return found
     return None
@@ -122,8 +123,10 @@ def _one_each(changes: list[Change]) -> list[Change]:
     return list(first.values())
 
 
-def _tried(config: PretrainedConfig, changes: list[Change], target: Shapes) -> Spoken | None:
-    made = built(config, changes)
+def _tried(
+    config: PretrainedConfig, changes: list[Change], target: Shapes, kind: Class
+) -> Spoken | None:
+    made = built(config, changes, kind)
     if made is None or shapes(made) != target:
         return None
     return Spoken(changed(config, changes), tuple(changes), made)
@@ -163,9 +166,12 @@ def _pins(
             yield from (Change(key, v) for v in values)
 
 
-def built(config: PretrainedConfig, changes: Sequence[Change]) -> PreTrainedModel | None:
+def built(
+    config: PretrainedConfig, changes: Sequence[Change], kind: Class
+) -> PreTrainedModel | None:
+    """The model of a changed config on meta; None where there can be none."""
     try:
-        return on_meta(changed(config, changes))
+        return on_meta(changed(config, changes), kind)
     except Exception:  # a config that cannot be says so in many ways
         return None
 

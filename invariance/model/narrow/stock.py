@@ -18,7 +18,7 @@ def plain(module: nn.Module) -> dict[str, object]:
 
 def differences(model: PreTrainedModel) -> dict[str, tuple[object, object]]:
     """By name: what a model of this config has, and what this model has. Empty: a stock checkpoint holds it."""
-    stock = weightless(model.config)
+    stock = weightless(model.config, kind=type(model))
     found = dict[str, tuple[object, object]]()
     others = dict(stock.named_modules())
     for name, module in model.named_modules():
