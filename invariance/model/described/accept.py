@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..derive.certify import CONTROL, TOLERANCE, distance, outputs
+from ..derive.record import weights_of
 from ..derive.trace import Example
 from .check import check, untied
 from .description import Axis, Description, Flat, Part, Space
@@ -42,7 +43,7 @@ class Trial:
     def __init__(self, model: nn.Module, description: Description, examples: Sequence[Example]):
         untied(model, description)
         self.model, self.examples = model, examples
-        self.named = dict(model.named_parameters())
+        self.named = weights_of(model)
         self.kept = {n: p.detach().clone() for n, p in self.named.items()}
         self.references = [outputs(model, e) for e in examples]
 

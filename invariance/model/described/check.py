@@ -12,20 +12,20 @@ from torch import nn
 from ...core.errors import InputError
 from .description import Description, Flat, FlatAxis, Kind
 from .pattern import RIGID, expand, length
+from .weightless import stored
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """Of every parameter, by each of its names; a model on meta will do."""
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: tuple(p.shape) for name, p in named}
+    return {name: tuple(p.shape) for name, p in stored(model).items()}
 
 
 def untied(model: nn.Module, description: Description, where: str = "the model") -> None:
     """Raises InputError where one parameter is described under two names: each would be changed in its own way."""
     first = dict[int, str]()
-    for name, p in model.named_parameters(remove_duplicate=False):
+    for name, p in stored(model).items():
         if name in description.flat().parameters() and first.setdefault(id(p), name) != name:
             raise InputError(
                 f"{where}: {name} and {first[id(p)]} are one parameter, and a change of basis changes them apart. "
@@ -37,7 +37,7 @@ def check(description: Description, model: nn.Module, file: str = "layout") -> N
     """Raises InputError, naming file, parameter and axis, unless every parameter of the model is as described."""
     flat, found = description.flat(), shapes(model)
     known = flat.parameters()
-    own = dict(model.named_parameters(remove_duplicate=False))
+    own = stored(model)
     described = {id(own[n]) for n in known if n in own}
     for what, names in (
         ("has no parameter", known - set(found)),

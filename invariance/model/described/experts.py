@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from .description import Axis, Description, Kind, Part, Space
 from .pattern import Loop, Node, Pattern, Run
-from .weightless import on_meta
+from .weightless import on_meta, stored
 
 FEW = (8, 16, 32)  # a number that exceeds the experts of a token is looked for in this order
 
@@ -48,8 +48,8 @@ def _only_stacks(full: nn.Module, config: PretrainedConfig, count: int, few: int
         model = on_meta(config)
     except (ValueError, TypeError, RuntimeError, AssertionError):
         return False
-    now = dict(model.named_parameters(remove_duplicate=False))
-    was = dict(full.named_parameters(remove_duplicate=False))
+    now = stored(model)
+    was = stored(full)
     if now.keys() != was.keys() or count in stack_sizes(model):
         return False
     return all(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..derive.precision import double, in_double
+from ..derive.record import weights_of
 from ..derive.trace import Example, forward, tensors_in
 from .description import Point
 from .source import Key, Line, Source, Split
@@ -31,7 +32,7 @@ class Origins(TorchDispatchMode):
         self.of: dict[int, Seen] = {
             _storage(t): frozenset((INPUT,)) for t in tensors_in(example.values())
         }
-        self.of |= {_storage(p): frozenset((n,)) for n, p in model.named_parameters()}
+        self.of |= {_storage(p): frozenset((n,)) for n, p in weights_of(model).items()}
         self.seen: dict[str, Seen] = {}
         self._kept: list[Tensor] = []  # so that no storage's address is used twice
 

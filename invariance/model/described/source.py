@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..derive.analysis import Derived
 from ..derive.arrays import core, line, varies
 from ..derive.block import Block
+from ..derive.record import weights_of
 
 LAYER = re.compile(r"^(.*?\.)(\d+)\.(.*)$")
 Axis = tuple[str, int]  # a parameter and a dim
@@ -95,7 +96,7 @@ def source(
     free = derived.scales
     return Source(
         fields=derived.axes,
-        shapes={name: tuple(p.shape) for name, p in model.named_parameters()},
+        shapes={name: tuple(p.shape) for name, p in weights_of(model).items()},
         root=np.fromiter(map(ids.root, range(n)), np.int64, n),
         scale_root=np.fromiter((r for r, _ in found), np.int64, n),
         scale_sign=np.fromiter((s for _, s in found), np.int64, n),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..derive.record import weights_of
 from .check import untied
 from .description import Description, Flat, FlatAxis, Kind, Space
 from .elements import Element, blocks
@@ -177,7 +178,7 @@ def turn(
     """Changes the model's weights in place; its logits stay, unless a side is left out."""
     untied(model, description)
     flat = description.flat()
-    named = dict(model.named_parameters())
+    named = weights_of(model)
     gains = {n: named[n].detach().clone() for n in flat.gains}
     turner = Turner(flat, elements, gains, without)
     with torch.no_grad():

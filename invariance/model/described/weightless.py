@@ -63,13 +63,21 @@ def weightless(
     return model.eval()
 
 
+def stored(model: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint stores, by each of its names: parameters, and buffers such as a router's corrections."""
+    held = model.state_dict(keep_vars=True).items()
+    return {name: t for name, t in held if t.is_floating_point()}
+
+
 def fill(model: nn.Module, seed: int) -> None:
     """Other weights, by seed. Tied weights are no longer tied."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    for i, (name, p) in enumerate(named):
+    for i, (name, p) in enumerate(stored(model).items()):
         owner, _, leaf = name.rpartition(".")
         value = weights(tuple(p.shape), 1000 * seed + i)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        if isinstance(p, nn.Parameter):
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+        elif not bool((p != 0).any()):  # a buffer that waits to be trained
+            setattr(model.get_submodule(owner), leaf, value)
 
 
 def refill(model: nn.Module, seed: int) -> None:

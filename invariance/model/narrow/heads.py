@@ -18,9 +18,9 @@ from ..derive.trace import Example
 from ..described.description import Description, Flat, Kind, Space
 from ..described.elements import blocks
 from ..described.turn import positions
-from ..described.weightless import on_meta
+from ..described.weightless import stored
 from .attributes import OfHeads, of_heads
-from .cut import Cut, cut, narrow_buffer, stay, zero
+from .cut import Cut, cut, narrow_buffer, plan, stay, zero
 from .positions import Kept
 
 
@@ -102,13 +102,13 @@ def cut_heads(
     zero(reference, description, kept)
     wanted = outputs(reference, example)
     old = flat.spaces[found[0].values].width // flat.spaces[found[0].values].copies
-    base, best = on_meta(model.config, type(model)), None
+    todo, best = plan(model, description, kept, example), None
     for factor in (1.0, ((old - by) / old) ** 0.5, (old / (old - by)) ** 0.5):
         small = copy.deepcopy(model)
         _scale_scores(small, flat, found, factor)
-        done = cut(small, description, kept, example)
+        done = cut(small, description, kept, todo, todo.ways()[0])
         if not done.changes:
-            _note_heads(small, of_heads(model.config, base, old), old, old - by, flat, kept)
+            _note_heads(small, of_heads(model.config, todo.base, old), old, old - by, flat, kept)
         error = distance(wanted, outputs(small, example))
         best = (small, done, error) if best is None or error < best[2] else best
         if error <= TOLERANCE:
@@ -133,7 +133,7 @@ def _note_heads(model: nn.Module, of: OfHeads, old: int, new: int, flat: Flat, k
 def _scale_scores(model: nn.Module, flat: Flat, found: Sequence[Heads], factor: float) -> None:
     """All scores times a factor: queries or keys, those that come as their space does, take it up."""
     names = {n for h in found for n in (h.plain, h.turned) if n is not None}
-    named = dict(model.named_parameters())
+    named = stored(model)
     for a in flat.axes.values():
         for label in a.axis.labels:
             for symbol, (at, _) in positions(a, label, names).items():

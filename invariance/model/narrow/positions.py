@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...core.errors import InputError
 from ..described.description import Description, Flat, FlatAxis, Kind
 from ..described.pattern import RIGID, expand
+from ..described.weightless import stored
 
 Kept = Mapping[str, np.ndarray]  # of a space by its full name, the coordinates that stay
 
@@ -33,7 +34,7 @@ class Narrowing:
 
 def narrowings(description: Description, model: nn.Module, kept: Kept) -> list[Narrowing]:
     """Every axis that loses positions. Raises InputError where slices of a stack would lose different numbers."""
-    flat, named = description.flat(), dict(model.named_parameters(remove_duplicate=False))
+    flat, named = description.flat(), stored(model)
     for name in kept:
         if name not in flat.spaces:
             raise InputError(
@@ -112,10 +113,9 @@ def zeroed(value: Tensor, n: Narrowing, to: float = 0.0) -> Tensor:
     return value.masked_fill(mask.reshape(shape), to)
 
 
-def shapes(model: nn.Module, found: list[Narrowing]) -> dict[str, tuple[int, ...]]:
+def shapes(model: nn.Module, found: Sequence[Narrowing]) -> dict[str, tuple[int, ...]]:
     """The shapes of all parameters, by each of their names, when positions have gone."""
-    named = model.named_parameters(remove_duplicate=False)
-    made = {name: list(p.shape) for name, p in named}
+    made = {name: list(p.shape) for name, p in stored(model).items()}
     for n in found:
         made[n.parameter][n.dim] = n.stay.shape[-1]
     return {name: tuple(s) for name, s in made.items()}

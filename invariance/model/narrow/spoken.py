@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..described.weightless import Class, on_meta
+from ..described.weightless import Class, on_meta, stored
 
 Shapes = Mapping[str, tuple[int, ...]]
 MOST = 80  # models built on meta at most
@@ -62,33 +62,43 @@ def changed(config: PretrainedConfig, changes: Sequence[Change]) -> PretrainedCo
 
 
 def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    named = model.named_parameters(remove_duplicate=False)
-    return {name: tuple(p.shape) for name, p in named}
+    return {name: tuple(p.shape) for name, p in stored(model).items()}
 
 
-def spoken(config: PretrainedConfig, base: PreTrainedModel, target: Shapes) -> Spoken | None:
-    """The config that says the target's shapes, if keys that can be found say them."""
-    was = shapes(base)
-    budget = itertools.count()
-    pairs = {
+@dataclass(frozen=True)
+class Search:
+    """What was found: the config that says all, if there is one, and models of keys that say a part of it."""
+
+    said: Spoken | None
+    pairs: frozenset[tuple[int, int]]  # extents: was, is to be
+    partly: tuple[PreTrainedModel, ...] = field(repr=False)
+
+
+def search(config: PretrainedConfig, base: PreTrainedModel, target: Shapes) -> Search:
+    """Which config says the target's shapes: keys are changed one by one, then together."""
+    was, budget, kind = shapes(base), itertools.count(), type(base)
+    pairs = frozenset(
         (o, n) for name, s in was.items() for o, n in zip(s, target[name], strict=True) if o != n
-    }
+    )
     good, mixed = list[Change](), list[tuple[Change, set[tuple[int, int]]]]()
+    partly = list[PreTrainedModel]()
     for change in _candidates(config, pairs):
         if next(budget) > MOST:
             break
-        made = built(config, [change], type(base))
+        made = built(config, [change], kind)
         if made is None:
             continue
         now = shapes(made)
         if now == target:
-            return Spoken(changed(config, [change]), (change,), made)
+            return Search(Spoken(changed(config, [change]), (change,), made), pairs, ())
         right, wrong = _compared(was, now, target)
+        if right:
+            partly.append(made)
         if right and wrong:
             mixed.append((change, wrong))
         elif right:
             good.append(change)
-    return _together(config, target, good, mixed, budget, type(base))
+    return Search(_together(config, target, good, mixed, budget, kind), pairs, tuple(partly))
 
 
 def _together(
@@ -132,7 +142,7 @@ def _tried(
     return Spoken(changed(config, changes), tuple(changes), made)
 
 
-def _candidates(config: PretrainedConfig, pairs: set[tuple[int, int]]) -> Iterator[Change]:
+def _candidates(config: PretrainedConfig, pairs: Set[tuple[int, int]]) -> Iterator[Change]:
     """Keys that may hold one of the widths, or a multiple or part of it."""
     for key, value in keys(config):
         if type(value) is int and value > 1:

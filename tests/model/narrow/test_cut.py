@@ -17,7 +17,7 @@ from invariance.model.described.description import Description
 from invariance.model.described.elements import blocks, elements
 from invariance.model.described.turn import turn
 from invariance.model.narrow.certificate import tried
-from invariance.model.narrow.cut import cut, zero
+from invariance.model.narrow.cut import plan, zero
 from invariance.model.narrow.positions import Kept
 from invariance.model.narrow.stock import differences
 
@@ -53,7 +53,7 @@ def test_cut_equals_zeroed(kind, stem):
 
 def test_a_norm_that_forgets_its_old_width_would_show(monkeypatch):
     model, description = described("llama")
-    monkeypatch.setattr("invariance.model.narrow.cut._renorm", lambda *_: False)
+    monkeypatch.setattr("invariance.model.narrow.cut.renorm", lambda *_: False)
     assert tried(model, description, of(description, "residual", 8), PROBE)[2] > 1e-3
 
 
@@ -142,6 +142,6 @@ def test_slices_of_a_stack_keep_as_many():
     kept = of(description, "ch", 8)
     kept["ch@0"] = kept["ch@0"][1:]
     with pytest.raises(InputError, match="different widths in its slices"):
-        cut(copy.deepcopy(model), description, kept, PROBE)
+        plan(model, description, kept, PROBE)
     with pytest.raises(InputError, match="no space mlp@0"):
-        cut(copy.deepcopy(model), description, {"mlp@0": np.arange(3)}, PROBE)
+        plan(model, description, {"mlp@0": np.arange(3)}, PROBE)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from invariance.core.errors import InputError
 from invariance.model.derive.certify import TOLERANCE, distance, outputs
 from invariance.model.derive.precision import in_double
-from invariance.model.narrow.cut import cut, zero
+from invariance.model.narrow.cut import Way, cut, plan, zero
 from invariance.model.narrow.heads import cut_heads, heads, narrower
 
 PROBE = tokens(3, 11, seed=7)
@@ -102,7 +102,8 @@ def test_experts_that_go_are_never_chosen():
         reference = outputs(model, PROBE)
     assert distance(whole, reference) > 1e-3
     fewer = copy.deepcopy(model)
-    done = cut(fewer, description, kept, PROBE)
+    todo = plan(fewer, description, kept, PROBE)
+    done = cut(fewer, description, kept, todo, Way.SAID)
     assert distance(reference, outputs(fewer, PROBE)) <= TOLERANCE
     assert [(c.key.name, c.value) for c in done.changes] == [("num_local_experts", 3)]
     assert fewer.model.layers[0].mlp.experts.gate_up_proj.shape[0] == 3
