@@ -1,0 +1,1 @@
+"""A derived layout as data and as text, and what works from the text alone."""

@@ -1,0 +1,1 @@
+"""Coordinates of derived spaces cut out of a model's own modules."""
