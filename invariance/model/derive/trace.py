@@ -47,6 +47,8 @@ class Trace(TorchDispatchMode):
         r.ids.op = op
         if op not in BLANKS and not inplace and not any(map(r.known, tensors)):
             return out
+        if isinstance(out, Tensor) and out.numel() == 0:
+            return out  # an expert that no token reached: nothing was computed
         rule = RULES.get(name, RULES.get(op))
         call = Call(op, args, kwargs, out, before, tensors)
         if rule is None or (func._schema.is_mutable and not inplace):
@@ -153,7 +155,6 @@ def unseen(model: nn.Module, r: Record) -> tuple[str, ...]:
             out.append(name)
             continue
         for f in label.fields[-1:]:
-            ids = unique_list(f)
-            if not used.issuperset(ids) and not any(r.ids.marked(a, Mark.FROZEN) for a in ids):
+            if any(a not in used and not r.ids.marked(a, Mark.FROZEN) for a in unique_list(f)):
                 out.append(name)
     return tuple(sorted(out))

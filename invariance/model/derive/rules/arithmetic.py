@@ -47,7 +47,9 @@ def add_labels(r: Record, one: Operand, two: Operand, out: Tensor, minus: bool =
     if lx.parts is not None or ly.parts is not None:
         return freeze(r, lx, ly)
     if (lx.terms or ly.terms) and len(lx.fields) == len(ly.fields) == 1:
-        return add_terms(r, lx, ly, out, minus)
+        fields = [f for label in (lx, ly) for f, _ in as_terms(label, shape)]
+        if len(set(map(varies, fields))) == 1:
+            return add_terms(r, lx, ly, out, minus)
     keep = lx.parameter is not None or ly.parameter is not None
     sx, sy = settle(r, lx, keep), settle(r, ly, keep)
     assert sx is not None and sy is not None
@@ -98,8 +100,11 @@ def add_fields(r: Record, lx: Label, ly: Label, x: Tensor, y: Tensor) -> list[Te
         hits = [k for k, g in enumerate(ly.fields) if set(varies(g)) & set(varies(f))]
         if not hits:
             lonely(r, f, y)
+        if hits:
+            told_apart(r, f, ly, y)
         for k in hits:
             used.add(k)
+            told_apart(r, ly.fields[k], lx, x)
             f = add_pair(r, f, ly.fields[k], ly.parameter)
         fields.append(f)
     for k, g in enumerate(ly.fields):
@@ -202,12 +207,18 @@ def multiply_labels(r: Record, one: Operand, two: Operand, out: Tensor, power: i
         r.ids.seen(f)
     for own, other, v, e in ((sx, sy, y, 1), (sy, sx, x, power)):
         for f in own.fields:
-            alone = not any(set(varies(f)) & set(varies(g)) for g in other.fields)
-            if alone and not uniform(value(v, out), varies(f)):
-                r.ids.freeze(f)
-            else:
-                factors.append((f, e))
+            told_apart(r, f, other, value(v, out))
+            factors.append((f, e))
     r.set(out, combine(r, [f for f, _ in factors], [e for _, e in factors]))
+
+
+def told_apart(r: Record, f: Tensor, other: Label, values: Tensor) -> None:
+    """Along axes on which the other factor has no coordinates, its values are constants; if they vary, nothing mixes."""
+    named = {d for g in other.fields for d in varies(g)}
+    rest = [d for d in varies(f) if d not in named]
+    if rest and not uniform(values, rest):
+        r.ids.mark(f, Mark.NO_MIX)
+        r.ids.colour(f, values)
 
 
 def multiply_constant(r: Record, label: Label, y: Any, out: Tensor, power: int) -> None:

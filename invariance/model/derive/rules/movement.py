@@ -57,10 +57,13 @@ def move(r: Record, call: Call) -> None:
             for f in mine:
                 alone(r, f)
         if terms is not None:
+            moved = tuple((f[k], c[k]) for f, c in terms)
             if varies(mine[0]):
-                r.set(out, mine, terms=tuple((f[k], c[k]) for f, c in terms))
+                r.set(out, mine, terms=moved)
             else:
                 r.put(out, None)
+                for f, _ in moved:
+                    r.ids.freeze(f)
             continue
         kept = flattened(r, [f for f in mine if varies(f)])
         r.set(out, kept, squared=label.squared, parameter=label.parameter)
@@ -278,6 +281,19 @@ def write_rows(r: Record, call: Call, f: Tensor, label: Label) -> bool:
         into(r, f.narrow(dims[0], 0, 1), Label((first.narrow(dims[0], 0, 1),)))
         return True
     return False
+
+
+def placed(r: Record, call: Call) -> None:
+    """index_add, scatter, … that make a new tensor: which rows are written is data, what is in a row is not."""
+    x, source = call.args[0], call.at(3, "src")
+    d = call.args[1] % x.dim()
+    target, label = settle(r, r.get(x)), settle(r, r.get(source))
+    if label is None and target is None:
+        return
+    fields = label.fields if label is not None else ()
+    if label is None or target is not None or any(d in varies(f) for f in fields) or bool((x != 0).any()):
+        return freeze(r, target, label)
+    r.set(call.out, [f.narrow(d, 0, 1).expand(call.out.shape) for f in fields])
 
 
 def into(r: Record, places: Tensor, label: Label, keep_origin: bool = False) -> None:

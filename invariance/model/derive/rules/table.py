@@ -10,7 +10,7 @@ from .choosing import embedding, gather, top
 from .complex import as_complex, as_real
 from .contraction import matmul
 from .convolution import convolution
-from .movement import blank, concatenate, keep, move, triangle, write
+from .movement import blank, concatenate, keep, move, placed, triangle, write
 from .pointwise import (
     absolute,
     compare,
@@ -33,6 +33,7 @@ _ROWS: Mapping[Rule, str] = {
     triangle: "tril triu",
     concatenate: "cat stack",
     write: "copy_ index_add_ index_put_ _index_put_impl_ scatter_ scatter_add_ index_copy_ scatter_reduce_",
+    placed: "index_add index_copy scatter scatter_add",
     blank: "zeros zeros_like new_zeros empty empty_like new_empty full full_like new_full empty_strided",
     as_complex: "view_as_complex",
     as_real: "view_as_real",
