@@ -54,6 +54,7 @@ class Derived:
     unfolded: gains that something else than a linear reader sees, so that they stay.
     folds: id of a reader's or bias's coordinate -> the element of a gain that moves into it.
     scales: what the equations leave of scales and signs; a coordinate's is that of ``ids.scale(id)``.
+    contracted: ids that something was contracted with: of a weight's, those of its readers.
     unseen: weights of which the examples prove nothing. unknown: ops that no rule understands. frozen_by: op -> ids.
     """
 
@@ -66,6 +67,7 @@ class Derived:
     folds: Mapping[int, Fold]
     scales: Scales
     places: Mapping[int, tuple[Place, ...]]
+    contracted: frozenset[int]
     unseen: tuple[str, ...]
     unknown: Mapping[str, int]
     frozen_by: Mapping[str, int]
@@ -210,6 +212,7 @@ class Analysis:
             folds=r.folds,
             scales=solve(self.ids, carried),
             places=self.places,
+            contracted=frozenset(r.contracted),
             unseen=self.unseen,
             unknown=dict(r.unknown),
             frozen_by=dict(self.ids.frozen_by),

@@ -66,6 +66,7 @@ class Record:
         self.reads: dict[
             int, Fold | None
         ] = {}  # id -> the gain behind which it was used, None for none
+        self.contracted: set[int] = set()  # ids that something was contracted with
         self.turned: dict[tuple[int, int], None] = {}  # pairs that rotary positions turn together
         self.routers: list[Router] = []
         self.unknown: Counter[str] = Counter()  # ops that no rule understands

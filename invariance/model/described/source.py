@@ -106,7 +106,7 @@ def source(
         folds={a: (f.name, f.index, f.power) for a, f in derived.folds.items()},
         gains={n: (offset, n not in derived.unfolded) for n, offset in derived.gains.items()},
         unseen=derived.unseen,
-        readers=derived.readers,
+        readers=derived.contracted,
     )
 
 

@@ -61,7 +61,18 @@ def _mixing(source: Source, axes: Sequence[Line]) -> list[Draft]:
         if b.kind is not Group.NODES:
             alike[b.kind, len(b.classes), b.where, b.stem].append(b)
     order = sorted(alike.values(), key=lambda bs: sorted(rank[a] for a in bs[0].where if a in rank))
-    return [_draft(source, axes, bs) for bs in order]
+    return [d for bs in order if _whole(d := _draft(source, axes, bs))]
+
+
+def _whole(draft: Draft) -> bool:
+    """Whether every axis has each coordinate as often (and as often as the dual): else the space stays rigid."""
+    for key, codes in draft.codes.items():
+        powers = draft.powers[0][key] if draft.powers else np.ones(len(codes))
+        for power in (1, -1):
+            there = codes[(codes >= 0) & (powers == power)]
+            if len(there) and len(set(np.bincount(there, minlength=draft.width).tolist())) > 1:
+                return False
+    return True
 
 
 def _draft(source: Source, axes: Sequence[Line], blocks: Sequence[Block]) -> Draft:

@@ -117,6 +117,7 @@ def dual(r: Record, one: tuple[Tensor, Label], two: tuple[Tensor, Label]) -> lis
     pairs = ids.pairs(rows.unsqueeze(3), wide)
     ids.met(pairs)
     for a, b in pairs:
+        r.contracted |= {a, b}
         for gained, reader in ((a, b), (b, a)):
             gain = r.gains.get(gained)
             r.use(reader, None if gain is None else Fold(gain.name, gain.index, 1))
