@@ -1,10 +1,12 @@
 """The methods that ship. Importing this package registers them, as an entry point of the group `invariance.methods`."""
 
 from . import (
+    asvd,
     awq,
     bias_compensation,
     cma_es,
     dynamic_programming,
+    fisher_svd,
     fluctuation,
     global_energy,
     gptq,
@@ -37,10 +39,12 @@ from . import (
 )
 
 __all__ = [
+    "asvd",
     "awq",
     "bias_compensation",
     "cma_es",
     "dynamic_programming",
+    "fisher_svd",
     "fluctuation",
     "global_energy",
     "gptq",

@@ -30,7 +30,7 @@ STOCK = {
     "mlp",
     "random",
 }  # one basis, uniform widths
-STOCK |= {"recover-lora", "recover-distill", "int4", "slice-int4"}
+STOCK |= {"recover-lora", "recover-distill", "int4", "slice-int4", "gptq-int4", "sparsegpt"}
 STOCK |= {
     "best-stock",
     "depth-and-width",
@@ -53,8 +53,11 @@ OWN = {
     "svd-llm",
     "family",
     "hadamard-int4",
+    "obd-llm",
+    "quip-int4",
 }
 UNCUT = {"hadamard", "random", "int4", "hadamard-int4"}
+UNCUT |= {"gptq-int4", "quip-int4", "sparsegpt"}
 NARROWER: dict[str, dict[str, Any]] = {
     "combined": {"steps.0.select.uniform.width": 27, "steps.2.select.uniform.width": 6},
     "heads": {"steps.0.select.uniform.width": 6},
