@@ -25,11 +25,11 @@ def one_or_several(value: Any) -> Any:
 
 
 Word = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Several = Annotated[int, Field(ge=2, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+Several = Annotated[int, Field(ge=2, le=2**53)]
 Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
 Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Words = Annotated[tuple[Word, ...], Field(min_length=1), BeforeValidator(one_or_several)]

@@ -35,6 +35,5 @@ def check_regular(path: Path, what: str) -> None:
         mode = path.stat().st_mode
     except (OSError, ValueError):
         return
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise InputError(f"{path}: it is {kind}. Give the path of a {what}.")
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise InputError(f"{path}: it is no regular file. Give the path of a {what}.")

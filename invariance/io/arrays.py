@@ -54,7 +54,7 @@ def open_array(path: Path, where: str) -> np.ndarray[Any, Any]:
         raise
     except Exception as e:  # a header is text that numpy evaluates as a literal: many kinds
         said = " ".join(str(e).split())[:200] or type(e).__name__
-        raise InputError(f"{where}: not an .npy file that can be read ({said}). {AGAIN}") from None
+        raise InputError(f"{where}: numpy.load fails ({said}). {AGAIN}") from None
 
 
 AGAIN = "Write it with numpy.save, as integers of shape (sequences, tokens)."
