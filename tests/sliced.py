@@ -13,6 +13,7 @@ from folders import VOCABULARY, model_of, workplace
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from invariance.calibrate import walk
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import Sliced, slice_model
@@ -20,6 +21,7 @@ from invariance.compress.plan import plan
 from invariance.io.data import Tokens, load_tokens
 from invariance.model.canonical import canonicalize
 from invariance.model.layout import Layout
+from invariance.model.working import Stages
 from invariance.recipe.recipe import Recipe
 
 RAW, NORMED, MEAN, WEIGHTED = Statistic.RAW, Statistic.NORMED, Statistic.MEAN, Statistic.WEIGHTED
@@ -59,6 +61,13 @@ def sliced(
 ) -> Sliced:
     model = dense() if model is None else model
     return slice_model(model, plan(asked, model.config), tokens(), store=store)
+
+
+def taken(parts: Stages, batches: list[walk.Batch], wanted: Any, dtype: torch.dtype) -> Moments:
+    """The moments of a oneshot walk."""
+    found = [Moments()]
+    walk.oneshot(parts, batches, wanted, dtype, leave=lambda _, m: found.append(found[-1].merge(m)))
+    return found[-1]
 
 
 def close(one: Tensor, other: Tensor, bound: float = ROUNDING) -> bool:

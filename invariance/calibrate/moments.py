@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -15,14 +15,13 @@ from jaxtyping import Bool, Float, Float64
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..core.errors import InvarianceError
 from ..core.files import write_tensors
 from ..core.operator import Operator
 from ..core.space import Space
-from ..model.layout import Layout
 from ..model.modules import Factored
+from ..model.working import Stages
 from .moment import Gram, Known, Moment, Weights
 from .outer import outer
 from .statistic import Statistic
@@ -140,22 +139,32 @@ def real_tokens(
     return x.flatten(0, 1) if mask is None or bool(mask.all()) else x[mask.to(x.device)]
 
 
-def reader_moment(model: PreTrainedModel, layout: Layout, space: Space) -> Gram:
+def reader_moment(parts: Stages, space: Space) -> Gram:
     """Σ WᵀW over the weights that read a space, per copy: how much each direction weighs with its readers."""
 
     def weights() -> Weights:
-        for name, i in layout.readers(space.name):
-            yield reader(model, space, name).movedim(i, -1).flatten(0, -2), None
+        for W, i in readers(parts, space):
+            yield W.movedim(i, -1).flatten(0, -2), None
 
     return Gram(space.copies, space.seen, weights)
 
 
-def reader(model: PreTrainedModel, space: Space, name: str) -> Float[Tensor, "o i"]:
-    """A weight that reads a space; the product, where it is one of two factors and the space lies beyond them."""
-    parent = model.get_submodule(name.rsplit(".", 2)[0])
-    if isinstance(parent, Factored) and space.kind != "edge":
-        return (parent.second.weight.double() @ parent.first.weight.double()).detach().cpu()
-    return model.get_parameter(name).detach().cpu()
+def readers(parts: Stages, space: Space) -> Iterator[tuple[Float[Tensor, "o i"], int]]:
+    """The weights that read a space, each with its axis that does; products of two factors, where the space lies beyond
+    them. The head comes by rows."""
+    for name, i in parts.layout.readers(space.name):
+        edge = next((e for e in parts.layout.edges if name.startswith(f"{e.stage}.")), None)
+        if edge is None:
+            for W in parts.end(name):
+                yield W.cpu(), i
+            continue
+        inside = name.removeprefix(f"{edge.stage}.").removesuffix(".weight")
+        stage = parts.peek(edge, [inside])
+        pair = stage.get_submodule(inside.rpartition(".")[0])
+        if isinstance(pair, Factored) and space.kind != "edge":
+            yield (pair.second.weight.double() @ pair.first.weight.double()).detach().cpu(), i
+        else:
+            yield stage.get_parameter(f"{inside}.weight").detach().cpu(), i
 
 
 @dataclass(frozen=True)
@@ -184,6 +193,10 @@ class Store:
                 continue
         return Moments(found)
 
+    def missing(self, keys: Iterable[Key]) -> list[Key]:
+        """Those of the keys that ``load`` would not find."""
+        return [key for key in keys if key not in self.load([key]).known]
+
     def save(self, moments: Moments) -> None:
         """Each file to a temporary name and then into place."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -196,6 +209,33 @@ class Store:
                         "count": torch.tensor(moment.count, dtype=torch.float64),
                     },
                 )
+
+
+@dataclass
+class Shelf:
+    """Moments as they are measured: in a store where there is one, else in memory."""
+
+    store: Store | None
+    writes: bool = True  # of several processes only one does
+    held: Moments = field(default_factory=Moments)
+
+    def put(self, moments: Moments) -> None:
+        check_finite(moments)
+        if self.store is None:
+            self.held = self.held.merge(moments)
+        elif self.writes:
+            self.store.save(moments)
+
+    def missing(self, keys: Iterable[Key]) -> list[Key]:
+        if self.store is None:
+            return [key for key in keys if key not in self.held.known]
+        return self.store.missing(keys)
+
+    def get(self, keys: Iterable[Key]) -> Moments:
+        """Those of the keys that are there."""
+        if self.store is not None:
+            return self.store.load(keys)
+        return Moments({key: self.held.known[key] for key in keys if key in self.held.known})
 
 
 def check_finite(moments: Moments) -> None:

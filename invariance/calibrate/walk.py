@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +15,10 @@ from transformers import PreTrainedModel
 from ..core.change import Change, bridge
 from ..core.progress import Progress, quiet
 from ..core.space import Space
+from ..model.families import architecture
 from ..model.layout import Edge, Layout
 from ..model.modules import Factored, Stage
-from ..model.reparametrize import reparametrize
+from ..model.working import Stages
 from .batch import Batch, Left
 from .moments import Moments, real_tokens, weights
 from .refit import Follower, refit_readers
@@ -26,6 +26,7 @@ from .statistic import Statistic
 
 Wanted = Mapping[str, frozenset[Statistic]]
 """Which statistics to measure of which spaces, by name."""
+Leave = Callable[[Edge | None, Moments], None]
 Streams = deque[list[Left]]
 """``Left`` of each stage of the dense model, batch by batch."""
 
@@ -33,6 +34,16 @@ Streams = deque[list[Left]]
 def together(*asked: Wanted) -> Wanted:
     """What any of several asks for."""
     return {n: frozenset().union(*(a.get(n, frozenset()) for a in asked)) for a in asked for n in a}
+
+
+class Enterable(Protocol):
+    """A model that looks tokens up: all of it, or the rows that they need."""
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+    @property
+    def device(self) -> torch.device: ...
+    def embedding(self, ids: Tensor) -> AbstractContextManager[Tensor]: ...
 
 
 class _Entered(Exception):
@@ -56,8 +67,7 @@ class _Recorder(nn.Module):
 
 @torch.no_grad()
 def enter(
-    model: PreTrainedModel,
-    layout: Layout,
+    parts: Enterable,
     batches: Iterable[tuple[Tensor, Tensor]],
     dtype: torch.dtype,
     stream: torch.dtype | None = None,
@@ -67,7 +77,7 @@ def enter(
     Branches compute in ``dtype``; the residual stream is kept in ``stream``, by default the same.
     """
     entered: list[Batch] = []
-    path = layout.architecture.blocks
+    model, path = parts.model, architecture(parts.model.config).blocks
     blocks = model.get_submodule(path)
     assert isinstance(blocks, nn.ModuleList)
     recorders = [_Recorder(last=n == len(blocks) - 1) for n in range(len(blocks))]
@@ -75,9 +85,9 @@ def enter(
     try:
         for ids, found in batches:
             mask = None if bool(found.all()) else found
-            padded = None if mask is None else mask.long().to(model.device)
-            with suppress(_Entered):
-                model(input_ids=ids.to(model.device), attention_mask=padded, use_cache=False)
+            padded = None if mask is None else mask.long().to(parts.device)
+            with parts.embedding(ids) as places, suppress(_Entered):
+                model(input_ids=places, attention_mask=padded, use_cache=False)
             casts: dict[int, Tensor] = {}  # blocks share masks and angles; their casts too
             contexts = [_cast(r.called[1], dtype, casts) for r in recorders if r.called]
             assert recorders[0].called is not None
@@ -100,31 +110,29 @@ def _cast(value: Any, dtype: torch.dtype, casts: dict[int, Tensor]) -> Any:
     )
 
 
-def fast_copy(model: PreTrainedModel, edge: Edge, dtype: torch.dtype) -> Stage:
-    """A stage as it stands now, in the dtype to compute in."""
-    stage = copy.deepcopy(model.get_submodule(edge.stage)).to(dtype)
-    assert isinstance(stage, Stage)
-    return stage
-
-
 @torch.no_grad()
 def oneshot(
-    model: PreTrainedModel,
-    layout: Layout,
+    parts: Stages,
     batches: list[Batch],
     wanted: Wanted,
     dtype: torch.dtype,
     progress: Progress = quiet,
+    *,
+    leave: Leave = lambda edge, moments: None,
     streams: Streams | None = None,
-) -> Moments:
-    """All moments from the model as it is, in one pass. The batches end before the final norm. ``streams`` gets what
-    leaves each stage, for ``sequential`` on the same batches."""
-    moments = Moments()
+) -> None:
+    """All moments from the model as it is, in one pass. The batches end before the final norm.
+
+    ``leave`` gets the moments of a stage as the batches have left it, and at the end, with no stage, those of the last
+    point of the stream. ``streams`` gets what leaves each stage, for ``sequential`` on the same batches.
+    """
+    layout = parts.layout
     entered: list[
         Tensor
     ] = []  # the stream where the block began, as long as it is compared with what leaves it
     for edge in progress(layout.edges, "calibrate", layout.depth):
-        stage = fast_copy(model, edge, dtype)
+        moments = Moments()
+        stage = parts.stage(edge, dtype)
         passed: list[Left] = []
         compared = Statistic.COSINE in wanted.get(edge.entry, ())
         if compared and edge.source == edge.entry:
@@ -144,14 +152,16 @@ def oneshot(
                 both = (real_tokens(s, batch.mask) for s in (x, batch.x))
                 moments.compare((edge.entry, Statistic.COSINE), *both)
             entered = []
-    _measure_stream(moments, model, layout, layout.points[-1], batches, wanted)
-    return moments.cpu()
+        del stage
+        leave(edge, moments.cpu())
+    moments = Moments()
+    _measure_stream(moments, parts, layout.points[-1], batches, wanted)
+    leave(None, moments.cpu())
 
 
 @torch.no_grad()
 def sequential(
-    model: PreTrainedModel,
-    layout: Layout,
+    parts: Stages,
     batches: list[Batch],
     wanted: Wanted,
     dtype: torch.dtype,
@@ -162,9 +172,12 @@ def sequential(
     stay: Container[str] | None = None,
     streams: Streams | None = None,
     joined: Container[str] = (),
+    finish: Callable[[Edge], None] = lambda edge: None,
     progress: Progress = quiet,
 ) -> None:
     """Measure, decide and cut one space after the other, so that later bases see earlier cuts. Changes the model.
+
+    ``finish`` hears of each stage that will not be changed any more.
 
     ``decide(space, moments)`` gives the change of a space from its own moments. A point of the stream is measured
     on what arrives there, its writers not yet cut; spaces inside a stage on the stage's cut input. A stage whose
@@ -176,6 +189,7 @@ def sequential(
     used up, spare the dense model its walk. ``joined`` are the points that a shortcut of low rank leads to: what it
     leaves out is lost there.
     """
+    layout = parts.layout
     dense = [batch.x for batch in batches] if follow else []
     goals = dense  # what the writers of a stage are refit to
     reached = 0  # how many stages the dense stream has passed
@@ -186,14 +200,17 @@ def sequential(
             reached = max(reached, i)
             ahead = layout.edges[reached : _behind(layout.edges, i, stay)]
             reached += len(ahead)
-            uncut = [fast_copy(model, e, dtype) for e in ahead]
-        basis = _cut_stream(model, layout, edge.source, batches, wanted, decide, basis, before)
+            uncut = [parts.stage(e, dtype) for e in ahead]
+        parts.hold(edge)
+        basis = _cut_stream(parts, edge.source, batches, wanted, decide, basis, before)
+        if i:
+            finish(layout.edges[i - 1])
         before = [batch.x for batch in batches] if edge.target in joined else []
         inner = [n for n in inside(layout, edge) if n in wanted]
         if follow:
             if uncut and readers:
                 refit_readers(
-                    model,
+                    parts.model,
                     layout,
                     edge,
                     batches,
@@ -213,17 +230,16 @@ def sequential(
             if not edge.post:
                 goals = dense
         if inner:
-            moments = _measured(model, layout, edge, batches, {n: wanted[n] for n in inner}, dtype)
-            reparametrize(
-                model, layout, {n: c for n in inner if (c := decide(n, moments)) is not None}
-            )
-        stage = fast_copy(model, edge, dtype)
+            moments = _measured(parts, edge, batches, {n: wanted[n] for n in inner}, dtype)
+            parts.change({n: c for n in inner if (c := decide(n, moments)) is not None}, [edge])
+        stage = parts.stage(edge, dtype)
         if follow:
-            _follow(model, Follower(edge, stage), batches, goals)
+            _follow(parts.model, Follower(edge, stage), batches, goals)
         else:
             for batch in batches:
                 batch.x = batch.through(stage, edge)
-    _cut_stream(model, layout, layout.points[-1], batches, wanted, decide, basis, before)
+    _cut_stream(parts, layout.points[-1], batches, wanted, decide, basis, before)
+    finish(layout.edges[-1])
 
 
 def _behind(edges: Sequence[Edge], i: int, stay: Container[str] | None) -> int:
@@ -233,8 +249,7 @@ def _behind(edges: Sequence[Edge], i: int, stay: Container[str] | None) -> int:
 
 
 def _measured(
-    model: PreTrainedModel,
-    layout: Layout,
+    parts: Stages,
     edge: Edge,
     batches: list[Batch],
     wanted: Wanted,
@@ -243,8 +258,8 @@ def _measured(
     """Moments of spaces inside a stage, as it stands now; no pass where nothing is asked for."""
     moments = Moments()
     if any(wanted.values()):
-        stage = fast_copy(model, edge, dtype)
-        with _probes(moments, layout, list(wanted), stage, wanted) as probe:
+        stage = parts.stage(edge, dtype)
+        with _probes(moments, parts.layout, list(wanted), stage, wanted) as probe:
             for batch in batches:
                 probe.mask = batch.mask
                 probe.leave(batch.left(batch.x, stage, edge)[1])
@@ -261,8 +276,7 @@ def _follow(
 
 
 def _cut_stream(
-    model: PreTrainedModel,
-    layout: Layout,
+    parts: Stages,
     point: str,
     batches: list[Batch],
     wanted: Wanted,
@@ -275,23 +289,23 @@ def _cut_stream(
     if point not in wanted:
         return None
     moments = Moments()
-    _measure_stream(moments, model, layout, point, batches, wanted)
+    _measure_stream(moments, parts, point, batches, wanted)
     change = decide(point, moments.cpu())
     if change is not None:
-        reparametrize(model, layout, {point: change})
+        meeting = [e for e in parts.layout.edges if point in (e.source, e.target)]
+        parts.change({point: change}, meeting)
+        parts.change_ends({point: change})
         for batch in batches:
             wide = torch.promote_types(batch.x.dtype, torch.float32)
             batch.x = change.encode.contract(batch.x.to(wide)).to(batch.x.dtype)
-        stage = next(
-            (model.get_submodule(e.stage) for e in layout.edges if e.target == point), None
-        )
+        stage = next((parts.hold(e) for e in meeting if e.target == point), None)
         if (
             change is basis
         ):  # one basis on both sides of that stage: as when both change at once, no shortcut
-            assert isinstance(stage, Stage)
+            assert stage is not None
             stage.shortcut = None
         elif change.entry is not None and basis is not None:
-            assert isinstance(stage, Stage)
+            assert stage is not None
             whole = bridge(basis, change)
             for batch, x in zip(batches, before, strict=True):
                 batch.x = batch.x + (stage.carry(x) - x @ whole.to(x))
@@ -299,16 +313,11 @@ def _cut_stream(
 
 
 def _measure_stream(
-    moments: Moments,
-    model: PreTrainedModel,
-    layout: Layout,
-    point: str,
-    batches: list[Batch],
-    wanted: Wanted,
+    moments: Moments, parts: Stages, point: str, batches: list[Batch], wanted: Wanted
 ) -> None:
     """What arrives at one point of the stream, and what the norm there makes of it."""
     statistics = wanted.get(point, frozenset())
-    norm = norm_at(model, layout, point)
+    norm = norm_at(parts.model, parts.layout, point)
     for batch in batches if statistics else ():
         normed = norm(batch.x) if Statistic.NORMED in statistics else batch.x
         _add_stream(moments, point, statistics, batch.x, normed, batch.mask)

@@ -123,16 +123,23 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what a recipe would do: spaces, groups, widths and costs. Reads no weights."""
+    import torch
+
+    from ..compress.needs import needs
     from ..compress.plan import plan as make
     from ..io.models import load_config
     from ..recipe.recipe import load_recipe
     from ..report.plans import plan as tables
+    from ..run.document import stored_dtype
 
     asked = load_recipe(recipe, set_)
     chart = make(
         asked, load_config(asked.model, trust_remote_code=trust_remote_code), progress=progress
     )
     widths = chart.allocate(None)
+    calibrate = asked.calibrate
+    count = (calibrate.sequences or 64) * (calibrate.tokens or 512) if calibrate else 0
+    needed = needs(chart, count, stored_dtype(chart.config) or torch.float32)
     document = {
         "model": asked.model,
         "order": asked.order,
@@ -177,6 +184,7 @@ def plan(
             repr(share): None if found is None else chart.parameters(found).to_dict()
             for share, found in chart.nested(widths).items()
         },
+        "needs": {"memory_bytes": needed.memory, "disk_bytes": needed.disk, "whole": needed.whole},
         "stock": None if widths is None else chart.why_not_stock(widths) is None,
         "why_not_stock": None if widths is None else chart.why_not_stock(widths),
     }
@@ -201,20 +209,20 @@ def verify(
     """
     import torch
 
+    from ..calibrate.certificate import certify_random
     from ..core.errors import CertificateError
-    from ..io.models import load_config, load_model
+    from ..io.models import load_config
+    from ..io.source import open_source
     from ..model.families import architecture, check_positions
-    from ..model.verify import canonical_layout, certify, random_bases
 
     config = load_config(model, trust_remote_code=trust_remote_code)
     architecture(config)
     check_positions(config, tokens, "--tokens")
-    loaded = load_model(model, device=device_named(device), trust_remote_code=trust_remote_code)
-    ids = torch.randint(
-        loaded.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(seed)
-    )
-    bases = random_bases(canonical_layout(loaded), seed)
-    certificate = certify(loaded, bases, ids, fold=True, seed=seed + 1)
+    source = open_source(model, trust_remote_code=trust_remote_code)
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(config.vocab_size, (1, tokens), generator=g)
+    where = device_named(device)
+    certificate = certify_random(source, ids, seed=seed, device=where, progress=progress)
     verdict = "exact" if certificate.passed else "NOT exact"
     say(
         certificate.to_dict(),

@@ -115,8 +115,9 @@ def evaluate(
     invariance evaluate runs/best/model --against packaged:smollm2-135m-instruct --task article
     """
     from ..io.documents import has_splits
-    from ..io.models import check_same_tokens, load_config, load_model, load_tokenizer
+    from ..io.models import check_same_tokens, load_config, load_tokenizer
     from ..measure.evaluate import measure, prepare_each
+    from ..measure.sourced import opened
     from ..recipe.recipe import load_recipe
     from ..report.document import Measured
     from ..report.evaluations import grids, samples
@@ -180,10 +181,7 @@ def evaluate(
             found += prepare_each(e.part, e.kind, config, tokenizer, place)
     where = device_named(device)
     sides = {"model": model} if against is None else {"dense": against, "sliced": model}
-    models = {
-        s: load_model(m, device=where, trust_remote_code=trust_remote_code)
-        for s, m in sides.items()
-    }
+    models = {s: opened(m, where, trust_remote_code=trust_remote_code) for s, m in sides.items()}
     document = {"models": sides, "device": where, **measure(found, models, progress)}
     seen = checked(Measured, document, "evaluation")
     say(document, as_json, *(g.table() for g in grids(seen)), *samples(seen))

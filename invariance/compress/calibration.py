@@ -12,21 +12,20 @@ from pathlib import Path
 import torch
 import transformers
 from psutil import virtual_memory
-from transformers import PreTrainedModel
 
 from ..calibrate import fisher, walk
-from ..calibrate.moments import Key, Moments, Store, check_finite, reader_moment
+from ..calibrate.moments import Key, Moments, Shelf, Store, reader_moment
 from ..calibrate.refit import HELD_OUT
 from ..calibrate.statistic import Statistic
 from ..core.errors import InputError
 from ..core.progress import Progress, quiet
 from ..io.data import Tokens
 from ..io.memo import Memo
-from ..model.canonical import canonicalize
-from ..model.layout import Layout
-from ..model.verify import double_copy
+from ..model.layout import Edge, Layout
+from ..model.source import Source
+from ..model.working import Working
 from .demand import Unit
-from .plan import Plan
+from .plan import MEASURED, Plan
 
 MOMENTS_FORMAT = "4"  # counts up when moments of the same model and tokens come out different
 
@@ -61,7 +60,7 @@ class Share:
 
 
 def calibrate(
-    model: PreTrainedModel,
+    source: Source,
     plans: Sequence[Plan],
     tokens: Tokens,
     *,
@@ -74,20 +73,21 @@ def calibrate(
 
     The plans must have one ``calibration``, so that what they ask is kept under one hash.
     """
-    Calibration(model, plans[0], tokens, store, memo or Memo(), progress, share).measure_for(plans)
+    Calibration(source, plans[0], tokens, store, memo or Memo(), progress, share).measure_for(plans)
 
 
 @dataclass(eq=False)
 class Calibration:
     """What is measured of the dense model for one plan, in its canonical form, on all tokens or a process's share."""
 
-    original: PreTrainedModel  # as it comes
+    source: Source
     plan: Plan
     tokens: Tokens | None
     store: Path | None
     memo: Memo
     progress: Progress = quiet
     share: Share | None = None
+    device: str | torch.device = "cpu"
     seconds: dict[str, float] = field(default_factory=dict)
     streams: walk.Streams = field(
         default_factory=deque
@@ -98,35 +98,48 @@ class Calibration:
         """Raises InputError where the tokens are too few."""
         self._check_tokens()
         with timed(self.seconds, "canonicalize"):
-            self.model: PreTrainedModel = double_copy(self.original)
             split = self.plan.layout.select(["edge"])
-            self.layout: Layout = canonicalize(
-                self.model, fold=self.plan.fold, tie=self.plan.recipe.tie, split=split
-            )
+            fold, tie = self.plan.fold, self.plan.recipe.tie
+            self.parts = Working(self.source, fold=fold, tie=tie, split=split, device=self.device)
+            self.layout: Layout = self.parts.layout
+        self.shelf = Shelf(self.kept(), self.share is None or self.share.rank == 0)
 
     def measure_gradients(self) -> None:
         """What backward passes tell, for the methods of the plan's units (``of``)."""
-        self.curved = self._stored(self.plan.gradients, self._gradients)
+        keys = self.plan.gradients
+        with timed(self.seconds, "calibrate"):
+            if missing := self.shelf.missing(keys):
+                self.shelf.put(self._gradients(missing))
+            self.curved = self.shelf.get(keys)
 
-    def measure(self, wanted: walk.Wanted) -> Moments:
-        """The moments of the dense model: from the store where it has them, else from one walk."""
+    def measure(self, wanted: walk.Wanted) -> None:
+        """Have the moments of the dense model on the shelf: those that are not there, from one walk."""
         keys = [(name, s) for name, statistics in wanted.items() for s in statistics]
-        return self._stored(keys, self._walk)
+        with timed(self.seconds, "calibrate"):
+            if missing := self.shelf.missing(keys):
+                self.walk(missing, lambda edge, found: self.shelf.put(found))
 
     def measure_for(self, plans: Sequence[Plan]) -> None:
         """All that the plans ask of the dense model, into the store."""
         if not self.share:
-            keys = dict.fromkeys(key for plan in plans for key in plan.gradients)
-            self._stored(list(keys), self._gradients)
+            keys = list(dict.fromkeys(key for plan in plans for key in plan.gradients))
+            if missing := self.shelf.missing(keys):
+                self.shelf.put(self._gradients(missing))
         self.measure(walk.together(*(plan.of_dense() for plan in plans)))
+
+    def known(self, unit: Unit, now: Moments | None = None) -> Moments:
+        """What there is of a unit's members: ``now``, and what only the shelf has."""
+        keys = [(m, s) for m in unit.members for s in unit.needs & MEASURED]
+        found = {k: now.known[k] for k in keys if k in now.known} if now else {}
+        return Moments(found | self.shelf.get([k for k in keys if k not in found]).known)
 
     def of(self, unit: Unit, moments: Moments) -> Moments:
         """What a unit's methods read, under the name of its first member."""
         for member in unit.members if Statistic.READERS in unit.needs else ():
-            gram = reader_moment(self.model, self.layout, self.layout.spaces[member])
+            gram = reader_moment(self.parts, self.layout.spaces[member])
             moments = moments.merge(Moments({(member, Statistic.READERS): gram}))
         for member in unit.members if Statistic.FISHER in unit.needs else ():
-            found = fisher.moment(self.model, self.layout, self.layout.spaces[member], self.curved)
+            found = fisher.moment(self.parts, self.layout.spaces[member], self.curved)
             moments = moments.merge(Moments({(member, Statistic.FISHER): found}))
         if Statistic.TAYLOR in unit.needs:
             keys = [(member, Statistic.TAYLOR) for member in unit.members]
@@ -141,7 +154,7 @@ class Calibration:
         tokens = list(self.tokens.batches(calibrate.batch))
         if self.share:
             tokens = tokens[self.share.rank :: self.share.of]
-        batches = walk.enter(self.model, self.layout, tokens, dtype, stream)
+        batches = walk.enter(self.parts, tokens, dtype, stream)
         for batch, (_, mask) in zip(batches, tokens, strict=True):
             if calibrate.skip:  # the tokens pass the model, and no moment sees them
                 batch.mask = mask.clone()
@@ -150,7 +163,7 @@ class Calibration:
 
     def kept(self) -> Store | None:
         """Where these moments lie in the store, by all that they hang on; None without a store."""
-        if self.store is None:
+        if self.store is None or not self.plan.reads_tokens:
             return None
         assert self.tokens is not None and self.plan.recipe.calibrate is not None
         dtype, stream = self._dtypes()
@@ -160,13 +173,13 @@ class Calibration:
             {
                 "format": MOMENTS_FORMAT,
                 "transformers": transformers.__version__,
-                "weights": self.memo.weights(self.original),
-                "config": self.original.config.to_json_string(use_diff=False),
+                "weights": self.memo.weights(self.source),
+                "config": self.source.config.to_json_string(use_diff=False),
                 "tokens": self.tokens.digest(),
                 "folded": str(self.layout.folded),
                 "dtype": str(dtype),
                 "stream": str(stream),
-                "device": self.model.device.type,
+                "device": self.parts.device.type,
             }
             | ({"skip": str(skip)} if skip else {}),
         )
@@ -195,39 +208,28 @@ class Calibration:
     def _dtypes(self) -> tuple[torch.dtype, torch.dtype]:
         """What branches compute in, and what the stream is kept in."""
         assert self.plan.recipe.calibrate is not None
-        dtype = calibration_dtype(self.plan.recipe.calibrate.dtype, self.model.device)
+        dtype = calibration_dtype(self.plan.recipe.calibrate.dtype, self.parts.device)
         # Following the dense stream needs the small difference of two large streams.
         return dtype, torch.float32 if self.plan.follows else dtype
 
-    def _stored(self, keys: list[Key], measure: Callable[[list[Key]], Moments]) -> Moments:
-        """The moments of the keys, those measured that the store has not."""
-        if not keys:
-            return Moments()
-        with timed(self.seconds, "calibrate"):
-            store = self.kept()
-            moments = store.load(keys) if store else Moments()
-            missing = [key for key in keys if key not in moments.known]
-            if missing:
-                found = measure(missing)
-                check_finite(found)
-                if store and (self.share is None or self.share.rank == 0):
-                    store.save(found)
-                moments = moments.merge(found)
-        return moments
-
-    def _walk(self, keys: list[Key]) -> Moments:
+    def walk(self, keys: list[Key], leave: walk.Leave) -> None:
+        """Measure keys in one walk; ``leave`` gets the moments of each stage (``walk.oneshot``)."""
         wanted: dict[str, frozenset[Statistic]] = {}
         for name, statistic in keys:
             wanted[name] = wanted.get(name, frozenset()) | {statistic}
         batches, dtype = self.batches()
         self.streams.clear()
         kept = self.streams if self.plan.follows and self._streams_fit(batches) else None
-        found = walk.oneshot(self.model, self.layout, batches, wanted, dtype, self.progress, kept)
-        return self.share.add(found) if self.share else found
+        share = self.share
+
+        def left(edge: Edge | None, found: Moments) -> None:
+            leave(edge, share.add(found) if share else found)
+
+        walk.oneshot(self.parts, batches, wanted, dtype, self.progress, leave=left, streams=kept)
 
     def _streams_fit(self, batches: list[walk.Batch]) -> bool:
         """Whether all that leaves the dense model's stages fits into a third of the memory that is free."""
-        device = self.model.device
+        device = self.parts.device
         free = (
             torch.cuda.mem_get_info(device)[0]
             if device.type == "cuda"
@@ -242,8 +244,7 @@ class Calibration:
             [n for n, s in keys if s is of] for of in (Statistic.FISHER, Statistic.TAYLOR)
         )
         return fisher.measure(
-            self.model,
-            self.layout,
+            self.parts,
             points,
             self.tokens,
             self.progress,

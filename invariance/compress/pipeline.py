@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from jaxtyping import Float64
@@ -16,21 +18,22 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibrate import walk
-from ..calibrate.moments import Moments, check_finite
+from ..calibrate.certificate import Rotations, certify, spaces_of
+from ..calibrate.moments import Moments
 from ..calibrate.statistic import Statistic
-from ..core.change import Basis, Change
-from ..core.errors import CertificateError, InvarianceError
-from ..core.operator import Operator
+from ..core.change import Change
+from ..core.errors import CertificateError
 from ..core.progress import Progress, quiet
-from ..core.shortcuts import Chain
 from ..io.data import Tokens
 from ..io.memo import Memo, digest
-from ..method import checked
+from ..io.source import live
 from ..model.canonical import join
-from ..model.layout import Layout
-from ..model.reparametrize import reparametrize
-from ..model.verify import Certificate, certify
+from ..model.layout import Edge, Layout
+from ..model.source import Source
+from ..model.verify import Certificate
+from ..model.working import Working
 from . import predict
+from .bases import Bases, Cuts
 from .calibration import Calibration, timed
 from .demand import Unit, Widths
 from .heldout import HeldOut, split
@@ -40,9 +43,20 @@ from .predict import UNTOLD, Foretold, foretell, narrowed, told_by
 PROBE_TOKENS = 64
 
 
+class Receiver(Protocol):
+    """Takes the parts of a cut model as they come about; they are not kept."""
+
+    def begin(self, parts: Working, widths: Widths) -> None: ...
+    def stage(self, parts: Working, edge: Edge) -> None: ...
+    def end(self, parts: Working) -> None: ...
+
+
 @dataclass
 class Sliced:
-    """What slicing gives: the changed model (float64, blocks restructured), its layout, and how it came about."""
+    """What slicing gives: the changed model (float64, blocks restructured), its layout, and how it came about.
+
+    Where a receiver has taken its parts, the model is on meta.
+    """
 
     model: PreTrainedModel
     layout: Layout
@@ -64,171 +78,285 @@ class Sliced:
     members: dict[float, Foretold] = field(default_factory=dict)  # of those
 
 
+@dataclass(frozen=True)
+class Means:
+    """What a run works with beside model and plan: where moments are kept, what earlier runs computed, who listens."""
+
+    store: Path | None = None
+    memo: Memo = field(default_factory=Memo)
+    progress: Progress = quiet
+    receiver: Receiver | None = None
+    device: str | torch.device = "cpu"
+
+
 def slice_model(
-    model: PreTrainedModel,
+    model: PreTrainedModel | Source,
     plan: Plan,
     tokens: Tokens | None,
     *,
     store: Path | None = None,
     progress: Progress = quiet,
     memo: Memo | None = None,
+    receiver: Receiver | None = None,
+    device: str | torch.device | None = None,
 ) -> Sliced:
     """Carry out a plan on a family's model, which is left as it is.
 
     ``store`` is a folder where moments of the dense model are kept and looked up, ``memo`` what earlier runs on the same
-    model have computed. Raises CertificateError when the
-    rotations alone move the logits (oneshot: before anything is cut; sequential orders find their rotations behind
-    cuts, so there it is a copy of the dense model that is rotated, after the walk), InputError when the tokens are
-    too few.
+    model have computed. ``receiver`` gets the cut model part by part, and none of it stays in memory; without one, all
+    of it does. Raises CertificateError when the rotations alone move the logits, InputError when the tokens are too few.
     """
-    return _Run(model, plan, tokens, store, progress, memo or Memo()).run()
+    source = live(model) if isinstance(model, PreTrainedModel) else model
+    if isinstance(model, PreTrainedModel):
+        device = device or model.device
+    means = Means(store, memo or Memo(), progress, receiver, device or "cpu")
+    return _Run(source, plan, tokens, means).run()
 
 
 class _Run:
     """One run's state: the working model and what is known so far."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        plan: Plan,
-        tokens: Tokens | None,
-        store: Path | None,
-        progress: Progress,
-        memo: Memo,
-    ) -> None:
-        self.original, self.plan, self.progress, self.memo = model, plan, progress, memo
+    def __init__(self, source: Source, plan: Plan, tokens: Tokens | None, means: Means) -> None:
+        self.source, self.plan, self.means = source, plan, means
+        self.progress, self.memo = means.progress, means.memo
         self.held: Tokens | None = None
         self.search: dict[str, float] | None = None
         if plan.measures:
             assert tokens is not None
             tokens, self.held = split(tokens, plan.recipe.where("calibrate"))
         self.tokens = tokens
-        self.unit_of = {m: u for u in plan.units for m in u.members}
-        self.bases: dict[str, Basis] = {}  # by a unit's first member
-        self.changes: dict[str, Change] = {}
+        self.encodes: dict[str, Tensor] = {}
         self.gradients: predict.Gradients | None = None
-        self.calibration = Calibration(model, plan, tokens, store, memo, progress)
-        self.model, self.layout = self.calibration.model, self.calibration.layout
+        self.calibration = Calibration(
+            source, plan, tokens, means.store, means.memo, means.progress, device=means.device
+        )
+        self.parts, self.layout = self.calibration.parts, self.calibration.layout
+        self.bases = Bases(plan, self.calibration)
         self.seconds = self.calibration.seconds
 
     def run(self) -> Sliced:
-        plan = self.plan
         self.calibration.measure_gradients()
-        if plan.recipe.order == "oneshot":
-            moments = self.calibration.measure(plan.of_dense())
-            self._fit(plan.units, moments)
-            chosen = self._allocate(moments, self._influence(moments))
-            plan.check_widths(chosen)
-            narrower = self._narrower(moments, chosen)
-            certificate = self._certify()
-            self._measure_gradients([chosen, *narrower.values()])
-            members = {
-                share: self._foretell(widths, partial(self._cut, plan.units, moments, widths))
-                for share, widths in narrower.items()
-            }
-            with timed(self.seconds, "slice"):
-                self.changes = self._cut(plan.units, moments, chosen)
-                reparametrize(self.model, self.layout, self.changes)
+        oneshot = self.plan.recipe.order == "oneshot"
+        chosen, narrower, members = self._oneshot() if oneshot else self._sequential()
+        certificate = self._certify()
+        if self.means.receiver is None:
+            self.parts.settle()
         else:
-            influence = self._influence(self.calibration.measure(plan.compared))
-            widths: Widths | None = plan.allocate(None, influence=influence)
-            ahead = [u for u in plan.units if widths is None or plan.stands(u)]
-            moments = self.calibration.measure(plan.of_dense())
-            self._fit(ahead, moments)
-            chosen = self._allocate(moments, influence) if widths is None else widths
-            plan.check_widths(chosen)
-            self.bases = {n: b for n, b in self.bases.items() if plan.stands(self.unit_of[n])}
-            self._measure_gradients([chosen])
-            self._walk_sequentially(moments, chosen)
-            certificate = self._certify()
-            narrower, members = {}, {}
-        join(self.model)
-        spectra = {name: basis.energy for name, basis in self.bases.items()}
-        stream = {n: c for n, c in self.changes.items() if self.layout.spaces[n].kind == "residual"}
-        different = {id(c): c.encode.matrix()[0] for c in stream.values()}  # segments share theirs
-        encodes = {n: different[id(c)] for n, c in stream.items()}
+            self.means.receiver.end(self.parts)
         return Sliced(
-            self.model,
+            self.parts.model,
             self.layout,
             chosen,
-            spectra,
+            dict(self.bases.spectra),
             certificate,
             self.seconds,
-            self._foretell(chosen, lambda: self.changes),
-            self._energy(chosen),
+            self._foretell(chosen, self.lost),
+            self.bases.energy_lost(chosen),
             self.search,
-            encodes,
+            self.encodes,
             narrower,
             members,
         )
 
-    def _fit(self, units: tuple[Unit, ...] | list[Unit], moments: Moments) -> None:
-        with timed(self.seconds, "fit"):
-            source = self._source()
-            for unit in self.progress(units, "fit bases", len(units)):
-                key = ("basis", *source, unit.members, unit.fitted, json.dumps(unit.rotate.spec()))
-                self.bases[unit.space.name] = self.memo.once(
-                    key, partial(self._basis, unit, moments), lambda basis: basis.nbytes
-                )
+    # --- Oneshot: everything is measured and fitted on the dense model.
 
-    def _source(self) -> tuple[str, ...]:
-        """What bases of the dense model are fitted to, beside a method and its options: weights, form, moments."""
-        store = self.calibration.kept() if self.plan.reads_tokens else None
-        form = f"{self.layout.folded} {self.plan.recipe.tie} {self.plan.layout.select(['edge'])}"
-        return self.memo.weights(self.original), form, store.folder.name if store else ""
+    def _oneshot(self) -> tuple[Widths, dict[float, Widths], dict[float, Foretold]]:
+        plan = self.plan
+        if (known := self._known_ahead()) is not None:
+            self._begin([known], known)
+            self._measure_and_cut(known)
+            return known, {}, {}
+        self.calibration.measure(plan.of_dense())
+        self._fit(plan.units)
+        influence = self._influence()
+        chosen = self._allocate(influence)
+        plan.check_widths(chosen)
+        narrower = self._narrower(influence, chosen)
+        self._begin([chosen, *narrower.values()], chosen)
+        members = {share: self._foretell_member(widths) for share, widths in narrower.items()}
+        cuts = Cuts(self.bases, chosen)
+        with timed(self.seconds, "slice"):
+            for edge in self.progress(self.layout.edges, "slice", self.layout.depth):
+                self._cut_stage(edge, cuts)
+        return chosen, narrower, members
 
-    def _basis(self, unit: Unit, moments: Moments) -> Basis:
-        basis = checked.fitted(unit.rotate, unit.fitted, self.calibration.of(unit, moments))
-        if unit.joint:
-            each = torch.arange(basis.A.copies).split(unit.space.copies)
-            first, *others = (basis.A.take(copies) for copies in each)
-            if not all(first.same(other) for other in others):
-                raise InvarianceError(
-                    f"rotator '{unit.rotate.name}' says that it gives all layers one basis, and gave space "
-                    f"'{unit.space.name}' another one than the rest. This is a fault of the method, not of the recipe."
-                )
-            return Basis(first, basis.energy.unflatten(0, (-1, unit.space.copies)).sum(0))
-        return basis
+    def _known_ahead(self) -> Widths | None:
+        """The widths where every stage can be cut as soon as it is measured; None where something must be seen before."""
+        inner = all(len(u.members) == 1 and u.space.kind != "residual" for u in self.plan.units)
+        if not inner or self.plan.compared or self.plan.recipe.nested or self.plan.measures:
+            return None
+        if (widths := self.plan.allocate(None)) is not None:
+            self.plan.check_widths(widths)
+        return widths
 
-    def _influence(self, moments: Moments) -> list[float] | None:
-        """1 - E[cos(stream into, stream out of)] of every block, where a selector asks for it."""
-        asked = self.plan.compared
-        return (
-            [1 - moments.known[p, Statistic.COSINE].mean.item() for p in asked] if asked else None
+    def _measure_and_cut(self, widths: Widths) -> None:
+        """Measure a stage, fit the bases in it, cut it, and go on: moments of one stage are in memory."""
+        cuts = Cuts(self.bases, widths)
+        wanted = self.plan.of_dense()
+        keys = [(name, s) for name, statistics in wanted.items() for s in statistics]
+        shelf = self.calibration.shelf
+        with timed(self.seconds, "calibrate"):
+            missing = shelf.missing(keys)
+
+        def leave(edge: Edge | None, moments: Moments) -> None:
+            if edge is None:
+                return
+            start = time.perf_counter()
+            shelf.put(moments)
+            for name in walk.inside(self.layout, edge):
+                if (unit := self.bases.unit_of.get(name)) is None:
+                    continue
+                known = self.calibration.known(unit, moments)
+                with timed(self.seconds, "fit"):
+                    self.bases.fit_dense(unit, known)
+                with timed(self.seconds, "slice"):
+                    cuts.of([name], known)
+            with timed(self.seconds, "slice"):
+                self._cut_stage(edge, cuts)
+            between[0] += time.perf_counter() - start
+
+        between = [0.0]
+        if not missing:
+            for edge in self.progress(self.layout.edges, "slice", self.layout.depth):
+                leave(edge, Moments())
+            return
+        start = time.perf_counter()
+        self.calibration.walk(missing, leave)
+        spent = time.perf_counter() - start - between[0]
+        self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
+
+    def _cut_stage(self, edge: Edge, cuts: Cuts) -> None:
+        """Change what meets a stage, and be done with it."""
+        names = [n for n in spaces_of(self.layout, edge) if n in self.bases.unit_of]
+        changes = cuts.of(names)
+        self._take(changes)
+        self.parts.hold(edge)
+        self.parts.change(changes, [edge])
+        self.parts.change_ends(changes)
+        self._finish(edge)
+        cuts.forget(n for n in names if n != edge.target)
+
+    # --- Sequential orders: bases are fitted behind the cuts before them.
+
+    def _sequential(self) -> tuple[Widths, dict[float, Widths], dict[float, Foretold]]:
+        plan = self.plan
+        self.calibration.measure(plan.compared)
+        influence = self._influence()
+        widths = plan.allocate(None, influence=influence)
+        self.calibration.measure(plan.of_dense())
+        self._fit([u for u in plan.units if widths is None or plan.stands(u)])
+        chosen = self._allocate(influence) if widths is None else widths
+        plan.check_widths(chosen)
+        self.bases.keep_only(u for u in plan.units if plan.stands(u))
+        self._begin([chosen], chosen)
+        self._walk_sequentially(chosen)
+        return chosen, {}, {}
+
+    def _walk_sequentially(self, widths: Widths) -> None:
+        cuts = Cuts(self.bases, widths)
+
+        def decide(name: str, moments: Moments) -> Change:
+            unit = self.bases.unit_of[name]
+            with timed(self.seconds, "fit"):
+                if unit.space.name not in self.bases:
+                    self.bases.fit(unit, moments)
+                ahead = self.plan.stands(unit)
+                change = cuts.of([name], None if ahead else moments)[name]
+            self._take({name: change})
+            cuts.forget([name])
+            return change
+
+        wanted = {
+            m: frozenset() if self.plan.stands(u) else u.needs & MEASURED
+            for m, u in self.bases.unit_of.items()
+        }
+        batches: list[walk.Batch] = []
+        start = time.perf_counter()
+        before = self.seconds.get("fit", 0.0)
+        dtype = torch.float32
+        if self.plan.reads_tokens:
+            batches, dtype = self.calibration.batches()
+        walk.sequential(
+            self.parts,
+            batches,
+            wanted,
+            dtype,
+            decide,
+            follow=self.plan.follows,
+            readers=self.plan.recipe.refit == "both",
+            stay=self.layout.stages(widths),
+            streams=self.calibration.streams,
+            joined=self.plan.ranks,
+            finish=self._finish,
+            progress=self.progress,
         )
+        spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
+        self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
 
-    def _narrower(self, moments: Moments, widest: Widths) -> dict[float, Widths]:
+    # --- What both have in common.
+
+    def _begin(self, choices: Sequence[Widths], chosen: Widths) -> None:
+        """Before the first cut: measure what is to foretell its loss, and tell the receiver."""
+        self._measure_gradients(choices)
+        self.lost = None if self.gradients is None else predict.Lost(self.gradients, chosen)
+        if self.means.receiver is not None:
+            self.means.receiver.begin(self.parts, chosen)
+
+    def _take(self, changes: Mapping[str, Change]) -> None:
+        """Note what is asked of changes after they are made."""
+        with timed(self.seconds, "predict"):
+            for name, change in changes.items():
+                if name in self.encodes:
+                    continue
+                if self.lost is not None:
+                    self.lost.add(name, change)
+                if self.layout.spaces[name].kind == "residual":
+                    first = self.bases.unit_of[name].space.name  # spaces with one basis share it
+                    there = self.encodes.get(first)
+                    self.encodes[name] = change.encode.matrix()[0] if there is None else there
+
+    def _finish(self, edge: Edge) -> None:
+        join(self.parts.hold(edge))
+        if self.means.receiver is not None:
+            self.means.receiver.stage(self.parts, edge)
+            self.parts.free(edge)
+
+    def _fit(self, units: Sequence[Unit]) -> None:
+        with timed(self.seconds, "fit"):
+            for unit in self.progress(units, "fit bases", len(units)):
+                self.bases.fit_dense(unit, self.calibration.known(unit))
+
+    def _influence(self) -> list[float] | None:
+        """1 - E[cos(stream into, stream out of)] of every block, where a selector asks for it."""
+        keys = [(p, Statistic.COSINE) for p in self.plan.compared]
+        known = self.calibration.shelf.get(keys).known if keys else {}
+        return [1 - known[key].mean.item() for key in keys] if keys else None
+
+    def _narrower(self, influence: list[float] | None, widest: Widths) -> dict[float, Widths]:
         """The widths of the nested members, each within those of the next wider one."""
         found, within = dict[float, Widths](), widest
         for share, plan in self.plan.narrower().items():
-            within = self._allocate(moments, self._influence(moments), plan, within)
+            within = self._allocate(influence, plan, within)
             plan.check_attention(within)
             found[share] = within
         return found
 
     def _allocate(
-        self,
-        moments: Moments,
-        influence: list[float] | None,
-        plan: Plan | None = None,
-        within: Widths | None = None,
+        self, influence: list[float] | None, plan: Plan | None = None, within: Widths | None = None
     ) -> Widths:
-        spectra = {name: basis.energy for name, basis in self.bases.items()}
-        loss = None if self.held is None else self._held_out(self.held, moments)
+        loss = None if self.held is None else self._held_out(self.held)
         start = time.perf_counter()
         with timed(self.seconds, "select"):
-            widths = (plan or self.plan).allocate(spectra, loss, influence, within)
+            widths = (plan or self.plan).allocate(self.bases.spectra, loss, influence, within)
         if loss is not None:
             counts = {"evaluations": len(loss.losses), "measured": loss.measured}
-            spent, before = (
-                {**counts, "seconds": round(time.perf_counter() - start, 3)},
-                self.search or {},
-            )
+            spent = {**counts, "seconds": round(time.perf_counter() - start, 3)}
+            before = self.search or {}
             self.search = {key: value + before.get(key, 0) for key, value in spent.items()}
         assert widths is not None
         return widths
 
-    def _held_out(self, tokens: Tokens, moments: Moments) -> HeldOut:
+    def _held_out(self, tokens: Tokens) -> HeldOut:
         store, path = self.calibration.kept(), None
         calibrate = self.plan.recipe.calibrate
         assert calibrate is not None
@@ -243,23 +371,16 @@ class _Run:
                 for u in self.plan.units
             ]
             identity = json.dumps([tokens.digest(), self.plan.recipe.tie, methods])
-            path = (
-                store.folder / f"losses.{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-            )
+            hashed = hashlib.sha256(identity.encode()).hexdigest()[:32]
+            path = store.folder / f"losses.{hashed}.json"
 
         def cut(widths: Mapping[Unit, int]) -> dict[str, Change]:
-            return self._cut(widths, moments, {u.space.name: k for u, k in widths.items()})
+            cuts = Cuts(self.bases, {u.space.name: k for u, k in widths.items()})
+            return cuts.of(m for u in widths for m in u.members)
 
-        return HeldOut(
-            self.model,
-            self.layout,
-            self.plan.units,
-            cut,
-            tokens,
-            calibrate.batch,
-            self.progress,
-            path,
-        )
+        model = self.parts.whole(torch.float32)
+        units, batch = self.plan.units, calibrate.batch
+        return HeldOut(model, self.layout, units, cut, tokens, batch, self.progress, path)
 
     def _measure_gradients(self, choices: Sequence[Widths]) -> None:
         """Measure the gradients of the model, which is not cut yet, where they are to tell what widths lose."""
@@ -274,143 +395,50 @@ class _Run:
         ]
         spaces = [m for u in changing for m in u.members]
         skip = self.plan.recipe.calibrate.skip
-        key = ("gradients", *self._source(), self.tokens.digest(), skip, *spaces)
+        key = ("gradients", *self.bases.source(), self.tokens.digest(), skip, *spaces)
         with timed(self.seconds, "predict"):
             make = partial(
-                predict.measure,
-                self.model,
-                self.layout,
-                spaces,
-                self.tokens,
-                self.progress,
-                skip=skip,
+                predict.measure, self.parts, spaces, self.tokens, self.progress, skip=skip
             )
             self.gradients = self.memo.once(key, make, lambda found: found.nbytes)
 
-    def _foretell(self, widths: Widths, changes: Callable[[], Mapping[str, Change]]) -> Foretold:
+    def _foretell(self, widths: Widths, lost: predict.Lost | None) -> Foretold:
+        nats = float("nan") if lost is None else lost.nats
+        return foretell(self.plan.units, widths, self.bases.spectra, lambda: nats)
+
+    def _foretell_member(self, widths: Widths) -> Foretold:
         with timed(self.seconds, "predict"):
-            return foretell(self.plan.units, widths, self.bases, self.gradients, changes)
-
-    def _energy(self, widths: Widths) -> dict[str, float]:
-        """The share of energy that widths cut, by kind of space and on average over its bases; 0 is left out, and so are
-        bases that tell no direction from another."""
-        found: dict[str, list[float]] = {}
-        for unit in self.plan.units:
-            energy = self.bases[unit.space.name].energy
-            if not bool((energy != energy[:, :1]).any()):
-                continue
-            lost = energy[:, widths[unit.space.name] :].sum() / energy.sum().clamp_min(1e-300)
-            found.setdefault(unit.space.kind, []).append(lost.item())
-        means = {kind: sum(each) / len(each) for kind, each in found.items()}
-        return {kind: mean for kind, mean in means.items() if mean}
-
-    def _cut(self, units: Iterable[Unit], moments: Moments, widths: Widths) -> dict[str, Change]:
-        """The changes of all members of units, which stand in the order of the stream."""
-        chain = Chain(self.plan.ranks)
-        return {
-            m: c
-            for u in units
-            for c in (self._change(u, moments, widths, chain),)
-            for m in u.members
-        }
-
-    def _change(self, unit: Unit, moments: Moments, widths: Widths, chain: Chain) -> Change:
-        """The change of a unit, which ``chain`` turns where a shortcut of low rank leads to it."""
-        change = self._cut_alone(unit, moments, widths)
-        if unit.rank is None:
-            return change
-        return chain.add(
-            unit.space.name,
-            change,
-            self.calibration.of(unit, moments).second(unit.space, "seen")[0],
-        )
-
-    def _cut_alone(self, unit: Unit, moments: Moments, widths: Widths) -> Change:
-        basis = self.bases[unit.space.name]
-        k = widths[unit.space.name]
-        if not k:
-            return Change.empty(unit.space, 0)
-        if unit.slice is None or k == unit.space.dim:
-            return Change.rotation(basis.A)  # what was certified
-        return checked.cut(unit.slice, unit.space, basis, k, self.calibration.of(unit, moments))
-
-    def _walk_sequentially(self, ahead: Moments, widths: Widths) -> None:
-        decided: dict[str, Change] = {}
-        chain = Chain(self.plan.ranks)
-
-        def decide(name: str, moments: Moments) -> Change:
-            unit = self.unit_of[name]
-            first = unit.space.name
-            if first not in decided:
-                with timed(self.seconds, "fit"):
-                    if first not in self.bases:
-                        check_finite(moments)
-                        self.bases[first] = self._basis(unit, moments)
-                    seen = ahead if self.plan.stands(unit) else moments
-                    decided[first] = self._change(unit, seen, widths, chain)
-            return decided[first]
-
-        wanted = {
-            m: frozenset() if self.plan.stands(u) else u.needs & MEASURED
-            for m, u in self.unit_of.items()
-        }
-        batches: list[walk.Batch] = []
-        start = time.perf_counter()
-        before = self.seconds.get("fit", 0.0)
-        dtype = torch.float32
-        if self.plan.reads_tokens:
-            batches, dtype = self.calibration.batches()
-        walk.sequential(
-            self.model,
-            self.layout,
-            batches,
-            wanted,
-            dtype,
-            decide,
-            follow=self.plan.follows,
-            readers=self.plan.recipe.refit == "both",
-            stay=self.layout.stages(widths),
-            streams=self.calibration.streams,
-            joined=self.plan.ranks,
-            progress=self.progress,
-        )
-        spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
-        self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
-        self.changes = {
-            m: decided[u.space.name] for m, u in self.unit_of.items() if u.space.name in decided
-        }
+            lost = None if self.gradients is None else predict.Lost(self.gradients, widths)
+            if lost is not None:
+                for name, change in Cuts(self.bases, widths).of(self.bases.unit_of).items():
+                    lost.add(name, change)
+            return self._foretell(widths, lost)
 
     def _certify(self) -> Certificate:
         """The certificate of all bases at once, on probe tokens that need no text."""
-        bases: Mapping[str, Operator] = {
-            m: self.bases[u.space.name].A for m, u in self.unit_of.items()
-        }
-        g = torch.Generator().manual_seed(self.plan.recipe.seed)
-        ids = torch.randint(0, self.original.config.vocab_size, (2, PROBE_TOKENS // 2), generator=g)
+        recipe, shared = self.plan.recipe, self.bases.shared
+        g = torch.Generator().manual_seed(recipe.seed)
+        ids = torch.randint(0, self.source.config.vocab_size, (2, PROBE_TOKENS // 2), generator=g)
         if self.tokens is not None:
             ids = self.tokens.ids[:1, :PROBE_TOKENS]
         with timed(self.seconds, "verify"):
-            asked = json.dumps(
-                [[*bases], self.plan.fold, self.plan.recipe.tie, self.plan.recipe.seed]
+            asked = json.dumps([shared, self.plan.fold, recipe.tie, recipe.seed])
+            weights = self.memo.weights(self.source)
+            first = dict.fromkeys(shared.values())
+            every = (t for n in first for t in self.bases[n].tensors)
+            rotation = digest(f"{weights} {asked}", chain(every, [ids]))
+            make = partial(
+                certify,
+                self.source,
+                Rotations(self.bases, shared),
+                ids,
+                fold=self.plan.fold,
+                tie=recipe.tie,
+                seed=recipe.seed,
+                device=self.means.device,
+                progress=self.progress,
             )
-            different = {id(A): A for A in bases.values()}  # segments share theirs
-            places = {at: n for n, at in enumerate(different)}
-            which = [places[id(A)] for A in bases.values()]
-            rotation = digest(
-                f"{self.memo.weights(self.original)} {asked} {which}",
-                (ids, *(t for A in different.values() for t in A.tensors)),
-            )
-            certificate = self.memo.once(
-                ("certificate", rotation),
-                lambda: certify(
-                    self.original,
-                    bases,
-                    ids,
-                    fold=self.plan.fold,
-                    tie=self.plan.recipe.tie,
-                    seed=self.plan.recipe.seed,
-                ),
-            )
+            certificate = self.memo.once(("certificate", rotation), make)
         if not certificate.passed:
             raise CertificateError(f"{certificate.failure}. Nothing is written.")
         return certificate

@@ -6,24 +6,26 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
-from ..calibrate.fisher import SEED, score
+from ..calibrate.backward import backward
+from ..calibrate.fisher import SEED
 from ..calibrate.moments import real_tokens
-from ..calibrate.walk import inside, norm_at, tap
-from ..core.change import Basis, Change
+from ..calibrate.walk import inside, tap
+from ..core.change import Change
 from ..core.progress import Progress, quiet
+from ..core.space import Space
+from ..core.spill import Spill
 from ..io.data import Tokens
 from ..method.budget import Predicted
-from ..model.layout import Layout
+from ..model.layout import Edge, Layout
 from ..model.modules import Stage
-from ..model.verify import copy_in
-from .demand import Unit, Widths
+from ..model.working import Stages
+from .demand import Spectra, Unit, Widths
 
 SEQUENCES, TOKENS = 2, 256  # of each the first that are not left out
 
@@ -59,26 +61,20 @@ def told_by(units: Iterable[Unit], widths: Widths) -> str | None:
 
 
 def foretell(
-    units: Sequence[Unit],
-    widths: Widths,
-    bases: Mapping[str, Basis],
-    gradients: Gradients | None,
-    changes: Callable[[], Mapping[str, Change]],
+    units: Sequence[Unit], widths: Widths, spectra: Spectra, loss: Callable[[], float]
 ) -> Foretold:
-    """What widths are predicted to lose, with the changes that they make; ``bases`` by a unit's first member."""
+    """What widths are predicted to lose; ``loss`` says it by gradients, ``spectra`` are by a unit's first member."""
     by = told_by(units, widths)
     if by is None:
         return Foretold(0.0)
     if isinstance(widths, Predicted):
         return Foretold(widths.loss, by)
     if by == "energies":
-        lost = [
-            bases[u.space.name].energy[:, widths[u.space.name] :].sum().item()
-            for u in narrowed(units, widths)
-        ]
+        cut = narrowed(units, widths)
+        lost = [spectra[u.space.name][:, widths[u.space.name] :].sum().item() for u in cut]
         return Foretold(sum(lost), by)
-    loss = math.nan if gradients is None else gradients.loss(changes())
-    return Foretold(loss, by) if math.isfinite(loss) else UNTOLD
+    nats = loss()
+    return Foretold(nats, by) if math.isfinite(nats) else UNTOLD
 
 
 @dataclass(frozen=True)
@@ -86,8 +82,8 @@ class Gradients:
     """Of some tokens: the signal x of each space, and g = ∂/∂x Σ_s log p(y_s) by what its readers get of it."""
 
     layout: Layout  # of the dense model's canonical form
-    signals: Mapping[str, Float[Tensor, "n w"]]
-    gradients: Mapping[str, Float[Tensor, "n w"]]
+    signals: Mapping[Any, Float[Tensor, "n w"]]
+    gradients: Mapping[Any, Float[Tensor, "n w"]]
 
     @property
     def nbytes(self) -> int:
@@ -98,84 +94,96 @@ class Gradients:
         cut, x' = D Eᵀ x + offset. Errors of different spaces at one token count together, those of different tokens as
         uncorrelated; what shortcuts lose between two bases, and refits win back, is not known yet. Of a branch that goes
         only the space that it vanishes with counts. Not a number where no token tells."""
-        gone = self.layout.gone({name: change.width for name, change in changes.items()})
-        along = torch.zeros(()) if self.signals else torch.tensor(torch.nan)
-        for name, x in self.signals.items():
-            space, change = self.layout.spaces[name], changes.get(name)
-            if change is None or change.width == space.dim:
-                continue
-            readers = [reader for reader, _ in self.layout.readers(name)]
-            if not change.width or not all(reader.startswith(gone) for reader in readers):
-                along = along + (self.gradients[name] * (change.read(space, x) - x)).sum(-1)
-        return along.square().mean().item() / 2
+        lost = Lost(self, {name: change.width for name, change in changes.items()})
+        for name, change in changes.items():
+            lost.add(name, change)
+        return lost.nats
+
+
+class Lost:
+    """What changes lose by gradients, added up change by change: ``Gradients.loss``."""
+
+    def __init__(self, known: Gradients, widths: Widths) -> None:
+        self.known, self.gone = known, known.layout.gone(widths)
+        self.along = torch.zeros(()) if known.signals else torch.tensor(torch.nan)
+
+    def add(self, name: str, change: Change) -> None:
+        layout = self.known.layout
+        space = layout.spaces[name]
+        if name not in self.known.signals or change.width == space.dim:
+            return
+        readers = [reader for reader, _ in layout.readers(name)]
+        if not change.width or not all(reader.startswith(self.gone) for reader in readers):
+            x, g = self.known.signals[name], self.known.gradients[name]
+            self.along = self.along + (g * (change.read(space, x) - x)).sum(-1)
+
+    @property
+    def nats(self) -> float:
+        return self.along.square().mean().item() / 2
 
 
 def measure(
-    model: PreTrainedModel,
-    layout: Layout,
+    parts: Stages,
     spaces: Iterable[str],
     tokens: Tokens,
     progress: Progress = quiet,
     *,
     skip: int = 0,
 ) -> Gradients:
-    """Signals and gradients of spaces, from one backward pass a sequence through a float32 copy of the canonical model.
+    """Signals and gradients of spaces, from a float32 pass through the canonical model and back (``backward``).
 
     The labels y_s are drawn as for the Fisher (``fisher.measure``), so that E[g gᵀ] over them is the Fisher of what the
     readers of a space get, and of the stream's points that of the branches which read it there, not of the stream behind.
     The first ``skip`` tokens of a sequence are left out.
     """
-    names = list(spaces)
-    twin = copy_in(torch.float32, model).requires_grad_(False)
-    g = torch.Generator().manual_seed(SEED)
-    signals: dict[str, list[Tensor]] = {n: [] for n in names}
-    gradients: dict[str, list[Tensor]] = {n: [] for n in names}
+    layout, names = parts.layout, set(spaces)
+    last = layout.points[-1]  # which the head alone reads
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    @contextmanager
+    def taps(edge: Edge, stage: Stage) -> Iterator[dict[str, Tensor]]:
+        read: dict[str, Tensor] = {}
+        handles = [
+            _tap(read, stage, layout.spaces[n])
+            for n in (edge.source, *inside(layout, edge))
+            if n in names and stage.branches
+        ]
+        try:
+            yield read
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def take(name: str, x: Tensor, gradient: Tensor, seen: Tensor) -> None:
+        if name.startswith(READ) or (name == last and last in names):
+            both = real_tokens(x, seen).cpu(), real_tokens(gradient, seen).cpu()
+            found.setdefault(name.removeprefix(READ), []).append(both)
+
     telling = tokens.mask[:, skip:].any(1).nonzero()[:SEQUENCES, 0]
     ids, mask = (x[telling, : skip + TOKENS] for x in (tokens.ids, tokens.mask))
-    sequences = list(Tokens(ids, mask).batches(1)) if len(telling) else []
-    with _read(twin, layout, names) as read:
-        for ids, real in progress(sequences, "measure gradients", len(sequences)):
-            seen = real.clone()
-            seen[:, :skip] = False
-            found = score(twin, ids, real, g, lambda: [read[n] for n in names])
-            for name, gradient in zip(names, found, strict=True):
-                signals[name].append(real_tokens(read[name].detach(), seen).cpu())
-                gradients[name].append(real_tokens(gradient, seen).cpu())
-    joined = ({n: torch.cat(x) for n, x in found.items() if x} for found in (signals, gradients))
-    return Gradients(layout, *joined)
+    if len(telling):
+        backward(parts, Tokens(ids, mask), taps, take, skip=skip, seed=SEED, progress=progress)
+    signals, gradients = Spill(), Spill()
+    for name, both in found.items():
+        xs, gs = zip(*both, strict=True)
+        signals[name], gradients[name] = torch.cat(xs), torch.cat(gs)
+    return Gradients(layout, signals, gradients)
 
 
-@contextmanager
-def _read(model: PreTrainedModel, layout: Layout, names: list[str]) -> Iterator[dict[str, Tensor]]:
-    """What readers of spaces get when the model runs, ready to be differentiated by; the stream passes them by."""
-    read: dict[str, Tensor] = {}
-
-    def keep(name: str, x: Tensor) -> Tensor:
-        read[name] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        return read[name]
-
-    handles = []
-    for name in names:
-        module, before = _tapped(model, layout, name)
-        if before:
-            handles.append(
-                module.register_forward_pre_hook(lambda _m, a, n=name: (keep(n, a[0]), *a[1:]))
-            )
-        else:
-            handles.append(module.register_forward_hook(lambda _m, _a, y, n=name: keep(n, y)))
-    try:
-        yield read
-    finally:
-        for handle in handles:
-            handle.remove()
+READ = "read "  # before the name of a space: what its readers get, where the stream passes them by
 
 
-def _tapped(model: PreTrainedModel, layout: Layout, name: str) -> tuple[nn.Module, bool]:
-    """The module that a space's signal enters (True) or leaves."""
-    space = layout.spaces[name]
+def _tap(read: dict[str, Tensor], stage: Stage, space: Space) -> Any:
+    """Keeps what readers of a space get, ready to be differentiated by."""
+
+    def keep(x: Tensor) -> Tensor:
+        read[READ + space.name] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        return read[READ + space.name]
+
     if space.kind == "residual":
-        return norm_at(model, layout, name), True
-    edge = next(e for e in layout.edges if name in inside(layout, e))
-    stage = model.get_submodule(edge.stage)
-    assert isinstance(stage, Stage)
-    return tap(stage, space)
+        assert stage.norm is not None
+        return stage.norm.register_forward_pre_hook(lambda _m, a: (keep(a[0]), *a[1:]))
+    module, before = tap(stage, space)
+    if before:
+        return module.register_forward_pre_hook(lambda _m, a: (keep(a[0]), *a[1:]))
+    return module.register_forward_hook(lambda _m, _a, y: keep(y))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
@@ -43,13 +44,15 @@ def stock(
         return None, why
     rope: dict[str, Any] = {}
     if chosen is not None:
-        rope, why = _longrope(model, now, original, chosen)
+        rope, why = longrope(model, now, original, chosen)
         if why:
             return None, why
-    config, why = _config(layout, widths, original, rope)
+    config, why = stock_config(layout, widths, original, rope)
     if config is None:
         return None, why
-    weights = _weights(model, layout, now)
+    like = next(model.parameters())
+    renamed = Renaming.of(layout, widths).tensors(model)
+    weights = {n: t.to(like.device, like.dtype) for n, t in renamed.items()}
     expected = {
         n: tuple(p.shape) for n, p in layout.architecture.skeleton(config).named_parameters()
     }
@@ -127,7 +130,7 @@ def obstacle(
     return None
 
 
-def _longrope(
+def longrope(
     model: PreTrainedModel, now: Layout, original: PretrainedConfig, chosen: Int[Tensor, " n"]
 ) -> tuple[dict[str, Any], str]:
     """The rope_parameters under which plain transformers turns pairs by the frequencies kept, or why there are none.
@@ -172,7 +175,7 @@ def config_obstacle(
         if why := _rope_obstacle(layout, original):
             return why
         rope = _rope_parameters(original, [1.0] * (_by_kind(layout, widths)["qk"] // 2), 1.0)
-    config, why = _config(layout, widths, original, rope)
+    config, why = stock_config(layout, widths, original, rope)
     return why if config is None else None
 
 
@@ -204,7 +207,7 @@ def _widths(layout: Layout, widths: Mapping[str, int], kind: str, blocks: list[i
     }
 
 
-def _config(
+def stock_config(
     layout: Layout, widths: Mapping[str, int], original: PretrainedConfig, rope: Mapping[str, Any]
 ) -> tuple[PretrainedConfig | None, str]:
     """A config of the family, or of one that holds the same function, with the widths that the model has now."""
@@ -244,48 +247,66 @@ def _config(
     return None, "; ".join(reasons)
 
 
-def _weights(model: PreTrainedModel, layout: Layout, now: Layout) -> dict[str, Tensor]:
-    """The model's weights under the family's own names."""
-    arch = layout.architecture
-    names: dict[str, str] = {}
-    stages = now.stages({})
-    edges, blocks = [e for e in now.edges if e.stage in stages], now.blocks({})
-    for edge in edges:
-        names |= arch.origin(edge.block, edge.number, blocks.index(edge.block))
-    d, k = (_by_kind(each, {})["qk"] for each in (layout, now))
-    scale = (
-        k / d
-    ) ** 0.5  # stock attention divides scores by the square root of the width it has now
-    d, k = (each.spaces[layout.points[-1]].dim for each in (layout, now))
-    narrowed = (d / k) ** 0.5  # what a norm over k dims, of eps·d/k, makes smaller than one over d
-    normed = any(space.normed for space in layout.spaces.values())
-    weights: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        path, _, leaf = name.rpartition(".")
-        if leaf in ("weight", "bias"):
-            value = parameter.detach()
-            if path.endswith(".attention.q"):
-                value = value * scale
-            if normed and path.endswith((".attention.q", ".attention.k")):
-                value = value * narrowed  # the norms of heads have that eps too
-            if arch.scaled and path == arch.embed[0]:
-                value = value * narrowed  # by √k, where it was √d
-            weights[f"{names.get(path, path)}.{leaf}"] = value
-    for path, norm in model.named_modules():
-        if not isinstance(norm, Norm):
-            continue
-        theirs = names.get(path, path)
-        weights.pop(f"{theirs}.bias", None)
-        like = next(model.parameters())
+@dataclass(frozen=True)
+class Renaming:
+    """What a stock checkpoint calls the weights of a canonical model, and by what it multiplies them."""
+
+    layout: Layout  # of the canonical form before it was changed
+    names: Mapping[str, str]  # a module's path → the family's
+    queries: float  # stock attention divides scores by the square root of the width it has now
+    narrowed: float  # what a norm over k dims, of eps·d/k, makes smaller than one over d
+    width: int  # of the stream now
+
+    @classmethod
+    def of(cls, layout: Layout, widths: Mapping[str, int]) -> Renaming:
+        arch, stages, blocks = layout.architecture, layout.stages(widths), layout.blocks(widths)
+        names: dict[str, str] = {}
+        for edge in layout.edges:
+            if edge.stage in stages:
+                names |= arch.origin(edge.block, edge.number, blocks.index(edge.block))
+        before, now = _by_kind(layout, {}), _by_kind(layout, widths)
+        queries = (now["qk"] / before["qk"]) ** 0.5
+        last = layout.points[-1]
+        k = layout.width(last, widths)
+        return cls(layout, names, queries, (layout.spaces[last].dim / k) ** 0.5, k)
+
+    @property
+    def table(self) -> float:
+        """By what the table is multiplied: where the family scales what it looks up by √k, it was √d."""
+        return self.narrowed if self.layout.architecture.scaled else 1.0
+
+    def tensors(self, module: nn.Module, under: str = "") -> dict[str, Tensor]:
+        """The weights of a module of the canonical model, which lies at the path ``under``."""
+        arch, found = self.layout.architecture, dict[str, Tensor]()
+        normed = any(space.normed for space in self.layout.spaces.values())
+        prefix = f"{under}." if under else ""
+        for name, parameter in module.named_parameters(prefix=under):
+            path, _, leaf = name.rpartition(".")
+            if leaf in ("weight", "bias"):
+                value = parameter.detach()
+                if path.endswith(".attention.q"):
+                    value = value * self.queries
+                if normed and path.endswith((".attention.q", ".attention.k")):
+                    value = value * self.narrowed  # the norms of heads have that eps too
+                if path == arch.embed[0]:
+                    value = value * self.table if arch.scaled else value
+                found[f"{self.names.get(path, path)}.{leaf}"] = value
+        for name, norm in module.named_modules():
+            if isinstance(norm, Norm):
+                path = prefix + name if name else under
+                theirs = self.names.get(path, path)
+                found.pop(f"{theirs}.bias", None)
+                found |= {f"{theirs}.{leaf}": v for leaf, v in self._norm(norm).items()}
+        return found
+
+    def _norm(self, norm: Norm) -> dict[str, Tensor]:
+        arch, found = self.layout.architecture, dict[str, Tensor]()
         if norm.gain is not None:
             factor = (norm.d / len(norm.gain)) ** 0.5
-            weights[f"{theirs}.weight"] = (
-                norm.offset + norm.gain.detach()
-            ) * factor - arch.rms.offset
-        elif layout.folded:
-            weights[f"{theirs}.weight"] = torch.full(
-                (k,), narrowed - arch.rms.offset, dtype=like.dtype, device=like.device
-            )
+            found["weight"] = (norm.offset + norm.gain.detach()) * factor - arch.rms.offset
+        elif self.layout.folded:
+            gain = self.narrowed - arch.rms.offset
+            found["weight"] = torch.full((self.width,), gain, dtype=torch.float64)
         if norm.bias is not None:
-            weights[f"{theirs}.bias"] = norm.bias.detach()
-    return weights
+            found["bias"] = norm.bias.detach()
+        return found

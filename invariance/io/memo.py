@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..core.files import write_tensors
-from .models import memory, weights_digest
+from ..model.source import Source
+from .models import memory
 
 HELD_BYTES = 4 * 2**30  # of bases, in memory; the oldest go first
 T = TypeVar("T")
@@ -26,11 +26,12 @@ T = TypeVar("T")
 class Memo:
     """The memory of the runs on ONE model, which nobody changes meanwhile; keys say all that a value hangs on.
 
-    Values that hold tensors are kept within HELD_BYTES. What ``kept`` gives also goes to ``folder``, where the next
+    Values that hold tensors are kept within ``limit`` bytes. What ``kept`` gives also goes to ``folder``, where the next
     process finds it.
     """
 
     folder: Path | None = None
+    limit: int = HELD_BYTES
     values: OrderedDict[Hashable, tuple[Any, int]] = field(default_factory=OrderedDict)
     computed: list[Hashable] = field(
         default_factory=list
@@ -46,7 +47,7 @@ class Memo:
             self.computed.append(key)
             value = make()
             self.values[key] = value, size(value)
-            while len(self.values) > 1 and sum(n for _, n in self.values.values()) > HELD_BYTES:
+            while len(self.values) > 1 and sum(n for _, n in self.values.values()) > self.limit:
                 heavy = next(k for k, (_, n) in self.values.items() if n)
                 del self.values[heavy]
                 if heavy == key:
@@ -66,9 +67,9 @@ class Memo:
             write_tensors(path, {"value": value})
             return value
 
-    def weights(self, model: PreTrainedModel) -> str:
+    def weights(self, source: Source) -> str:
         """The hash of the model's weights."""
-        return self.once(("weights",), lambda: weights_digest(model))
+        return self.once(("weights",), source.digest)
 
 
 def digest(text: str, tensors: Iterable[Tensor] = ()) -> str:

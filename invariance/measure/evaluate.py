@@ -17,15 +17,17 @@ from ..core.errors import InputError
 from ..core.progress import Progress, quiet
 from ..io.data import Making, Tokens, load_tokens
 from ..io.memo import Memo
+from ..io.source import live
 from ..io.sources import sources
 from ..model.families import FAMILIES, check_positions, positions
 from ..recipe import evaluate as parts
 from .losses import Each, Mean, check_windows, divergence, perplexity, scored, token_losses
+from .sourced import Model, Sourced, whole
 from .texts import texts
 
 __all__ = ["Evaluation", "measure", "peak_memory", "perplexity", "prepare", "sample", "unasked"]
 
-Models = Mapping[str, PreTrainedModel]  # by side; the others are compared with the first
+Models = Mapping[str, Model]  # by side; the others are compared with the first
 
 
 class Evaluation(ABC):
@@ -70,9 +72,7 @@ class Perplexity(Evaluation):
         }
         return {self.part.label: found}
 
-    def losses(
-        self, model: PreTrainedModel, side: str, progress: Progress, memo: Memo | None
-    ) -> Each:
+    def losses(self, model: Model, side: str, progress: Progress, memo: Memo | None) -> Each:
         """The losses of every token; those of a memo's model are computed once."""
         what = f"perplexity of {self.part.label}, {side}"
         make = partial(token_losses, model, self.tokens, self.part.batch, progress, what)
@@ -80,10 +80,10 @@ class Perplexity(Evaluation):
             return make()
         key = (
             "losses",
-            memo.weights(model),
+            memo.weights(model.source if isinstance(model, Sourced) else live(model)),
             model.config.to_json_string(use_diff=False),
             str(model.dtype),
-            model.device.type,
+            torch.device(model.device).type,
             self.tokens.digest(),
             str(self.part.batch),
             version("transformers"),
@@ -121,7 +121,7 @@ class Tasks(Evaluation):
         from . import tasks
 
         found = {
-            side: tasks.scores(model, self.tokenizer, self.tasks, self.part)
+            side: tasks.scores(whole(model), self.tokenizer, self.tasks, self.part)
             for side, model in progress(
                 list(models.items()), f"tasks {self.part.label}", len(models)
             )
@@ -136,17 +136,13 @@ class Samples(Evaluation):
     kind = "samples"
 
     def measure(self, models: Models, progress: Progress, memo: Memo | None = None) -> list[Any]:
-        prompts = progress(self.part.prompts, "samples", len(self.part.prompts))
-        return [
-            {
-                "prompt": p,
-                **{
-                    side: sample(m, self.tokenizer, p, self.part.tokens)
-                    for side, m in models.items()
-                },
-            }
-            for p in prompts
-        ]
+        rows: list[dict[str, str]] = [{"prompt": p} for p in self.part.prompts]
+        for side, model in progress(list(models.items()), "samples", len(models)):
+            loaded = whole(model)  # one at a time
+            for row in rows:
+                row[side] = sample(loaded, self.tokenizer, row["prompt"], self.part.tokens)
+            del loaded
+        return rows
 
 
 def prepare_each(

@@ -16,6 +16,8 @@ from transformers import PreTrainedModel
 from ..core.errors import InputError
 from ..core.progress import Progress, quiet
 from ..io.data import Tokens
+from . import sourced
+from .sourced import Model, Sourced, whole
 
 FIRST_BUCKET = (
     16  # positions 1 to 15 are one bucket; each further one ends where its positions have doubled
@@ -62,13 +64,15 @@ def scored(tokens: Tokens, stride: int | None = None) -> Bool[Tensor, "B P"]:
 
 @torch.no_grad()
 def token_losses(
-    model: PreTrainedModel,
+    model: Model,
     tokens: Tokens,
     batch: int = 8,
     progress: Progress = quiet,
     what: str = "losses",
 ) -> Each:
     """The cross-entropy of every next token in nats, every window on its own; float32 logits."""
+    if isinstance(model, Sourced):
+        return sourced.losses(model, tokens, batch, progress, what)
     found = []
     for ids, mask in _batches(tokens, batch, progress, what):
         for row, target in zip(_logits(model, ids, mask), ids[:, 1:], strict=True):
@@ -77,7 +81,7 @@ def token_losses(
 
 
 def perplexity(
-    model: PreTrainedModel,
+    model: Model,
     tokens: Tokens,
     batch: int = 8,
     progress: Progress = quiet,
@@ -127,14 +131,18 @@ class Divergence:
 
 @torch.no_grad()
 def divergence(
-    reference: PreTrainedModel,
-    other: PreTrainedModel,
+    reference: Model,
+    other: Model,
     tokens: Tokens,
     batch: int = 8,
     progress: Progress = quiet,
     what: str = "divergence",
 ) -> Divergence:
     """KL(reference ‖ other) in nats, agreement and losses of every next token; float32 logits."""
+    if isinstance(reference, Sourced) and isinstance(other, Sourced):
+        each = sourced.compared(reference, other, tokens, batch, progress, what)
+        return Divergence(scored(tokens), *each)
+    reference, other = whole(reference), whole(other)
     found: list[tuple[Tensor, ...]] = []
     for ids, mask in _batches(tokens, batch, progress, what):
         for p, q, target in zip(

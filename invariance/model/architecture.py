@@ -185,11 +185,11 @@ class Architecture:
         blocks = model.get_submodule(self.blocks)
         assert isinstance(blocks, nn.ModuleList)
         for i, layer in enumerate(blocks):
-            stages = [self._stage(layer, stage, model.config) for stage in self.stages]
+            stages = [self.stage_of(layer, stage, model.config) for stage in self.stages]
             blocks[i] = modules.as_one_of(layer, modules.Block)(stages).train(layer.training)
-        model.set_submodule(self.final_norm, self._norm(model.get_submodule(self.final_norm)))
+        model.set_submodule(self.final_norm, self.norm_of(model.get_submodule(self.final_norm)))
 
-    def _stage(self, layer: nn.Module, stage: Stage, config: PretrainedConfig) -> modules.Stage:
+    def stage_of(self, layer: nn.Module, stage: Stage, config: PretrainedConfig) -> modules.Stage:
         attention = mlp = None
         if stage.attention is not None:
             found = {
@@ -197,7 +197,9 @@ class Architecture:
                 for ours, theirs in stage.attention.names().items()
             }
             norms = {
-                ours: self._norm(found.pop(ours)) for ours in ("q_norm", "k_norm") if ours in found
+                ours: self.norm_of(found.pop(ours))
+                for ours in ("q_norm", "k_norm")
+                if ours in found
             }
             heads = config.num_attention_heads
             kv = getattr(config, "num_key_value_heads", None) or heads
@@ -210,10 +212,10 @@ class Architecture:
             }
             act = layer.get_submodule(_join(stage.mlp.module, stage.mlp.act))
             mlp = modules.Mlp(parts.get("gate"), parts["up"], parts["down"], act)  # type: ignore[arg-type]
-        post = None if stage.post is None else self._norm(layer.get_submodule(stage.post))
-        return modules.Stage(self._norm(layer.get_submodule(stage.norm)), attention, mlp, post)
+        post = None if stage.post is None else self.norm_of(layer.get_submodule(stage.post))
+        return modules.Stage(self.norm_of(layer.get_submodule(stage.norm)), attention, mlp, post)
 
-    def _norm(self, norm: nn.Module) -> modules.Norm:
+    def norm_of(self, norm: nn.Module) -> modules.Norm:
         """The Norm that does what a family's norm module does."""
         gain: torch.Tensor | None = norm.weight  # type: ignore[assignment]
         if isinstance(norm, nn.LayerNorm):

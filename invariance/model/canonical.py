@@ -14,6 +14,8 @@ from .labels import label
 from .layout import Layout, Role
 from .modules import Block, Factored, Linear, Norm, Stage, factors
 
+WRITERS = ("out", "down")  # the linear layers of a branch that write the stream; all others read it
+
 
 def canonicalize(
     model: PreTrainedModel, *, fold: bool, tie: str = "untie", split: Collection[str] = ()
@@ -73,17 +75,16 @@ def _split(model: PreTrainedModel, matrices: Mapping[str, str], names: list[str]
 
 
 @torch.no_grad()
-def join(model: PreTrainedModel) -> Layout:
-    """Make one matrix of two factors that store no less than it, and return the layout: the inverse of ``split``."""
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, Factored)]
+def join(module: nn.Module) -> None:
+    """Make one matrix of two factors that store no less than it: the inverse of ``split``."""
+    found = [(n, m) for n, m in module.named_modules() if isinstance(m, Factored)]
     for name, pair in found:
         first, second = pair.first.weight, pair.second.weight
         if first.numel() + second.numel() >= pair.in_features * pair.out_features:
-            model.set_submodule(name, pair.joined())
-    return label(model)
+            module.set_submodule(name, pair.joined())
 
 
-def _fold(norm: Norm, readers: Sequence[Linear]) -> None:
+def fold_norm(norm: Norm, readers: Sequence[Linear]) -> None:
     """W(γ ⊙ n + β) + b = (W diag γ) n + (b + Wβ), in float64; of two factors the first has γ, the second the bias.
 
     γ is the norm's offset plus its gain."""
@@ -108,8 +109,34 @@ def _fold_stages(model: PreTrainedModel, layout: Layout) -> None:
     for edge in layout.edges:
         stage = model.get_submodule(edge.stage)
         assert isinstance(stage, Stage)
-        if stage.norm is not None:
-            _fold(stage.norm, [m for n, m in stage.linears().items() if n not in ("out", "down")])
+        fold_stage(stage)
+
+
+def fold_stage(stage: Stage) -> None:
+    """Fold the gain and bias of a stage's norm into its readers, those that are on its device."""
+    if stage.norm is not None:
+        readers = [m for n, m in stage.linears().items() if n not in WRITERS]
+        gain = stage.norm.gain if stage.norm.gain is not None else stage.norm.bias
+        there = [m for m in readers if gain is None or factors(m)[0].weight.device == gain.device]
+        fold_norm(stage.norm, there)
+
+
+def centre_stage(stage: Stage) -> None:
+    """Take the mean out of all that a stage writes to the stream, as ``_centre`` does of a whole model."""
+    for name, linear in stage.linears().items():
+        if name in WRITERS:
+            last = factors(linear)[-1]
+            last.weight = _like(centred(last.weight.double(), 0), last.weight)
+            if last.bias is not None:
+                last.bias = _like(centred(last.bias.double(), 0), last.bias)
+    for module in stage.modules():
+        if isinstance(module, Norm):
+            module.centred = False
+
+
+def centred(W: Tensor, dim: int) -> Tensor:
+    """A weight without its mean along the axis that writes the stream."""
+    return W - W.mean(dim, keepdim=True)
 
 
 @torch.no_grad()
@@ -121,7 +148,7 @@ def fold_again(model: PreTrainedModel, layout: Layout) -> None:
     if isinstance(norm, nn.Sequential):  # a tied head is read through a matrix of its own
         norm, reader = norm.children()
     assert isinstance(norm, Norm) and isinstance(reader, nn.Linear)
-    _fold(norm, [reader])
+    fold_norm(norm, [reader])
 
 
 def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
@@ -135,7 +162,7 @@ def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
         mix.weight = _like(
             torch.eye(norm.d, device=head.weight.device, dtype=torch.float64), head.weight
         )
-        _fold(norm, [mix])
+        fold_norm(norm, [mix])
         model.set_submodule(arch.final_norm, nn.Sequential(norm, mix))
         return
     if layout.tied:
@@ -144,7 +171,7 @@ def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
         model._tied_weights_keys = (
             model.all_tied_weights_keys
         ) = {}  # else transformers ties them again
-    _fold(norm, [head])
+    fold_norm(norm, [head])
 
 
 def _centre(model: PreTrainedModel, layout: Layout) -> None:
@@ -156,8 +183,7 @@ def _centre(model: PreTrainedModel, layout: Layout) -> None:
                 and axis.role is Role.WRITE
                 and layout.spaces[axis.space].kind == "residual"
             ):
-                W = model.get_parameter(name).double()
-                assign(model, name, W - W.mean(i, keepdim=True))
+                assign(model, name, centred(model.get_parameter(name).double(), i))
     for module in model.modules():
         if isinstance(module, Norm):
             module.centred = False

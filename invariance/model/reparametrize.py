@@ -25,7 +25,12 @@ _NO_OFFSET = {
 }
 
 
-def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
+def reparametrize(
+    model: PreTrainedModel,
+    layout: Layout,
+    changes: Mapping[str, Change],
+    within: tuple[str, ...] = ("",),
+) -> None:
     """Change the basis of the named spaces, in place, in float64 with one cast back.
 
     Each labelled axis is contracted with the change of its space: writers with ``encode``, readers with ``decode``;
@@ -33,6 +38,8 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
     ``entry`` of the target puts in its place. Applying one change after another is applying their product, so spaces can
     be changed one at a time. Changes speak of the copies that the layout has: where KV groups move or go in the same
     call, the changes of their copies move and go with them.
+    ``within`` says how the names begin of what is changed now, stages at least: the rest of the model is changed by other
+    calls, and ``renumber`` then tells attentions which slot of a cache is theirs.
     Where rotary positions turn pairs of dims, the frequencies go with the pairs that ``encode`` keeps. A branch that is
     cut to width 0 goes with all its weights, and with a stage's last branch its norm; the residual edge stays.
 
@@ -41,12 +48,13 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
     pairs that carry rotary positions than to choose among them, one complex scale each.
     """
     chosen = _check(layout, changes)
-    _check_cache(model, layout, changes)
+    if within == ("",):
+        _check_cache(model, layout, changes)
     gone = layout.gone({name: change.width for name, change in changes.items()})
     with torch.no_grad():
         for name, change in changes.items():
             if change.offset is not None:
-                _shift_readers(model, layout, layout.spaces[name], change.offset, changes)
+                _shift_readers(model, layout, layout.spaces[name], changes, within)
         present = {
             name for name, _ in model.named_parameters()
         }  # an earlier call may have let branches go
@@ -57,6 +65,7 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
             if (
                 not changed
                 or name not in present
+                or not name.startswith(within)
                 or name.endswith(".shortcut")
                 or name.startswith(gone)
             ):
@@ -67,15 +76,20 @@ def reparametrize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, 
                     W = contract(W, i, part, change)
             assign(model, name, W)
         for name, pairs in chosen.items():
-            attention_of(model, layout, name).choose(pairs)
-        _resize(model, layout, changes)
-        if layout.tied:
+            if layout.attention(name).startswith(within):
+                attention_of(model, layout, name).choose(pairs)
+        before = slots(model, layout)
+        _resize(model, layout, changes, within)
+        if within == ("",):
+            renumber(model, layout, before)
+        if layout.tied and within == ("",):
             table = model.get_parameter(f"{layout.architecture.embed[0]}.weight")
             head = model.get_submodule(layout.architecture.head)
             assert isinstance(head, nn.Linear) and isinstance(table, nn.Parameter)
             head.weight, head.in_features = table, table.shape[1]
         for edge in layout.edges:
-            _change_edge(model, layout, edge, changes)
+            if f"{edge.stage}.".startswith(within):
+                _change_edge(model, layout, edge, changes)
 
 
 def attention_of(model: PreTrainedModel, layout: Layout, space: str) -> Attention:
@@ -167,14 +181,17 @@ def _shift_readers(
     model: PreTrainedModel,
     layout: Layout,
     space: Space,
-    offset: Float64[Tensor, "c d"],
     changes: Mapping[str, Change],
+    within: tuple[str, ...],
 ) -> None:
     """W(x + o) + b = Wx + (b + W·o): readers without a bias get one.
 
     What KV groups give that go in the same call is no longer there to be shifted: the groups' change made up for all of it.
     """
     for name, i in layout.readers(space.name):
+        offset = changes[space.name].offset
+        if offset is None or not name.startswith(within):
+            continue
         axis = layout.axes[name][i]
         reader = model.get_submodule(name.removesuffix(".weight"))
         assert isinstance(reader, nn.Linear) and axis is not None and i == 1
@@ -222,13 +239,15 @@ def groups_kept(groups: Change) -> Int[Tensor, " k"]:
     return kept[0]
 
 
-def _resize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change]) -> None:
+def _resize(
+    model: PreTrainedModel,
+    layout: Layout,
+    changes: Mapping[str, Change],
+    within: tuple[str, ...],
+) -> None:
     """Tell the branches how many KV groups they have, and let those of width 0 go."""
-    slots: dict[int | None, list[int]] = {}
-    for _, attention in _attentions(model, layout):
-        slots.setdefault(attention.sliding_window, []).append(attention.layer_idx)
     for branch, space in layout.branches.items():
-        if space not in changes:
+        if space not in changes or not f"{branch}.".startswith(within):
             continue
         path, _, name = branch.rpartition(".")
         resized = model.get_submodule(path)
@@ -238,10 +257,23 @@ def _resize(model: PreTrainedModel, layout: Layout, changes: Mapping[str, Change
         elif layout.spaces[space].kind == "heads":
             assert resized.attention is not None
             resized.attention.keep_groups(groups_kept(changes[space]))
-    for _, attention in _attentions(
-        model, layout
-    ):  # a cache counts its tokens in the first slot of a kind
-        attention.layer_idx = slots[attention.sliding_window].pop(0)
+
+
+def slots(model: PreTrainedModel, layout: Layout) -> dict[int | None, list[int]]:
+    """The slots of a cache that attentions fill, by how far back they see."""
+    found: dict[int | None, list[int]] = {}
+    for _, attention in _attentions(model, layout):
+        found.setdefault(attention.sliding_window, []).append(attention.layer_idx)
+    return found
+
+
+def renumber(
+    model: PreTrainedModel, layout: Layout, before: Mapping[int | None, list[int]]
+) -> None:
+    """Give the attentions that are left the first slots of their kind: a cache counts its tokens in the first one."""
+    left = {window: iter(found) for window, found in before.items()}
+    for _, attention in _attentions(model, layout):
+        attention.layer_idx = next(left[attention.sliding_window])
 
 
 def _attentions(model: PreTrainedModel, layout: Layout) -> list[tuple[str, Attention]]:
@@ -262,7 +294,8 @@ def _change_edge(
     assert isinstance(stage, Stage)
     if source is target and (source is None or stage.shortcut is None):
         return  # neither side changes, or one basis is on both
-    like = next(model.parameters())
+    grad = next(model.parameters()).requires_grad  # it may be on meta, where the stage is not
+    like = next(stage.parameters(), torch.empty(0, dtype=model.dtype, requires_grad=grad))
     entry = None if target is None else target.entry
     if entry is not None:
         M, gone = entry.to(like.device), not entry.shape[1]

@@ -13,6 +13,7 @@ from ..core.progress import Progress
 from ..io.data import Tokens
 from ..model.layout import Edge, Layout
 from ..model.modules import Stage
+from ..model.working import Whole
 from ..recipe.recover import Recover
 from .module import distance
 from .teacher import Teacher
@@ -36,7 +37,7 @@ def reconstruct(
     assert local is not None
     some = Tokens(tokens.ids[: local.sequences], tokens.mask[: local.sequences])
     batches, goals = (
-        enter(model, lay, some.batches(options.batch), torch.float32)
+        enter(Whole(model, lay), some.batches(options.batch), torch.float32)
         for model, lay in ((student, layout), (teacher.model, teacher.layout))
     )
     stages: list[dict[str, Any]] = []

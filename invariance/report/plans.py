@@ -44,7 +44,12 @@ def _costs(document: Mapping[str, Any]) -> list[list[str]]:
         pair = document[key]
         if pair["dense"] is not None:
             rows.append(Row(name, pair["dense"], pair["sliced"], show))
-    return [row.cells for row in rows]
+    needs = document["needs"]
+    taken = {"memory of the run, GB": "memory_bytes", "its disk, GB": "disk_bytes"}
+    return [
+        *(row.cells for row in rows),
+        *([name, f"{needs[key] / 1e9:.1f}", "", ""] for name, key in taken.items()),
+    ]
 
 
 def inspection(document: Mapping[str, Any], number_bytes: int) -> list[Any]:

@@ -24,8 +24,9 @@ from ..report.figures import write as write_figures
 from ..report.grid import Grid
 from ..report.page import figures, page
 from ..report.reading import checked, load, read_spectra
+from .document import stored_dtype
 from .nested_report import of_member
-from .run import RECOVERED, SLICED, stored_dtype
+from .run import RECOVERED, SLICED
 
 DOCUMENT = "extract.json"
 

@@ -42,7 +42,8 @@ from ..recover.recover import check, recover
 from ..report.card import recovered
 from ..report.document import Report
 from ..report.reading import checked
-from .run import RECOVERED, SLICED, stored_dtype
+from .document import stored_dtype
+from .run import RECOVERED, SLICED
 
 PACKAGES = ("invariance", "torch", "transformers", "lightning", "peft")
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
-import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,11 +14,11 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..compress.calibration import timed
+from ..compress.needs import needs
 from ..compress.nested import Members
 from ..compress.pipeline import Sliced, slice_model
 from ..compress.plan import Plan, plan
 from ..core.errors import InputError
-from ..core.files import write_json, write_text
 from ..core.outputs import Claim, check_room, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import Basis
@@ -39,27 +37,20 @@ from ..io.models import (
     weights_digest,
 )
 from ..io.rounded import check_installed
+from ..io.source import live, open_source
 from ..io.sources import needs_tokenizer
 from ..io.ties import note_ties
 from ..io.whole import check_whole
-from ..measure.bench import tokens_per_second
-from ..measure.evaluate import (
-    Evaluation,
-    Models,
-    Samples,
-    measure,
-    peak_memory,
-    prepare_each,
-    unasked,
-)
+from ..measure.evaluate import peak_memory, prepare_each
 from ..model.entry import check_model
-from ..model.families import check_positions, positions
+from ..model.families import check_positions
 from ..model.verify import copy_in
 from ..recipe.recipe import Recipe, load_recipe
-from .nested_report import costs, measure_members, members_of
+from . import streamed
+from .document import Data, Made, document, fill, measured, shown, stored_dtype
+from .nested_report import measure_members, members_of
 from .quantize_run import quantize_both
 
-PACKAGES = ("invariance", "torch", "transformers", "safetensors", "numpy", "scipy")
 RECOVERED = "recover.json"  # what `invariance recover` says of its training
 SLICED = "sliced.json"  # the report of the run that sliced what was trained
 
@@ -75,15 +66,6 @@ class Outcome:
     basis: Basis  # of its residual stream
     blocks: list[int]  # those that the checkpoint has, of the dense model's
     logs: Path | None = None  # the curves of recovery
-
-
-@dataclass
-class Data:
-    """The tokens that a recipe speaks of, read before anything is computed."""
-
-    calibration: Tokens | None
-    evaluations: tuple[Evaluation, ...]
-    training: Tokens | None = None
 
 
 def compress(
@@ -227,16 +209,21 @@ def outcome(
                 data.training,
                 recipe.recover,
                 seed=recipe.seed,
-                identity={"student": weights_digest(sliced.model), "dense": memo.weights(model)},
+                identity={
+                    "student": weights_digest(sliced.model),
+                    "dense": memo.weights(live(model)),
+                },
                 where=recipe.where("recover"),
                 nested=shared,
                 progress=progress,
             )
     with timed(sliced.seconds, "export"):
         small, why = _exported(sliced, chart, recipe, model, stored, shared)
-    report = _report(recipe, chart, sliced, small, why, model.config, stored)
-    for use, read in (("calibration", data.calibration), ("training", data.training)):
-        report["data"][use] = [origin.to_dict() for origin in read.origins] if read else []
+    numbers = sum(p.numel() for p in small.parameters())
+    is_stock = not isinstance(small, InvarianceForCausalLM)
+    met = sum(p.numel() for n, p in small.named_parameters() if n.endswith(".shortcut"))
+    kind = Made(small.config.model_type, is_stock, why, stored, numbers, met)
+    report = document(chart, sliced, kind, data)
     if recovered is not None:
         report["recover"] = recovered.report
         report["versions"] |= {p: version(p) for p in ("lightning", "peft")}
@@ -260,12 +247,12 @@ def outcome(
         made, report["quantize"] = found.models["quantized"], found.report
         report["versions"]["torchao"] = version("torchao")
     if evaluate:
-        _measure(report, sliced.seconds, models, data, progress, memo)
+        measured(report, sliced.seconds, models, data, progress, memo)
         if isinstance(small, InvarianceForCausalLM) and shared:
             with timed(sliced.seconds, "evaluate"):
                 measure_members(report, small, model, stored, data.evaluations, progress, memo)
         if extras:
-            _extras(report, sliced.seconds, models, data, tokenizer, progress)
+            shown(report, sliced.seconds, models, data, tokenizer, progress)
     report["seconds"] = {step: round(s, 3) for step, s in sliced.seconds.items()}
     report["peak_memory_bytes"] = peak_memory()
     spectra = {name: energy.sum(0).tolist() for name, energy in sliced.spectra.items()}
@@ -307,134 +294,8 @@ def _exported(
     return small, why
 
 
-def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
-    """What a checkpoint's numbers are stored in, if its config says so and they are floating-point."""
-    return (
-        config.dtype
-        if isinstance(config.dtype, torch.dtype) and config.dtype.is_floating_point
-        else None
-    )
-
-
-def _report(
-    recipe: Recipe,
-    chart: Plan,
-    sliced: Sliced,
-    small: PreTrainedModel,
-    why: str,
-    original: PretrainedConfig,
-    stored: torch.dtype,
-) -> dict[str, Any]:
-    layout, widths = chart.layout, sliced.widths
-    is_stock = not isinstance(small, InvarianceForCausalLM)
-    dense, after = chart.dense.parameters({}), chart.parameters(widths, stock=is_stock)
-    met = sum(p.numel() for name, p in small.named_parameters() if name.endswith(".shortcut"))
-    after = replace(after, shortcuts=met)  # fewer than planned where bases turn out to be one
-    assert after.total == sum(p.numel() for p in small.parameters())
-    return {
-        "version": version("invariance"),
-        "model": {
-            "name": recipe.model,
-            "family": original.model_type,
-            "exported_as": small.config.model_type,
-            "stock": is_stock,
-            "dtype": str(stored).removeprefix("torch."),
-            "why_not_stock": why or None,
-            "origin": None,
-            "licence": None,
-        },
-        "output": None,
-        "recipe": recipe.to_dict(),
-        "parameters": {"dense": dense.to_dict(), "sliced": after.to_dict()},
-        "flops_per_token": {"dense": chart.dense.flops({}), "sliced": chart.flops(widths)},
-        "kv_bytes_per_token": {
-            "dense": stored.itemsize * chart.dense.kv_entries({}),
-            "sliced": stored.itemsize * layout.kv_entries(widths),
-        },
-        "predicted_seconds": {"dense": chart.seconds({}), "sliced": chart.seconds(widths)},
-        "perplexity": {},
-        "divergence": {},
-        "texts": {},
-        "data": {},
-        "tasks": [],
-        "predicted": {
-            "loss": sliced.foretold.loss,
-            "by": sliced.foretold.by,
-            "measured": None,
-            "energy": sliced.energy,
-        },
-        "search": sliced.search,
-        "nested": costs(recipe, chart, sliced, stored),
-        "member": None,
-        "recover": None,
-        "quantize": None,
-        "exactness": sliced.certificate.to_dict(),
-        "widths": {name: widths.get(name, s.dim) for name, s in layout.spaces.items()},
-        "dims": {name: s.dim for name, s in layout.spaces.items()},
-        "kinds": {name: s.kind for name, s in layout.spaces.items()},
-        "tokens_per_second": {"dense": None, "sliced": None},
-        "samples": [],
-        "seconds": {},
-        "peak_memory_bytes": 0,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-    }
-
-
-def _measure(
-    report: dict[str, Any],
-    seconds: dict[str, float],
-    models: Models,
-    data: Data,
-    progress: Progress,
-    memo: Memo,
-) -> None:
-    """All that was asked for, of the dense model, the sliced one, and where there is one, the recovered one."""
-    with timed(seconds, "evaluate"):
-        origins = data.calibration.origins if data.calibration else ()
-        calibrated = [origin.data for origin in origins]
-        report |= measure(data.evaluations, models, progress, memo, calibrated)
-    for found in report["perplexity"].values():
-        found.setdefault("recovered", None)
-    for found in list(report["perplexity"].values())[:1]:
-        report["predicted"]["measured"] = log_ratio(found["dense"], found["sliced"])
-
-
-def _extras(
-    report: dict[str, Any],
-    seconds: dict[str, float],
-    models: Models,
-    data: Data,
-    tokenizer: Any,
-    progress: Progress,
-) -> None:
-    """What a single run shows unasked: a text of each model, and the speed of the dense and the sliced one."""
-    if tokenizer is not None and not any(isinstance(e, Samples) for e in data.evaluations):
-        with timed(seconds, "evaluate"):
-            text = unasked(models["dense"].config, tokenizer)
-            report["samples"] = text.measure(models, progress) if text else []
-    with timed(seconds, "speed"):
-        report["tokens_per_second"] = speed(models["dense"], models["sliced"])
-
-
-def speed(dense: PreTrainedModel, sliced: PreTrainedModel) -> dict[str, float]:
-    """Tokens per second of both, in windows that the dense model takes."""
-    length = min(256, positions(dense.config) or 256)
-    return tokens_per_second({"dense": dense, "sliced": sliced}, length)
-
-
-def log_ratio(dense: float, sliced: float) -> float | None:
-    """By how many nats per token a perplexity is above another; None where it is no finite number."""
-    return math.log(sliced / dense) if math.isfinite(sliced / dense) else None
-
-
 def write(output: Claim, result: Outcome, recipe: Recipe, tokenizer: Any) -> None:
     """The whole folder, under a temporary name and then in one step into place."""
-    from ..report.card import card, readme
-    from ..report.document import Report
-    from ..report.figures import write as write_figures
-    from ..report.page import figures, page
-    from ..report.reading import checked
-
     result.report["output"] = str(output.folder)
     with output.writing() as folder:
         cast(result.model, result.stored)
@@ -443,18 +304,10 @@ def write(output: Claim, result: Outcome, recipe: Recipe, tokenizer: Any) -> Non
             tokenizer.save_pretrained(folder / "model")
         if result.report["quantize"] is not None:
             result.report["quantize"]["file_bytes"] = stored_bytes(str(folder / "model"))
-        report = checked(Report, result.report, "report.json")
-        drawn = figures(report, result.spectra)
-        write_text(folder / "model" / "README.md", card(report))
-        write_json(folder / "report.json", result.report)
-        write_json(folder / "spectra.json", result.spectra)
-        write_text(folder / "report.html", page(report, result.spectra, drawn))
-        write_figures(folder / "figures", drawn)
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
         result.basis.write(folder, result.blocks)
         if result.logs is not None:
             shutil.copytree(result.logs, folder / "recover")
-        write_text(folder / "README.md", readme(report, folder))
+        fill(folder, result.report, result.spectra, recipe)
     if result.logs is not None:
         shutil.rmtree(result.logs.parent, ignore_errors=True)  # what was kept to resume from
 
@@ -495,6 +348,16 @@ def _run(
             raise InputError(_located(recipe, str(e))) from None
 
     data = read_data(recipe, config, tokenizer, model=loaded, progress=progress)
+    count = 0 if data.calibration is None else data.calibration.ids.numel()
+    needs(chart, count, stored_dtype(config) or torch.float32).check(recipe.where("model"))
+    if streamed.possible(chart):
+        loaded.cache_clear()  # where the model wrote text
+        try:
+            source = open_source(recipe.model, trust_remote_code=trust_remote_code)
+        except InputError as e:
+            raise InputError(_located(recipe, str(e))) from None
+        setting = streamed.Setting(tokenizer, device, trust_remote_code, progress)
+        return streamed.run(chart, source, data, output, setting)
     model = loaded()
     result = outcome(
         model,

@@ -24,11 +24,13 @@ from ..io.data import Tokens
 from ..io.hub import cache_dir
 from ..io.memo import Memo
 from ..io.models import load_config, load_model, load_tokenizer
+from ..io.source import live
 from ..measure.evaluate import Perplexity, perplexity
 from ..measure.trust import trusting
 from ..method.interfaces import begin
 from ..recipe.recipe import Recipe
-from ..run.run import Data, outcome, read_data, speed, stored_dtype
+from ..run.document import Data, speed, stored_dtype
+from ..run.run import outcome, read_data
 from . import identity
 
 EARLY = 4  # a run that may be stopped early is measured on one in so many windows first
@@ -116,7 +118,7 @@ class Bench:
 
                 calibrate(reading, tokens, self.setting)
             calibration.calibrate(
-                self.model,
+                live(self.model),
                 reading,
                 tokens,
                 store=cache_dir("moments"),

@@ -13,7 +13,7 @@ from tiny import canonical_copy
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from invariance.calibrate import fisher
+from invariance.calibrate import backward, fisher
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import slice_model
@@ -21,6 +21,7 @@ from invariance.compress.plan import plan
 from invariance.io.data import Tokens, load_tokens
 from invariance.model.layout import Layout
 from invariance.model.verify import copy_in, exact_copy, tolerance
+from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
 
 FISHER = Statistic.FISHER
@@ -78,13 +79,13 @@ def many() -> tuple[PreTrainedModel, Layout, Moments]:
         patch.setattr(
             Tokens, "batches", lambda self, size: batches(self, 500)
         )  # one by one takes minutes
-        return model, layout, fisher.measure(model, layout, layout.points, tokens(IDS, 1500))
+        return model, layout, fisher.measure(Whole(model, layout), layout.points, tokens(IDS, 1500))
 
 
 def spread(model: PreTrainedModel, layout: Layout, point: str, draws: int) -> float:
     """The standard error of a mean of so many draws, in the Frobenius norm."""
     single = [
-        fisher.measure(model, layout, [point], tokens(IDS), seed=s).known[point, FISHER].mean
+        fisher.measure(Whole(model, layout), [point], tokens(IDS), seed=s).known[point, FISHER].mean
         for s in range(40)
     ]
     return (torch.stack(single) - torch.stack(single).mean(0)).square().sum(
@@ -104,8 +105,8 @@ def test_the_likeliest_label_in_place_of_a_sampled_one_is_caught(
     monkeypatch: pytest.MonkeyPatch, many: Any
 ) -> None:
     model, layout, _ = many
-    monkeypatch.setattr(fisher, "sample", lambda logits, g: logits.argmax(-1))
-    F = fisher.measure(model, layout, ["x.1.0"], tokens(IDS)).known["x.1.0", FISHER].mean[0]
+    monkeypatch.setattr(backward, "sample", lambda logits, g: logits.argmax(-1))
+    F = fisher.measure(Whole(model, layout), ["x.1.0"], tokens(IDS)).known["x.1.0", FISHER].mean[0]
     expected = exact(model, layout, "x.1.0")
     assert (F - expected).norm() > 0.25 * expected.norm()
 
@@ -137,7 +138,7 @@ def test_a_space_inside_a_stage_gets_its_own_gradients_moment(family: str) -> No
     twin = copy_in(torch.float32, model).requires_grad_(False)
     names = layout.select(["mlp", "vo"])
     found = fisher.measure(
-        model, layout, [p for n in names for p in layout.written_behind(n)], tokens(IDS)
+        Whole(model, layout), [p for n in names for p in layout.written_behind(n)], tokens(IDS)
     )
     for name in names:
         space = layout.spaces[name]
@@ -151,7 +152,7 @@ def test_a_space_inside_a_stage_gets_its_own_gradients_moment(family: str) -> No
         handle = twin.get_submodule(weight.removesuffix(".weight")).register_forward_pre_hook(keep)
         logits = twin(input_ids=IDS, use_cache=False).logits[0]
         handle.remove()
-        labels = fisher.sample(
+        labels = backward.sample(
             logits.detach().softmax(-1), torch.Generator().manual_seed(fisher.SEED)
         )
         likelihood = logits.log_softmax(-1)[range(len(labels)), labels].sum()
@@ -160,7 +161,7 @@ def test_a_space_inside_a_stage_gets_its_own_gradients_moment(family: str) -> No
         expected = (
             runs.mT @ runs / runs.shape[1]
         )  # over tokens, and over the heads that share a copy
-        F = fisher.moment(model, layout, space, found).mean
+        F = fisher.moment(Whole(model, layout), space, found).mean
         assert close(F, expected)
         assert not close(F, expected.flip(-1), 0.1)  # the control: channels mixed up
     assert layout.written_behind("qk.0") == []
@@ -177,7 +178,7 @@ def test_queries_without_some_dims_cost_what_taylor_says(
     monkeypatch.setattr(fisher, "SEQUENCES", draws)
     batches = Tokens.batches
     monkeypatch.setattr(Tokens, "batches", lambda self, size: batches(self, 500))
-    found = fisher.measure(model, layout, [], tokens(IDS, draws), queries=["qk.0"])
+    found = fisher.measure(Whole(model, layout), [], tokens(IDS, draws), queries=["qk.0"])
     M = found.known["qk.0", Statistic.TAYLOR].mean
     assert M.shape == (space.copies, space.dim, space.dim)
     S = torch.arange(0, space.dim, 2)
@@ -211,9 +212,9 @@ def test_padding_counts_for_nothing() -> None:
     model, layout = canonical_copy(model_of("llama"), fold=True, tie="untie")
     ids = torch.cat([IDS, torch.full((1, 4), 7)], 1)
     mask = torch.arange(9)[None] < 5
-    padded = fisher.measure(model, layout, layout.points, Tokens(ids, mask))
-    plain = fisher.measure(model, layout, layout.points, tokens(IDS))
-    unmasked = fisher.measure(model, layout, layout.points, tokens(ids))
+    padded = fisher.measure(Whole(model, layout), layout.points, Tokens(ids, mask))
+    plain = fisher.measure(Whole(model, layout), layout.points, tokens(IDS))
+    unmasked = fisher.measure(Whole(model, layout), layout.points, tokens(ids))
     for key, moment in plain.known.items():
         assert padded.known[key].count == moment.count == 5
         assert close(padded.known[key].total, moment.total)
@@ -225,8 +226,8 @@ def test_folding_the_norms_leaves_the_fisher_of_the_stream() -> None:
     (one, folded), (other, unfolded) = (
         canonical_copy(model, fold=f, tie="untie") for f in (True, False)
     )
-    here = fisher.measure(one, folded, folded.points, tokens(IDS))
-    there = fisher.measure(other, unfolded, unfolded.points, tokens(IDS))
+    here = fisher.measure(Whole(one, folded), folded.points, tokens(IDS))
+    there = fisher.measure(Whole(other, unfolded), unfolded.points, tokens(IDS))
     for key, moment in here.known.items():
         assert close(moment.total, there.known[key].total)
 
@@ -235,7 +236,7 @@ def test_measuring_leaves_the_model_and_its_gradients_alone() -> None:
     model = exact_copy(model_of("llama"))
     _, layout = canonical_copy(model_of("llama"), fold=False, tie="untie")
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    found = fisher.measure(model, layout, ["x.1.0"], tokens(IDS))
+    found = fisher.measure(Whole(model, layout), ["x.1.0"], tokens(IDS))
     assert (
         set(found.known) == {("x.1.0", FISHER)}
         and not found.known["x.1.0", FISHER].total.requires_grad
@@ -247,7 +248,7 @@ def test_measuring_leaves_the_model_and_its_gradients_alone() -> None:
 
 def test_labels_follow_the_prediction() -> None:
     p = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
-    labels = fisher.sample(p.expand(20000, -1), torch.Generator().manual_seed(0))
+    labels = backward.sample(p.expand(20000, -1), torch.Generator().manual_seed(0))
     share = labels.bincount(minlength=6) / 20000
     assert bool((share[p == 0] == 0).all())  # what cannot be is never drawn
     assert bool(((share - p).abs() <= 4 * (p * (1 - p) / 20000).sqrt()).all())
@@ -295,10 +296,10 @@ def test_a_run_measures_the_dense_model_once_and_the_store_keeps_it(
     measure = fisher.measure
 
     def counted(
-        model: Any, layout: Any, points: list[str], *rest: Any, queries: list[str], skip: int
+        parts: Any, points: list[str], *rest: Any, queries: list[str], skip: int
     ) -> Moments:
         calls.append((points, queries))
-        return measure(model, layout, points, *rest, queries=queries, skip=skip)
+        return measure(parts, points, *rest, queries=queries, skip=skip)
 
     monkeypatch.setattr(fisher, "measure", counted)
     text = load_tokens(data, None, vocab_size=VOCABULARY)

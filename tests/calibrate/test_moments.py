@@ -103,9 +103,9 @@ def walks(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     calls: list[list[str]] = []
     oneshot = walk.oneshot
 
-    def counted(model: Any, layout: Any, batches: Any, wanted: Any, *rest: Any) -> Moments:
+    def counted(parts: Any, batches: Any, wanted: Any, *rest: Any, **options: Any) -> None:
         calls.append(sorted(wanted))
-        return oneshot(model, layout, batches, wanted, *rest)
+        oneshot(parts, batches, wanted, *rest, **options)
 
     monkeypatch.setattr(walk, "oneshot", counted)
     return calls

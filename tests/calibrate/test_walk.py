@@ -8,7 +8,7 @@ import pytest
 import torch
 from folders import model_of
 from hypothesis import given
-from sliced import MEAN, NORMED, RAW, WEIGHTED, close, exact, real, same, tokens
+from sliced import MEAN, NORMED, RAW, WEIGHTED, close, exact, real, same, taken, tokens
 from sliced import data as data
 from tiny import tiny, tiny_models
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from invariance.model import verify
 from invariance.model.labels import label
 from invariance.model.layout import Layout
 from invariance.model.verify import logits
+from invariance.model.working import Whole
 
 
 def everything(layout: Layout) -> dict[str, frozenset[Statistic]]:
@@ -35,9 +36,8 @@ def measured(
     family: str, batches: list[tuple[Tensor, Tensor]], dtype: torch.dtype = torch.float64
 ) -> Moments:
     model, layout = exact(family)
-    return walk.oneshot(
-        model, layout, walk.enter(model, layout, batches, dtype), everything(layout), dtype
-    )
+    parts = Whole(model, layout)
+    return taken(parts, walk.enter(parts, batches, dtype), everything(layout), dtype)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi"])
@@ -55,8 +55,9 @@ def test_the_walk_ends_where_the_model_does(model: PreTrainedModel) -> None:
     twin = verify.exact_copy(model)
     layout = label(twin)
     ids = torch.randint(1, 31, (2, 12), generator=torch.Generator().manual_seed(0))
-    batches = walk.enter(twin, layout, [real(ids)], torch.float64)
-    walk.oneshot(twin, layout, batches, {}, torch.float64)
+    parts = Whole(twin, layout)
+    batches = walk.enter(parts, [real(ids)], torch.float64)
+    walk.oneshot(parts, batches, {}, torch.float64)
     kept: list[Tensor] = []
     last = twin.get_submodule(layout.architecture.final_norm)
     handle = last.register_forward_pre_hook(lambda _m, args: kept.append(args[0]))
@@ -68,7 +69,8 @@ def test_the_walk_ends_where_the_model_does(model: PreTrainedModel) -> None:
 def test_a_walk_that_gives_every_block_what_the_first_is_given_is_caught() -> None:
     options = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
     twin = verify.exact_copy(tiny("qwen2", **options))
-    batches = walk.enter(twin, label(twin), [real(torch.arange(1, 13)[None])], torch.float64)
+    parts = Whole(twin, label(twin))
+    batches = walk.enter(parts, [real(torch.arange(1, 13)[None])], torch.float64)
     masks = [c["attention_mask"] for c in batches[0].contexts]
     assert not torch.equal(*(torch.zeros(1) if m is None else m.double() for m in masks))
 
@@ -209,8 +211,9 @@ def cut_walk(inner: bool) -> tuple[PreTrainedModel, dict[str, Moments]]:
         k = {"residual": 24, "mlp": 40 if inner and name == "mlp.0" else None}.get(space.kind)
         return None if k is None else Change(eye[..., :k].contiguous(), eye[..., :k].contiguous())
 
-    batches = walk.enter(model, layout, [real(tokens().ids[:6])], torch.float64)
-    walk.sequential(model, layout, batches, everything(layout), torch.float64, decide)
+    parts = Whole(model, layout)
+    batches = walk.enter(parts, [real(tokens().ids[:6])], torch.float64)
+    walk.sequential(parts, batches, everything(layout), torch.float64, decide)
     return model, seen
 
 

@@ -13,9 +13,9 @@ import torch
 from folders import invoke, save_model, save_tokens
 from ruamel.yaml import YAML
 
+from invariance.calibrate import certificate
 from invariance.compress import pipeline
 from invariance.method.interfaces import registry
-from invariance.model import verify
 from invariance.model.verify import Certificate
 
 COMMANDS = (
@@ -302,6 +302,6 @@ def test_a_failed_certificate_exits_with_1_and_writes_nothing(
 def test_a_failed_verification_says_so_and_exits_with_1(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify, "certify", lambda *a, **k: FAILED)
+    monkeypatch.setattr(certificate, "certify_random", lambda *a, **k: FAILED)
     status, out, err = invoke("verify", "model", "--json")
     assert status == 1 and not json.loads(out)["passed"] and "logits differ by" in err

@@ -23,6 +23,7 @@ from invariance.core.errors import InputError
 from invariance.io.data import Tokens
 from invariance.model.families import architecture
 from invariance.model.verify import logits, relative_error
+from invariance.model.working import Whole
 from invariance.run.run import compress
 
 
@@ -71,8 +72,9 @@ def test_the_stream_that_is_carried_is_the_refit_models_own(family: str) -> None
 
     ids = tokens().ids
     inner = {n: frozenset({RAW}) for n, s in layout.spaces.items() if s.kind != "residual"}
-    batches = walk.enter(model, layout, [real(part) for part in ids.split(8)], torch.float64)
-    walk.sequential(model, layout, batches, inner, torch.float64, decide, follow=True)
+    parts = Whole(model, layout)
+    batches = walk.enter(parts, [real(part) for part in ids.split(8)], torch.float64)
+    walk.sequential(parts, batches, inner, torch.float64, decide, follow=True)
     carried = torch.cat([b.x for b in batches])
     assert close(stream(model, ids), carried, bound=1e-9)
     assert not close(stream(exact(family)[0], ids), carried, bound=1e-2)
@@ -103,15 +105,14 @@ def test_a_dense_stream_that_was_kept_and_one_walked_again_give_one_model(
     kept = sliced(asked, dense(family)).model.get_parameter(weight)
     real = walk.oneshot
 
-    def disturbed(*args: Any) -> Moments:
-        found = real(*args)
-        for passed in args[-1]:
+    def disturbed(*args: Any, streams: Any, **options: Any) -> None:
+        real(*args, streams=streams, **options)
+        for passed in streams:
             behind, given = passed[0]
             other = behind.flip(-1)  # another length a norm would not see
             passed[0] = (
                 (other, other if behind is given else given) if part == 0 else (behind, 1.1 * given)
             )
-        return found
 
     with monkeypatch.context() as patch:
         patch.setattr(walk, "oneshot", disturbed)  # the control: the streams are what is followed

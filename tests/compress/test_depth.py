@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from folders import VOCABULARY, model_of, save_tokens, stored_numbers
+from sliced import taken
 from tiny import tiny
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
@@ -31,6 +32,7 @@ from invariance.method.interfaces import find
 from invariance.model.canonical import canonicalize
 from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import exact_copy, logits, relative_error, tolerance
+from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
 from invariance.run.run import Outcome, outcome
 
@@ -263,15 +265,12 @@ def test_least_squares_makes_the_groups_that_stay_stand_for_all() -> None:
     layout = canonicalize(model, fold=False)
     ids = torch.randint(1, VOCABULARY, (16, 24), generator=torch.Generator().manual_seed(1))
     space = layout.spaces["heads.1"]
-    batches = walk.enter(
-        model, layout, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64
+    parts = Whole(model, layout)
+    batches = walk.enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
+    moments = taken(
+        parts, batches, {space.name: frozenset({Statistic.SEEN.on(space)})}, torch.float64
     )
-    moments = walk.oneshot(
-        model, layout, batches, {space.name: frozenset({Statistic.SEEN.on(space)})}, torch.float64
-    )
-    moments = moments.merge(
-        Moments({(space.name, Statistic.READERS): reader_moment(model, layout, space)})
-    )
+    moments = moments.merge(Moments({(space.name, Statistic.READERS): reader_moment(parts, space)}))
     read: list[Tensor] = []
     out = model.get_submodule(layout.edges[2].stage).attention.out
     behind = model.get_submodule(layout.edges[3].stage)
@@ -324,10 +323,10 @@ def test_the_last_writer_before_a_gap_is_refit_to_the_dense_stream_behind_it() -
         """The model, and the error of its stream where block 3 begins."""
         cut = exact_copy(dense())
         canonicalize(cut, fold=False)
+        parts = Whole(cut, layout)
         walk.sequential(
-            cut,
-            layout,
-            walk.enter(cut, layout, batch, torch.float64),
+            parts,
+            walk.enter(parts, batch, torch.float64),
             names,
             torch.float64,
             lambda n, _: Change.empty(layout.spaces[n], 0),

@@ -15,7 +15,8 @@ from sliced import recipe, sliced, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from invariance.calibrate.fisher import SEED, sample
+from invariance.calibrate.backward import sample
+from invariance.calibrate.fisher import SEED
 from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress import predict
@@ -30,6 +31,7 @@ from invariance.model.canonical import canonicalize
 from invariance.model.layout import Layout
 from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import copy_in, logits
+from invariance.model.working import Whole
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "opt", "phi"]
 
@@ -121,7 +123,7 @@ def test_gradients_are_the_derivative_on_the_way_to_the_cut(family: str, kind: s
         pytest.skip("this family cuts no such space")
     cuts = {n: cut(space) for n, space in chosen.items()}
     tokens = text()
-    found = predict.measure(model, layout, chosen, tokens)
+    found = predict.measure(Whole(model, layout), chosen, tokens)
     step, labels = 1e-5, drawn(model, tokens)
     both = []
     for share in (step, -step):
@@ -159,7 +161,7 @@ def test_half_the_mean_square_is_the_kl_of_a_small_step(kind: str) -> None:
             for m in (model, twin)
         )
     kl = (p.exp() * (p - q)).sum(-1).mean().item()
-    predicted = 0.03**2 * predict.measure(model, layout, [last], tokens).loss(cuts)
+    predicted = 0.03**2 * predict.measure(Whole(model, layout), [last], tokens).loss(cuts)
     assert kl == pytest.approx(predicted, rel=0.3)  # of 600 labels
     assert kl != pytest.approx(2 * predicted, rel=0.3)  # the control: without the half
 
@@ -201,8 +203,8 @@ def test_what_readers_get_is_what_the_changed_weights_compute(kind: str, cutter:
 def test_tokens_that_are_left_out_or_padding_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, layout = canonical()
     tokens = text(2, 12)
-    whole = predict.measure(model, layout, ["mlp.0"], tokens)
-    later = predict.measure(model, layout, ["mlp.0"], tokens, skip=4)
+    whole = predict.measure(Whole(model, layout), ["mlp.0"], tokens)
+    later = predict.measure(Whole(model, layout), ["mlp.0"], tokens, skip=4)
     assert torch.equal(
         later.signals["mlp.0"], whole.signals["mlp.0"].reshape(2, 12, -1)[:, 4:].flatten(0, 1)
     )
@@ -210,7 +212,7 @@ def test_tokens_that_are_left_out_or_padding_tell_nothing(monkeypatch: pytest.Mo
         later.gradients["mlp.0"], whole.gradients["mlp.0"].reshape(2, 12, -1)[:, 4:].flatten(0, 1)
     )
     monkeypatch.setattr(predict, "TOKENS", 5)  # of those that are not left out
-    five = predict.measure(model, layout, ["mlp.0"], tokens, skip=4).signals["mlp.0"]
+    five = predict.measure(Whole(model, layout), ["mlp.0"], tokens, skip=4).signals["mlp.0"]
     torch.testing.assert_close(
         five, whole.signals["mlp.0"].reshape(2, 12, -1)[:, 4:9].flatten(0, 1)
     )
@@ -219,7 +221,7 @@ def test_tokens_that_are_left_out_or_padding_tell_nothing(monkeypatch: pytest.Mo
         torch.cat((tokens.ids, torch.ones(2, 3, dtype=torch.long)), 1),
         torch.cat((tokens.mask, torch.zeros(2, 3, dtype=torch.bool)), 1),
     )
-    assert predict.measure(model, layout, ["mlp.0"], padded).signals["mlp.0"].shape[0] == 24
+    assert predict.measure(Whole(model, layout), ["mlp.0"], padded).signals["mlp.0"].shape[0] == 24
 
 
 MLP = {
@@ -323,7 +325,7 @@ def test_branches_that_go_count_whatever_is_done_to_the_rest() -> None:
 def test_what_lies_in_a_branch_that_goes_is_not_counted_again() -> None:
     model, layout = canonical()
     names = ["heads.1", "vo.1", "qk.1"]
-    found = predict.measure(model, layout, names, text())
+    found = predict.measure(Whole(model, layout), names, text())
     gone = {"heads.1": Change.empty(layout.spaces["heads.1"], 0)}
     inside = {n: cut(layout.spaces[n]) for n in names[1:]}
     assert found.loss(gone | inside) == found.loss(gone) != found.loss(inside) > 0
@@ -343,13 +345,15 @@ def test_sequences_without_a_token_that_counts_are_passed_over() -> None:
     model, layout = canonical()
     some = text(4, 12)
     some.mask[:2, 3:] = False
-    found = predict.measure(model, layout, ["mlp.0"], some, skip=3)
-    later = predict.measure(model, layout, ["mlp.0"], Tokens(some.ids[2:], some.mask[2:]), skip=3)
+    found = predict.measure(Whole(model, layout), ["mlp.0"], some, skip=3)
+    later = predict.measure(
+        Whole(model, layout), ["mlp.0"], Tokens(some.ids[2:], some.mask[2:]), skip=3
+    )
     assert (
         torch.equal(found.signals["mlp.0"], later.signals["mlp.0"])
         and len(found.signals["mlp.0"]) == 18
     )
-    nothing = predict.measure(model, layout, ["mlp.0"], some, skip=12)
+    nothing = predict.measure(Whole(model, layout), ["mlp.0"], some, skip=12)
     assert math.isnan(nothing.loss({"mlp.0": cut(layout.spaces["mlp.0"])}))
 
 
@@ -365,5 +369,5 @@ def test_without_tokens_nothing_is_predicted() -> None:
 
 
 def test_what_overflows_predicts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict.Gradients, "loss", lambda self, changes: float("inf"))
+    monkeypatch.setattr(predict.Lost, "nats", float("inf"))
     assert sliced(recipe(MLP)).foretold.loss is None

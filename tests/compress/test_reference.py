@@ -19,6 +19,7 @@ from invariance.compress.plan import plan
 from invariance.core.change import Basis, Change
 from invariance.method.interfaces import find
 from invariance.model.canonical import canonicalize
+from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
 
 Array = NDArray[np.float64]
@@ -169,9 +170,8 @@ def walked(slice_head: bool) -> tuple[torch.nn.Module, list[Array]]:
     layout = canonicalize(model, fold=True)
     model.model.rotary_emb = Rotary()
     ids = torch.from_numpy(IDS)
-    batches = walk.enter(
-        model, layout, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64
-    )
+    parts = Whole(model, layout)
+    batches = walk.enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
     rotator, slicer = find("rotate", "pca")(), find("slice", "truncate")()
     spectra: list[Array] = []
 
@@ -183,7 +183,7 @@ def walked(slice_head: bool) -> tuple[torch.nn.Module, list[Array]]:
         return slicer.cut(layout.spaces[name], basis, k, moments)
 
     wanted = {p: rotator.needs for p in layout.points}
-    walk.sequential(model, layout, batches, wanted, torch.float64, decide)
+    walk.sequential(parts, batches, wanted, torch.float64, decide)
     return model, spectra
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from folders import VOCABULARY, model_of
 from sliced import data as data
-from sliced import tokens
+from sliced import taken, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,6 +30,7 @@ from invariance.core.space import Space
 from invariance.io.data import Tokens
 from invariance.method.interfaces import Rotator, find
 from invariance.model.canonical import canonicalize
+from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
 from invariance.run.run import outcome
 
@@ -56,13 +57,13 @@ def test_the_influence_of_a_block_is_that_of_its_streams(family: str) -> None:
     wanted = {f"x.{i}.0": frozenset({Statistic.COSINE}) for i in range(2)}
 
     def found(batches: list[Tensor]) -> Moments:
+        parts = Whole(model, layout)
         entered = walk.enter(
-            model,
-            layout,
+            parts,
             [(b, torch.ones_like(b, dtype=torch.bool)) for b in batches],
             torch.float64,
         )
-        return walk.oneshot(model, layout, entered, wanted, torch.float64)
+        return taken(parts, entered, wanted, torch.float64)
 
     whole, parts = found([ids]), [found([part]) for part in ids.split(2)]
     merged = parts[0].merge(parts[1]).merge(parts[2])

@@ -198,11 +198,9 @@ def test_a_walk_sees_what_shortcuts_leave_out(order: str, monkeypatch: pytest.Mo
     walked: list[walk.Batch] = []
     real = walk.sequential
 
-    def watched(
-        model: Any, layout: Any, batches: list[walk.Batch], *args: Any, **options: Any
-    ) -> None:
+    def watched(parts: Any, batches: list[walk.Batch], *args: Any, **options: Any) -> None:
         walked.extend(batches)
-        real(model, layout, batches, *args, **options)
+        real(parts, batches, *args, **options)
 
     monkeypatch.setattr(walk, "sequential", watched)
     low = sliced(recipe(of_rank(6), MLP, order=order))

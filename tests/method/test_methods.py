@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from invariance.methods import _fields
 from invariance.methods.hadamard import hadamard, why_none
+from sliced import taken
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -38,6 +39,7 @@ from invariance.model.canonical import canonicalize
 from invariance.model.layout import Layout
 from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import logits, relative_error, tolerance
+from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe, parse_recipe
 
 FAMILIES = ("llama", "opt", "phi", "gemma3_text")
@@ -81,26 +83,23 @@ def ready(family: str) -> Ready:
     model = model_of(family).double()
     layout = canonicalize(model, fold=True, split=SPLIT)
     ids = torch.randint(1, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(1))
-    batches = walk.enter(
-        model, layout, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64
-    )
+    parts = Whole(model, layout)
+    batches = walk.enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
     also = {"residual": [Statistic.NORMED], "qk": [Statistic.QUERIES]}
     wanted = {
         n: frozenset({Statistic.RAW, Statistic.WEIGHTED, Statistic.MEAN, *also.get(s.kind, [])})
         for n, s in layout.spaces.items()
     }
-    moments = walk.oneshot(model, layout, batches, wanted, torch.float64)
-    readers = {
-        (n, Statistic.READERS): reader_moment(model, layout, s) for n, s in layout.spaces.items()
-    }
+    moments = taken(parts, batches, wanted, torch.float64)
+    readers = {(n, Statistic.READERS): reader_moment(parts, s) for n, s in layout.spaces.items()}
     text = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
     places = dict.fromkeys([*layout.points, *(e.written for e in layout.edges)])
-    curved = fisher.measure(model, layout, places, text, queries=layout.select(["qk"]))
+    curved = fisher.measure(parts, places, text, queries=layout.select(["qk"]))
     moments = moments.merge(
         Moments({k: m for k, m in curved.known.items() if k[1] is Statistic.TAYLOR})
     )
     fishers = {
-        (n, Statistic.FISHER): fisher.moment(model, layout, s, curved)
+        (n, Statistic.FISHER): fisher.moment(parts, s, curved)
         for n, s in layout.spaces.items()
         if layout.written_behind(n)
     }

@@ -12,6 +12,7 @@ import torch
 from folders import model_of, save_tokens, stored_numbers
 from hypothesis import given
 from hypothesis import strategies as st
+from sliced import taken
 from tiny import (
     canonical_copy,
     cut,
@@ -46,6 +47,7 @@ from invariance.model.layout import Layout
 from invariance.model.modules import Factored, factors
 from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import certify, logits, relative_error, tolerance
+from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
 from invariance.run.run import outcome
 
@@ -307,7 +309,8 @@ def test_factors_that_store_no_less_than_their_matrix_become_one_again(model, da
     ranks = {n: data.draw(st.integers(1, layout.spaces[n].dim), label=n) for n in bases}
     reparametrize(split, layout, {n: cut(c, ranks[n]) for n, c in rotations(bases).items()})
     before = logits(split, tokens())
-    now = join(split)
+    join(split)
+    now = label(split)
     smaller = {
         n
         for n, k in ranks.items()
@@ -448,19 +451,16 @@ def test_an_edge_is_measured_where_its_first_factor_writes_and_weighs_what_its_s
     paths = layout_of(model.config).matrices
     ids = tokens(batch=4)
     read = inputs(twin, paths, ids)
-    batches = walk.enter(
-        twin, layout, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64
-    )
-    found = walk.oneshot(
-        twin, layout, batches, {n: frozenset({Statistic.RAW}) for n in names}, torch.float64
-    )
+    parts = Whole(twin, layout)
+    batches = walk.enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
+    found = taken(parts, batches, {n: frozenset({Statistic.RAW}) for n in names}, torch.float64)
     plain, whole = folded(model, [])
     for name in names:
         first, second = (f.weight for f in factors(twin.get_submodule(paths[name])))
         y = read[name] @ first.mT
         C = found.second(layout.spaces[name])[0]
         assert relative_error(y.mT @ y / len(y), C) < 1e-9
-        G = reader_moment(twin, layout, layout.spaces[name]).mean[0]
+        G = reader_moment(parts, layout.spaces[name]).mean[0]
         assert relative_error(second.mT @ second, G) < 1e-9
     for (
         name,
@@ -468,7 +468,9 @@ def test_an_edge_is_measured_where_its_first_factor_writes_and_weighs_what_its_s
     ) in (
         whole.spaces.items()
     ):  # of the others, what readers weigh does not hang on how they are stored
-        one, other = (reader_moment(*at, space).mean for at in ((plain, whole), (twin, layout)))
+        one, other = (
+            reader_moment(Whole(*at), space).mean for at in ((plain, whole), (twin, layout))
+        )
         assert relative_error(one, other) < 1e-9, name
         assert whole.written_behind(name) == layout.written_behind(name)
 
@@ -482,7 +484,7 @@ def test_whitened_singular_directions_are_the_best_of_their_rank(name):
     x = inputs(twin, {space: path}, tokens(batch=12))[space]
     W, k = matrix(twin, path), 3
     y = x @ factors(twin.get_submodule(path))[0].weight.double().mT
-    G = reader_moment(twin, layout, layout.spaces[space])
+    G = reader_moment(Whole(twin, layout), layout.spaces[space])
 
     def loss(C: Tensor) -> tuple[float, float]:
         moments = Moments(

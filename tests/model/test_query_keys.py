@@ -17,6 +17,7 @@ from folders import VOCABULARY, model_of, save_tokens
 from hypothesis import given
 from hypothesis import strategies as st
 from projected import project
+from sliced import taken
 from tiny import canonical_copy, cut, elements, rotations, seeds, tiny, tokens
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -40,6 +41,7 @@ from invariance.model.families import architecture
 from invariance.model.labels import label
 from invariance.model.reparametrize import attention_of, reparametrize
 from invariance.model.verify import logits, relative_error, tolerance
+from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
 from invariance.run.run import Outcome, outcome
 
@@ -222,11 +224,10 @@ def measured(model: PreTrainedModel) -> tuple[Any, Moments, dict[str, Tensor], d
             lambda _m, _a, y, n=n: keys.__setitem__(n, y.detach().flatten(0, 1))
         )
     ids = tokens(3, batch=4, length=12)
-    batches = walk.enter(
-        model, layout, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64
-    )
+    parts = Whole(model, layout)
+    batches = walk.enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
     wanted = dict.fromkeys(layout.select(["qk"]), frozenset({Statistic.RAW, Statistic.QUERIES}))
-    moments = walk.oneshot(model, layout, batches, wanted, torch.float64)
+    moments = taken(parts, batches, wanted, torch.float64)
     logits(model, ids)
     return layout, moments, queries, keys
 

@@ -432,8 +432,7 @@ def test_tensorboard_is_written(root: Path, done: Any) -> None:
 def test_a_memo_that_is_full_forgets_the_oldest_and_computes_it_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("invariance.io.memo.HELD_BYTES", 2)
-    memo = Memo()
+    memo = Memo(limit=2)
     for key in ("a", "b", "a", "c", "b"):
         assert memo.once(key, lambda key=key: key * 2, lambda value: 1) == key * 2
     assert memo.computed == ["a", "b", "c", "b"]

@@ -1,0 +1,123 @@
+"""A run that holds one stage in memory: from where a model lies to where its checkpoint will, and what both are worth."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from ..compress.calibration import timed
+from ..compress.pipeline import Sliced, slice_model
+from ..compress.plan import Plan
+from ..compress.writer import Writer
+from ..core.errors import InvarianceError
+from ..core.memory import trim
+from ..core.outputs import Claim
+from ..core.progress import Progress
+from ..io.basis_file import Basis
+from ..io.hub import cache_dir
+from ..io.memo import Memo
+from ..io.models import licence, origin
+from ..io.sink import Folder, open_folder
+from ..io.source import open_source
+from ..measure.evaluate import Models, peak_memory
+from ..measure.sourced import Sourced
+from ..model.source import Source
+from .document import Data, Made, document, fill, measured, shown, stored_dtype
+
+SHOWN = 2**30  # bytes of weights up to which a run shows texts and speeds that no recipe asks for
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run is carried out with."""
+
+    tokenizer: Any
+    device: str
+    trust_remote_code: bool
+    progress: Progress
+
+
+def possible(chart: Plan) -> bool:
+    """Whether nothing that the plan asks for needs all of the model in memory."""
+    recipe = chart.recipe
+    return not (recipe.recover or recipe.quantize or recipe.nested or chart.measures)
+
+
+def run(chart: Plan, source: Source, data: Data, output: Claim, setting: Setting) -> dict[str, Any]:
+    """Slice, write and measure. Returns the report."""
+    recipe, memo = chart.recipe, Memo(limit=0)
+    stored = stored_dtype(source.config) or source.stored
+    sink = _sink(chart, source, data, output)
+    writer = Writer(sink, chart, stored)
+    try:
+        sliced = slice_model(
+            source,
+            chart,
+            data.calibration,
+            store=cache_dir("moments"),
+            progress=setting.progress,
+            memo=memo,
+            receiver=writer,
+            device=setting.device,
+        )
+        if writer.config is None:
+            raise InvarianceError("a run ended before its checkpoint was whole")
+        with timed(sliced.seconds, "export"):
+            sink.finish(writer.config, source.skeleton.generation_config, setting.tokenizer)
+        kind, why = writer.config.model_type, writer.why
+        made = Made(kind, why is None, why or "", stored, writer.parameters, writer.shortcuts)
+        report = document(chart, sliced, made, data)
+        trim()
+        _measure(report, sliced, source, str(sink.target), data, setting)
+        report["model"] |= {"origin": origin(recipe.model), "licence": licence(recipe.model)}
+        report["output"] = str(output.folder)
+        layout = sliced.layout
+        blocks = layout.blocks(sliced.widths) if made.stock else layout.blocks({})
+        spectra = {name: energy.sum(0).tolist() for name, energy in sliced.spectra.items()}
+        with output.writing() as folder:
+            os.replace(sink.target, folder / "model")
+            Basis.of(layout, sliced.encodes).write(folder, blocks)
+            fill(folder, report, spectra, recipe)
+    except Exception:  # a run that is killed is taken up again, one that fails is not
+        sink.lock.release()
+        shutil.rmtree(sink.place, ignore_errors=True)
+        raise
+    finally:
+        shutil.rmtree(sink.target, ignore_errors=True)
+    return report
+
+
+def _sink(chart: Plan, source: Source, data: Data, output: Claim) -> Folder:
+    """Where the checkpoint comes about, beside the output; what it depends on is its key."""
+    tokens = None if data.calibration is None else data.calibration.digest()
+    identity = [chart.recipe.to_dict(), source.digest(), tokens, version("invariance")]
+    key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    target = output.folder.parent / f".{output.folder.name}.model"
+    shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it was in its place
+    return open_folder(target, key)
+
+
+def _measure(
+    report: dict[str, Any],
+    sliced: Sliced,
+    source: Source,
+    made: str,
+    data: Data,
+    setting: Setting,
+) -> None:
+    name = report["recipe"]["model"]
+    trust, device = setting.trust_remote_code, setting.device
+    models: Models = {
+        "dense": Sourced(name, source, device, trust),
+        "sliced": Sourced(made, open_source(made), device, trust),
+    }
+    measured(report, sliced.seconds, models, data, setting.progress, Memo(limit=0))
+    if source.nbytes <= SHOWN:
+        shown(report, sliced.seconds, models, data, setting.tokenizer, setting.progress)
+    report["seconds"] = {step: round(s, 3) for step, s in sliced.seconds.items()}
+    report["peak_memory_bytes"] = peak_memory()
