@@ -12,7 +12,7 @@ from torch import Tensor
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.core.change import Basis
-from invariance.core.linalg import cholesky_
+from invariance.core.linalg import cholesky_, reorder_
 from invariance.core.pick import Pick
 from invariance.core.space import Space
 from invariance.method.interfaces import NATS, Rotator
@@ -87,7 +87,7 @@ def ordered(
     """
     for M in (C, G):
         for m, o in zip(M, order, strict=True):
-            m.copy_(m[o[:, None], o])
+            reorder_(m, o)
     own = C.diagonal(dim1=-2, dim2=-1).clone()
     floor = own.amax(-1, keepdim=True).clamp_min(torch.finfo(C.dtype).tiny) * noise
     C.diagonal(dim1=-2, dim2=-1).add_(noise * torch.maximum(own, floor))

@@ -11,7 +11,7 @@ from torch import Tensor
 from invariance.calibrate.moments import Moments
 from invariance.core.change import Basis
 from invariance.core.group import Group
-from invariance.core.linalg import inverse_
+from invariance.core.linalg import inverse_, part_
 from invariance.core.space import Space
 
 from ._channels import Weighing, damped_, ordered
@@ -55,7 +55,7 @@ class OBS(Weighing, name="obs"):
 def survival(
     P: Float64[Tensor, "d d"], G: Float64[Tensor, "d d"], rounds: int
 ) -> Int[Tensor, " d"]:
-    """The channels, those that stay longest first; P = C⁻¹, G = WᵀW."""
+    """The channels, those that stay longest first; P = C⁻¹, G = WᵀW, both used up."""
     alive, gone = torch.arange(len(G)), []
     for group in alive.tensor_split(rounds):
         ascending = (G.diagonal() / P.diagonal()).argsort(stable=True)
@@ -76,10 +76,12 @@ def without(
 ) -> tuple[Float64[Tensor, "r r"], Float64[Tensor, "r r"]]:
     """C⁻¹ and WᵀW of the channels that stay, their readers refit.
 
-    With T = −P_oo⁻¹ P_os, W becomes W_s + W_o T, so WᵀW becomes G_ss + S + Sᵀ with S = (G_so + ½ Tᵀ G_oo) T, and
-    C_ss⁻¹ is P_ss + P_so T (Schur).
+    With T = −P_oo⁻¹ P_os, W becomes W_s + W_o T, so WᵀW becomes G_ss + X T + (X T)ᵀ with X = G_so + ½ Tᵀ G_oo, and
+    C_ss⁻¹ is P_ss + P_so T (Schur). P and G are used up.
     """
-    o, s = out[:, None], stay[:, None]  # pick parts in one step: rows alone would be a copy more
-    T = -torch.cholesky_solve(P[o, stay], torch.linalg.cholesky(P[o, out]))
-    S = (G[s, out] + T.mT @ G[o, out] / 2) @ T
-    return P[s, stay].addmm_(P[s, out], T), G[s, stay].add_(S).add_(S.mT)
+    o = out[:, None]
+    lost = P[o, stay]
+    T = -torch.cholesky_solve(lost, torch.linalg.cholesky(P[o, out]))
+    X = G[stay[:, None], out].addmm_(T.mT, G[o, out], alpha=0.5)
+    P, G = part_(P, stay).addmm_(lost.mT, T), part_(G, stay)
+    return P, G.addmm_(X, T).addmm_(T.mT, X.mT)

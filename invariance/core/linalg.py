@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import scipy.linalg
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 from torch import Tensor
 
 ROWS = 512  # which are moved together
@@ -63,6 +63,33 @@ def solve_(S: Float64[Tensor, "c k k"], B: Float64[Tensor, "c n k"]) -> Float64[
             torch.from_numpy(x.T)
         )  # where it lies already, if b's rows lie one behind the other
     return B
+
+
+def reorder_(M: Float64[Tensor, "d d"], order: Int[Tensor, " d"]) -> Float64[Tensor, "d d"]:
+    """Rows and columns of a matrix in an order, in its place."""
+    ahead = order.tolist()
+    for start in range(len(ahead)):  # cycle by cycle; what is in place already names itself
+        if ahead[start] == start:
+            continue
+        first, i = M[start].clone(), start
+        while (j := ahead[i]) != start:
+            M[i] = M[j]
+            ahead[i], i = i, j
+        M[i], ahead[i] = first, i
+    for rows in M.split(ROWS):
+        rows.copy_(rows[:, order])
+    return M
+
+
+def part_(M: Float64[Tensor, "d d"], kept: Int[Tensor, " k"]) -> Float64[Tensor, "k k"]:
+    """Some rows and columns of a matrix, whose numbers ascend, in the memory where it begins; the rest is used up."""
+    k = len(kept)
+    part = M.view(-1)[: k * k].view(k, k)
+    for rows in torch.arange(k).split(
+        ROWS
+    ):  # row i of the part ends before row kept[i + 1] of M begins
+        part[rows] = M[kept[rows][:, None], kept]
+    return part
 
 
 def _factor(m: Float64[Tensor, "d d"]) -> np.ndarray:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import seeds
 from torch import Tensor
 
-from invariance.core.linalg import cholesky_, inverse_, solve_, svd
+from invariance.core.linalg import ROWS, cholesky_, inverse_, part_, reorder_, solve_, svd
 from invariance.core.space import haar
 
 
@@ -68,3 +68,16 @@ def test_in_place_of_a_matrix_stand_its_inverse_its_factor_and_the_solution(n, r
 def test_a_matrix_that_is_not_positive_definite_is_refused(change):
     with pytest.raises(torch.linalg.LinAlgError, match="not positive definite"):
         change(torch.diag(torch.tensor([1.0, -1.0, 2.0]).double())[None])
+
+
+@given(n=st.sampled_from([1, 2, 7, ROWS + 3]), seed=seeds)
+@settings(max_examples=20)
+def test_rows_and_columns_are_chosen_and_ordered_in_place(n, seed):
+    g = torch.Generator().manual_seed(seed)
+    M, order = torch.randn(n, n, generator=g, dtype=torch.float64), torch.randperm(n, generator=g)
+    there = M.clone()
+    assert reorder_(there, order) is there and there.equal(M[order][:, order])
+    kept = order[: 1 + n // 2].sort()[0]
+    there = M.clone()
+    found = part_(there, kept)
+    assert found.data_ptr() == there.data_ptr() and found.equal(M[kept][:, kept])

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from invariance.core.errors import InputError
 from invariance.core.group import Group
+from invariance.core.kind import space_name
 from invariance.model.canonical import canonicalize, layout_of
 from invariance.model.families import FAMILIES, architecture
 from invariance.model.labels import label
@@ -51,6 +52,31 @@ def test_edges_run_from_each_point_to_the_next():
     assert [e.target for e in layout.edges] == layout.points[1:] and layout.depth == 4
     parallel = label_of("phi")
     assert parallel.points == ["x.0.0", "x.1.0", "x.2.0"] and parallel.depth == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spaces_say_by_fields_where_they_lie_and_their_names_follow(family):
+    matrices = list(label_of(family).matrices)
+    layout = layout_of(tiny(family).config, split=[matrices[0], matrices[-1]])
+    for name, s in layout.spaces.items():
+        assert name == s.name == space_name(s.kind, s.block, s.stage, s.part)
+    inner = [layout.inside(edge) for edge in layout.edges]
+    assert [n for names in inner for n in names] == [
+        n for n in layout.spaces if n not in layout.points
+    ]
+    for edge, names in zip(layout.edges, inner, strict=True):  # each lies where its weights do
+        for n in names:
+            here = [
+                weight
+                for weight, axes in layout.axes.items()
+                for axis in axes
+                if axis is not None and any(a.space == n for a in axis.spaces)
+            ]
+            assert here and all(w.startswith(f"{edge.stage}.") for w in here)
+        source, target = layout.spaces[edge.source], layout.spaces[edge.target]
+        assert (source.block, source.stage) == (edge.block, edge.number)
+        assert edge.leaves == (target.block == edge.block + 1)
+        assert edge.entry == f"x.{edge.block}.0"
 
 
 def label_of(family, **options):
