@@ -183,7 +183,10 @@ def table(report: Report) -> Group:
     from rich.text import Text
 
     rows = [row.cells for row in (*report.costs(), *report.losses(), *report.outliers())]
-    parts: list[Any] = [Grid("", COLUMNS, rows).table(), Text(sentences.exactness(report))]
+    parts: list[Any] = [
+        Grid("", COLUMNS, rows).table(),
+        Text(" ".join([*sentences.rounded(report), sentences.exactness(report)])),
+    ]
     more = [
         *evaluations.data(report),
         *evaluations.texts(report.texts),
