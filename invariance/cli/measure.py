@@ -186,7 +186,7 @@ def evaluate(
     }
     document = {"models": sides, "device": where, **measure(found, models, progress)}
     seen = checked(Measured, document, "evaluation")
-    say(document, as_json, *(g.table() for g in grids(seen)), *samples(seen))
+    say(document, as_json, *(g.table() for g in (*grids(seen), *samples(seen))))
 
 
 def _unused(flags: dict[str, Any], why: str) -> None:
