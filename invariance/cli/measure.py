@@ -184,7 +184,7 @@ def evaluate(
     models = {s: opened(m, where, trust_remote_code=trust_remote_code) for s, m in sides.items()}
     document = {"models": sides, "device": where, **measure(found, models, progress)}
     seen = checked(Measured, document, "evaluation")
-    say(document, as_json, *(g.table() for g in grids(seen)), *samples(seen))
+    say(document, as_json, *(g.table() for g in (*grids(seen), *samples(seen))))
 
 
 def _unused(flags: dict[str, Any], why: str) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from . import evaluations, pages, sentences
-from .document import SIDES, Held, Model, Report, Trained
+from .document import Held, Model, Report, Trained
 from .grid import Grid
 from .page import COLUMNS, yaml_text
 from .reading import checked
-from .units import NONE, count, plain
+from .units import count, plain
 
 FILES = {
     "model": "the checkpoint (safetensors), its config, tokenizer and model card",
@@ -28,9 +28,6 @@ FILES = {
 
 def card(report: Report) -> str:
     """The README.md of a checkpoint's folder, as model hubs read it: metadata, then Markdown."""
-    sides = list(report.samples[0].known) if report.samples else []
-    texts = [[s.prompt, *(getattr(s, side) or NONE for side in sides)] for s in report.samples]
-    columns = ["prompt", *(SIDES[side] for side in sides)]
     return _card(
         report.model,
         title=f"{report.model.name}, sliced",
@@ -39,7 +36,7 @@ def card(report: Report) -> str:
         costs=_costs(report),
         members=evaluations.members(report),
         worth=evaluations.grids(report),
-        samples=[Grid("", columns, texts, 9)] if texts else [],
+        samples=evaluations.samples(report),
         exactness=sentences.exactness(report),
         commands=sentences.commands(report),
         recipe=yaml_text(report.recipe),

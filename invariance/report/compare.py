@@ -149,14 +149,14 @@ def _widths_grid(kind: str, spaces: dict[str, list[int | None]], names: list[str
 
 def tables(sides: Sequence[Side]) -> list[Any]:
     """The comparison for the terminal."""
-    found = [grid.table() for grid in grids(sides)]
-    for prompt, texts in samples(sides).items():
-        table = Grid(prompt, list(texts), [[t.strip() for t in texts.values()]], 9).table()
-        table.expand = True
-        for column in table.columns:
-            column.ratio = 1
-        found.append(table)
-    return found
+    return [grid.table() for grid in (*grids(sides), *_texts(sides))]
+
+
+def _texts(sides: Sequence[Side]) -> list[Grid]:
+    return [
+        Grid(prompt, list(found), [[text.strip() for text in found.values()]], 9, True)
+        for prompt, found in samples(sides).items()
+    ]
 
 
 def latex(sides: Sequence[Side]) -> Grid:
@@ -208,11 +208,7 @@ def figures(sides: Sequence[Side]) -> list[Drawing]:
 def page(sides: Sequence[Side]) -> str:
     """The comparison as one HTML page that loads nothing."""
     numbers, *rest = grids(sides)
-    texts = [
-        Section("Sample", [prompt], [Grid("", list(said), [[t.strip() for t in said.values()]], 9)])
-        for prompt, said in samples(sides).items()
-    ]
-    drawn = figures(sides)
+    drawn, texts = figures(sides), _texts(sides)
     return pages.page(
         "compare",
         title="Comparison · invariance",
@@ -222,6 +218,6 @@ def page(sides: Sequence[Side]) -> str:
         sections=[
             Section("Numbers", grids=[numbers]),
             Section("Layer by layer", grids=rest, drawings=drawn, missing="No widths differ."),
-            *texts,
+            *([Section("Samples", grids=texts)] if texts else []),
         ],
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
 
 from .document import (
     SIDES,
@@ -184,14 +184,13 @@ def _best(found: Perplexity) -> Number:
     return found.sliced if found.recovered is None else found.recovered
 
 
-def samples(found: Measured) -> list[Any]:
-    """Continuations side by side, for the terminal."""
-    made = []
-    for each in found.samples:
-        texts = [text.strip() or NONE for text in each.known.values()]
-        table = Grid(each.prompt, [SIDES[side] for side in each.known], [texts], 9).table()
-        table.expand = True
-        for column in table.columns:
-            column.ratio = 1
-        made.append(table)
-    return made
+def samples(found: Measured) -> list[Grid]:
+    """Continuations side by side, a table for each prompt."""
+    return [
+        Grid(each.prompt, [SIDES[s] for s in each.known], [_texts(each.known.values())], 9, True)
+        for each in found.samples
+    ]
+
+
+def _texts(found: Iterable[str]) -> list[str]:
+    return [text.strip() or NONE for text in found]

@@ -38,6 +38,7 @@ class Grid:
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     left: int = 1  # columns of words, before those of numbers
+    texts: bool = False  # whether cells are long texts, side by side
 
     def table(self) -> Table:
         """For the terminal: what does not fit is folded, and nothing is cut off."""
@@ -56,6 +57,10 @@ class Grid:
         for n, name in enumerate(self.columns):
             justify = "left" if n < self.left else "right"
             made.add_column(Text(name), justify=justify, overflow="fold")  # type: ignore[arg-type]
+        if self.texts:
+            made.expand = True
+            for column in made.columns:
+                column.ratio = 1
         for row in self.rows:
             made.add_row(*(Text(cell) for cell in row))
         return made

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from . import evaluations, pages, plots, sentences
-from .document import SIDES, Report
+from .document import Report
 from .grid import Grid
 from .pages import Section
 from .plots import Point, Spectrum
@@ -46,13 +46,6 @@ def page(report: Report, spectra: Spectra, drawn: list[Drawing] | None = None) -
         lead=[sentences.summary(report), sentences.checkpoint(report.model, report)],
         tiles=_tiles(report),
         sections=_sections(report, figures(report, spectra) if drawn is None else drawn),
-        samples=[
-            (
-                s.prompt,
-                [(capital(SIDES[side]), text.strip() or NONE) for side, text in s.known.items()],
-            )
-            for s in report.samples
-        ],
         facts=facts,
         command="\n".join(sentences.commands(report, f"{output}-again", f"{output}/recipe.yaml")),
         recipe=yaml_text(report.recipe),
@@ -116,6 +109,9 @@ def _sections(report: Report, drawn: list[Drawing]) -> list[Section]:
         Section("Data", grids=evaluations.data(report)),
         Section("Widths kept", left, drawings=of("widths"), missing="Nothing was cut."),
         Section("Spectra", [SHARES], drawings=of("spectra"), missing="This run has no spectra."),
+        Section(
+            "Samples", grids=evaluations.samples(report), missing="This run has no continuations."
+        ),
         Section("Time", grids=_steps(report), missing="This run has no timings."),
     ]
     return [s for s in asked if s.texts or s.grids or s.drawings or s.missing]
@@ -183,14 +179,17 @@ def table(report: Report) -> Group:
     from rich.text import Text
 
     rows = [row.cells for row in (*report.costs(), *report.losses(), *report.outliers())]
-    parts: list[Any] = [Grid("", COLUMNS, rows).table(), Text(sentences.exactness(report))]
+    parts: list[Any] = [
+        Grid("", COLUMNS, rows).table(),
+        Text(" ".join([*sentences.rounded(report), sentences.exactness(report)])),
+    ]
     more = [
         *evaluations.data(report),
         *evaluations.texts(report.texts),
         *evaluations.members(report),
     ]
     parts += [grid.table() for grid in (*more, *evaluations.tasks(report))]
-    parts += [Padding(texts, (1, 0)) for texts in evaluations.samples(report)]
+    parts += [Padding(grid.table(), (1, 0)) for grid in evaluations.samples(report)]
     if output := report.output:
         said = f"checkpoint  {output}/model\nreport      {output}/report.html"
         parts.append(Text(said, overflow="fold"))

@@ -133,10 +133,10 @@ def summary(report: Report) -> str:
     if report.exactness is not None and report.exactness.passed:
         moved = error(report.exactness.relative_error)
         said.append(f"Before the cut, the changes of basis were certified exact, to {moved}.")
-    return " ".join([*said, *_rounded(report)])
+    return " ".join([*said, *rounded(report)])
 
 
-def _rounded(report: Report) -> list[str]:
+def rounded(report: Report) -> list[str]:
     """Bytes and perplexities, rounded, in a sentence."""
     if (found := report.quantize) is None:
         return []

@@ -22,6 +22,7 @@ from ..report.units import size
 from . import table as tables
 from .factors import Alternative
 from .job import PRUNED, Answer
+from .kept import spectra_of
 from .plan import Job, Outlook, Planner, finished, outlook, preparations, samples, told
 from .runners import Runner
 from .study import Study, Variant, check_measured
@@ -166,12 +167,8 @@ class Ablation:
         rows = self.rows()
         done = finished(self.runs, self.jobs)
         reports = {key: reading.read(folder) for key, folder in done.items()}
-        spectra = {key: reading.read_spectra(folder) for key, folder in done.items()}
-        recipes = {
-            key: (folder / "recipe.yaml").read_text(encoding="utf-8")
-            for key, folder in done.items()
-        }
-        found = Results(self.study, rows, reports, spectra, recipes)
+        spectra = {key: spectra_of(folder) for key, folder in done.items()}
+        found = Results(self.study, rows, reports, spectra)
         drawn = figures(found)
         with folder_of(self.output).filling() as made:
             tables.write(made, rows)

@@ -15,3 +15,11 @@ def is_done(folder: Path) -> bool:
     except InputError:
         return False
     return True
+
+
+def spectra_of(folder: Path) -> dict[str, list[float]]:
+    """The energies of a run, which are there to look at: none where they cannot be read."""
+    try:
+        return reading.read_spectra(folder)
+    except InputError:
+        return {}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..report import pages, plots, sentences
 from ..report.document import Report
 from ..report.energy import by_block, energy_lost
+from ..report.page import yaml_text
 from ..report.pages import Section
 from ..report.plots import Point, Spectrum
 from ..report.reading import Spectra
@@ -29,13 +30,12 @@ SHARES = "The part of its basis's energy that each direction holds, the mean ove
 
 @dataclass(frozen=True)
 class Results:
-    """A study and what its runs gave, by run: reports, spectra and recipes."""
+    """A study and what its runs gave, by run."""
 
     study: Study
     rows: Sequence[Row]
     reports: Mapping[str, Report]
     spectra: Mapping[str, Spectra]
-    recipes: Mapping[str, str]
 
     @cached_property
     def done(self) -> list[Row]:
@@ -112,7 +112,9 @@ def page(found: Results, drawn: Sequence[Drawing]) -> str:
         columns=[(n, found.title(n)) for n in _columns(found)],
         runs=[_cells(found, r) for r in found.rows],
         reasons=[f"{found.name(r)}: {r['reason']}" for r in found.rows if r.get("reason")],
-        recipes=[(r["run"], found.name(r), found.recipes[r["run"]]) for r in found.runs],
+        recipes=[
+            (r["run"], found.name(r), yaml_text(found.reports[r["run"]].recipe)) for r in found.runs
+        ],
     )
 
 

@@ -481,6 +481,8 @@ def test_a_member_is_extracted_as_a_stock_checkpoint_with_its_own_report(root: P
         "README.md",
         "basis.safetensors",
         "extract.json",
+        "figures",
+        "manifest.json",
         "recipe.yaml",
         "report.html",
         "report.json",

@@ -230,7 +230,7 @@ def test_an_axis_is_logarithmic_where_values_differ_much():
 def test_tables_have_captions_and_headers(report, spectra):
     tags = Page(page(report, spectra, draw=False)).tags
     names = [tag for tag, _ in tags]
-    assert names.count("caption") == names.count("table") == 3  # sizes, perplexity, time
+    assert names.count("caption") == names.count("table") == 4  # sizes, perplexity, samples, time
     assert {a.get("scope") for tag, a in tags if tag == "th"} == {"row", "col"}
 
 

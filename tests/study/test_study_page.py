@@ -56,6 +56,7 @@ def of_run(width: int, perplexity: float, parameters: int) -> dict[str, Any]:
     dims = {f"mlp.{i}": 64 for i in range(6)}
     return {
         "model": {"name": NASTY, "stock": True},
+        "recipe": {"model": NASTY, "steps": "x" * 300},
         "seconds": {"calibrate": 1.0, "fit": 0.5},
         "versions": {"torch": "2"},
         "parameters": {
@@ -93,7 +94,7 @@ grid:
 
 def made(study: Study, worst: float = 1.0) -> Results:
     """Twelve runs, of which one failed; the perplexities of two are ``worst`` times what they should be."""
-    rows, reports, spectra, recipes = [], {}, {}, {}
+    rows, reports, spectra = [], {}, {}
     for n, variant in enumerate(study.variants()):
         width = int(str(variant.varied["steps.0.select.uniform.width"]))
         name = f"{n:016x}"
@@ -103,9 +104,8 @@ def made(study: Study, worst: float = 1.0) -> Results:
         perplexity = (10 + (64 - width) / 8 + n / 10) * (worst if n in (6, 7) else 1)
         reports[name] = checked(Report, of_run(width, perplexity, 100 + 10 * width), name)
         spectra[name] = {f"mlp.{i}": [2.0 ** -(j / 8) for j in range(64)] for i in range(6)}
-        recipes[name] = f"model: {NASTY}\n" + "steps: " + "x" * 300
         rows.append(row(name, variant.varied, reports[name], "done"))
-    return Results(study, rows, reports, spectra, recipes)
+    return Results(study, rows, reports, spectra)
 
 
 @pytest.fixture(scope="module")
