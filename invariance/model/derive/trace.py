@@ -145,7 +145,7 @@ def random_weights(model: nn.Module, seed: int) -> None:
 
 def unseen(model: nn.Module, r: Record) -> tuple[str, ...]:
     """Weights that no op used, or some of whose coordinates none saw (an expert that no token reached)."""
-    used = {a for s in r.ids.sets.values() for a in s.tolist()}
+    used = {r.ids.root(a) for s in r.ids.sets.values() for a in s.tolist()}
     out = []
     for name, weight in weights_of(model).items():
         if not isinstance(weight, nn.Parameter):
@@ -155,6 +155,9 @@ def unseen(model: nn.Module, r: Record) -> tuple[str, ...]:
             out.append(name)
             continue
         for f in label.fields[-1:]:
-            if any(a not in used and not r.ids.marked(a, Mark.FROZEN) for a in unique_list(f)):
+            if any(
+                r.ids.root(a) not in used and not r.ids.marked(a, Mark.FROZEN)
+                for a in unique_list(f)
+            ):
                 out.append(name)
     return tuple(sorted(out))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arrays import uniform, unique, unique_list, unique_pairs, varies
+from ..arrays import core, uniform, unique, unique_list, unique_pairs, varies
 from ..ids import Mark
 from ..label import Label
 from ..record import Fold, Gain, Record
@@ -213,10 +214,25 @@ def multiply_labels(r: Record, one: Operand, two: Operand, out: Tensor, power: i
 
 
 def told_apart(r: Record, f: Tensor, other: Label, values: Tensor) -> None:
-    """Along axes on which the other factor has no coordinates, its values are constants; if they vary, nothing mixes."""
-    named = {d for g in other.fields for d in varies(g)}
-    rest = [d for d in varies(f) if d not in named]
-    if rest and not uniform(values, rest):
+    """Coordinates that meet the same coordinates of the other operand, but other values, meet constants: nothing mixes.
+
+    So it is where the other operand was computed, in part, by something that has no coordinates.
+    """
+    along = varies(f)
+    rest = [d for d in range(f.dim()) if d not in along]
+    places = math.prod(f.shape[d] for d in along)
+    group = torch.zeros(places, dtype=torch.int64)
+    for g in other.fields:
+        ids = g.permute(*along, *rest).reshape(places, -1)[:, 0] if places else group
+        group = torch.unique(torch.stack((group, ids), 1), dim=0, return_inverse=True)[1]
+    if int(group.max()) + 1 == places and len(other.fields) > 0:
+        return
+    rows = core(values).permute(*along, *rest)
+    rows = rows.expand(*[f.shape[d] for d in along], *rows.shape[len(along) :]).reshape(places, -1)
+    first = torch.full((int(group.max()) + 1,), places).scatter_reduce(
+        0, group, torch.arange(places), "amin"
+    )
+    if not torch.equal(rows, rows[first[group]]):
         r.ids.mark(f, Mark.NO_MIX)
         r.ids.colour(f, values)
 

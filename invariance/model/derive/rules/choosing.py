@@ -9,7 +9,6 @@ from ..ids import Mark
 from ..record import Record, Router
 from .algebra import settle
 from .call import Call
-from .pointwise import nonlinear
 
 
 def embedding(r: Record, call: Call) -> None:
@@ -30,16 +29,16 @@ def embedding(r: Record, call: Call) -> None:
 
 
 def top(r: Record, call: Call) -> None:
-    """topk, sort, argmax: a router, where they go over a space; else like max."""
+    """topk, sort, argmax: a router, where they go over a space; which token is first is data."""
     x, label = call.args[0], settle(r, call.label(r, 0))
     if label is None:
         return
     d = call.at(2 if call.op == "topk" else 1, "dim", -1)
     d = d % x.dim() if isinstance(d, int) and not isinstance(d, bool) else x.dim() - 1
     across = [f for f in label.fields if d in varies(f)]
-    if not across:
-        nonlinear(r, label)
-        return
+    for f in label.fields:
+        if d not in varies(f):
+            r.ids.freeze(f)
     for f in across:
         ids = tuple(f.movedim(d, -1).reshape(-1, x.shape[d])[0].tolist())
         if not any(router.ids == ids for router in r.routers):

@@ -57,12 +57,12 @@ def move(r: Record, call: Call) -> None:
             for f in mine:
                 alone(r, f)
         if terms is not None:
-            moved = tuple((f[k], c[k]) for f, c in terms)
+            turned = tuple((f[k], c[k]) for f, c in terms)
             if varies(mine[0]):
-                r.set(out, mine, terms=moved)
+                r.set(out, mine, terms=turned)
             else:
                 r.put(out, None)
-                for f, _ in moved:
+                for f, _ in turned:
                     r.ids.freeze(f)
             continue
         kept = flattened(r, [f for f in mine if varies(f)])
@@ -291,7 +291,12 @@ def placed(r: Record, call: Call) -> None:
     if label is None and target is None:
         return
     fields = label.fields if label is not None else ()
-    if label is None or target is not None or any(d in varies(f) for f in fields) or bool((x != 0).any()):
+    if (
+        label is None
+        or target is not None
+        or any(d in varies(f) for f in fields)
+        or bool((x != 0).any())
+    ):
         return freeze(r, target, label)
     r.set(call.out, [f.narrow(d, 0, 1).expand(call.out.shape) for f in fields])
 

@@ -42,7 +42,7 @@ def pointwise(r: Record, call: Call) -> None:
         return freeze(r, *labels)
     if labels:
         others_are_constant(r, call, labels[0])
-        nonlinear(r, labels[0], call.op, call.out)
+        nonlinear(r, labels[0], call.op, call.outs[0])
 
 
 def others_are_constant(r: Record, call: Call, label: Label) -> None:
@@ -167,6 +167,13 @@ def compare(r: Record, call: Call) -> None:
             r.put(call.out, Label(nonlinear(r, labels[0]).fields))
             return
     data(r, call)
+
+
+def masked(r: Record, call: Call) -> None:
+    """isnan and its like: a mask that belongs to the coordinates."""
+    label = call.label(r, 0)
+    if label is not None:
+        r.put(call.out, Label(nonlinear(r, label).fields))
 
 
 def data(r: Record, call: Call) -> None:

@@ -120,10 +120,29 @@ def norm(r: Record, call: Call) -> None:
 
 
 def extreme(r: Record, call: Call) -> None:
-    """max, min, logsumexp along an axis: nothing mixes; indices of what was largest are data."""
+    """max, min, logsumexp, any, all: nothing mixes. Over a space only the largest value is left, not where it was."""
     label = settle(r, call.label(r, 0))
-    if label is not None:
-        nonlinear(r, label)
+    if label is None:
+        return
+    named = call.at(1, "dim")
+    dims = dims_of(call) if not isinstance(named, int) else (named % call.args[0].dim(),)
+    fields = []
+    for f in nonlinear(r, label).fields:
+        across = tuple(d for d in varies(f) if d in dims)
+        if across and len(call.outs) > 1:
+            r.ids.freeze(f)  # indices over a space are data
+        elif across:
+            fibres(r, f, across)
+            f = leftover(r, f, across) if len(across) < len(varies(f)) else f
+        for d in dims:
+            f = f.narrow(d, 0, 1)
+        fields.append(f)
+    out = call.outs[0]
+    if out.dim() != call.args[0].dim():
+        for d in sorted(dims, reverse=True):
+            fields = [f.squeeze(d) for f in fields]
+    kept = tuple(f.expand(out.shape) for f in fields if varies(f))
+    r.put(out, Label(kept) if kept else None)
 
 
 def cumulative(r: Record, call: Call) -> None:

@@ -16,6 +16,7 @@ from .pointwise import (
     compare,
     data,
     ignore,
+    masked,
     negate,
     pointwise,
     power,
@@ -58,11 +59,12 @@ _ROWS: Mapping[Rule, str] = {
     cumulative: "cumsum",
     cumulative_product: "cumprod",
     top: "topk sort argmax argsort",
-    extreme: "max min amax amin logsumexp",
+    extreme: "max min amax amin logsumexp any all",
     gather: "gather",
+    masked: "isnan isinf isfinite logical_not bitwise_not",
     compare: "eq ne lt le gt ge",
     data: "_local_scalar_dense nonzero is_nonzero",
-    ignore: """arange scalar_tensor ones ones_like new_ones rand rand_like randn randn_like bernoulli all any isnan isinf
+    ignore: """arange scalar_tensor ones ones_like new_ones rand rand_like randn randn_like bernoulli
         sym_size""",
 }
 
