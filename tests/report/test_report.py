@@ -384,3 +384,11 @@ def test_a_predicted_loss_stands_beside_the_measured_one(report, spectra):
     )
     report["predicted"]["measured"] = None
     assert "+0.250 nats per token." in page(report, spectra, draw=False)
+
+
+def test_every_key_that_is_read_is_documented():
+    docs = (Path(__file__).parents[2] / "docs" / "reports.md").read_text()
+    keys = [line.split("|")[1] for line in docs.splitlines() if line.startswith("| `")]
+    known = {word for key in keys for word in re.findall(r"\w+", key)}
+    assert set(Report.model_fields) <= known
+    assert "not_a_key" not in known and {"widths", "perplexity"} <= known
