@@ -40,7 +40,7 @@ class ASVD(Rotator, name="asvd"):
             raise ValueError("strength must be from 0 to 2")
 
     def fit(self, space: Space, moments: Moments) -> Basis:
-        power = moments.second(space).diagonal(dim1=-2, dim2=-1)
+        power = moments.diagonal(space)
         floor = (1e-9 * power.amax(-1, keepdim=True)).clamp_min(torch.finfo(power.dtype).tiny)
         S = torch.maximum(power, floor) ** (self.strength / 2)
         G, _ = _root(moments.second(space, Statistic.READERS), 1e-15)
