@@ -19,6 +19,7 @@ from ..model.layout import KINDS, Layout
 from ..model.modules import Norm
 from ..model.reparametrize import attention_of
 from ..model.verify import logits, relative_error, tolerance
+from .clients import OLDER, add_older_keys
 
 
 def stock(
@@ -68,6 +69,7 @@ def stock(
     made.load_state_dict(weights, strict=False, assign=True)
     made.tie_weights()
     made.generation_config = copy.deepcopy(model.generation_config)
+    add_older_keys(made.config)
     ids = torch.arange(32, device=model.device).remainder(config.vocab_size)[None]
     error = relative_error(logits(model, ids), logits(made, ids))
     if not error <= tolerance(torch.float32, layout.depth):  # in which the families' norms compute
@@ -214,7 +216,7 @@ def stock_config(
     each = _by_kind(layout, widths)
     d, k = layout.spaces[layout.points[0]].dim, each["residual"]
     values = original.to_dict()
-    for key in ("architectures", "quantization_config", "model_type"):
+    for key in ("architectures", "quantization_config", "model_type", *OLDER):
         values.pop(key, None)
     values |= {key: each[kind] for kind, key in layout.architecture.widths}
     values["head_dim"] = each["vo"]

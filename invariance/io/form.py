@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
 from ..core.errors import InputError
+from .clients import OLDER
 
 TYPE = "invariance"
 LEFT_OUT = (
@@ -17,6 +18,7 @@ LEFT_OUT = (
     "transformers_version",
     "_name_or_path",
     TYPE,
+    *OLDER,
 )
 EARLIER = ("folded", "tie", "widths", "shortcuts", "biases", "pairs", "split", "nested", "ranks")
 """What an earlier version kept beside ``original``, the family's config."""

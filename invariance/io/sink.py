@@ -19,6 +19,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from ..core.errors import InputError
 from ..core.files import write_json
 from . import shards
+from .clients import save_tokenizer
 from .hub import quiet
 from .join import join
 from .journal import JOURNAL, SCRATCH, begin, note, resumed
@@ -99,7 +100,7 @@ class Folder:
             if generation_config is not None:
                 generation_config.save_pretrained(self.place)
             if tokenizer is not None:
-                tokenizer.save_pretrained(self.place)
+                save_tokenizer(tokenizer, self.place)
         shutil.rmtree(self.scratch)
         (self.place / JOURNAL).unlink()
         self.lock.release()

@@ -14,6 +14,7 @@ from ..core.files import beside, write_json, write_text
 from ..core.outputs import Claim, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import NAME, Basis, read_basis
+from ..io.clients import save_tokenizer
 from ..io.export import cast
 from ..io.models import licence, load_config, load_model, load_tokenizer
 from ..model.labels import label
@@ -73,7 +74,7 @@ def _run(folder: Path, share: float, output: Claim, progress: Progress) -> dict[
     with output.writing() as place:
         made.save_pretrained(place / "model")
         if tokenizer is not None:
-            tokenizer.save_pretrained(place / "model")
+            save_tokenizer(tokenizer, place / "model")
         _write_basis(place, str(model), loaded, share, stock=not why)
         write_json(place / DOCUMENT, document)
         mine = None if sliced is None else of_member(sliced, share, made, why)

@@ -21,6 +21,7 @@ from ..core.outputs import Claim, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import NAME, read_basis
 from ..io.checkpoint import InvarianceForCausalLM
+from ..io.clients import save_tokenizer
 from ..io.data import Making, Tokens, load_tokens
 from ..io.export import cast, stock
 from ..io.models import (
@@ -141,7 +142,7 @@ def _run(
         card = recovered(document, _source(model, sliced), told)
         write_text(folder / "model" / "README.md", card)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder / "model")
+            save_tokenizer(tokenizer, folder / "model")
         if (path := beside(model, NAME)) is not None:
             shutil.copyfile(path, folder / NAME)
         write_json(folder / RECOVERED, document)

@@ -23,6 +23,7 @@ from ..core.outputs import Claim, check_room, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import Basis
 from ..io.checkpoint import InvarianceForCausalLM, wrap
+from ..io.clients import save_tokenizer
 from ..io.data import Making, Tokens, load_tokens
 from ..io.export import cast, stock
 from ..io.hub import cache_dir
@@ -301,7 +302,7 @@ def write(output: Claim, result: Outcome, recipe: Recipe, tokenizer: Any) -> Non
         cast(result.model, result.stored)
         result.model.save_pretrained(folder / "model")
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder / "model")
+            save_tokenizer(tokenizer, folder / "model")
         if result.report["quantize"] is not None:
             result.report["quantize"]["file_bytes"] = stored_bytes(str(folder / "model"))
         result.basis.write(folder, result.blocks)

@@ -1,0 +1,130 @@
+"""Stock checkpoints in programs that read older keys: the same positions, and a tokenizer that they know."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from folders import tokenizer
+from tiny import tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from invariance.io.clients import OLDER, save_tokenizer
+from invariance.run.run import compress
+
+IDS = torch.arange(1, 101)[None] % 41
+THETA = {"rope_type": "default", "rope_theta": 123.0}
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 32},
+}
+ROPE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "theta": ("llama", THETA, {"rope_theta": 123.0}),
+    "scaled": (
+        "llama",
+        LLAMA3,
+        {
+            "rope_theta": 500.0,
+            "rope_scaling": {k: v for k, v in LLAMA3.items() if k != "rope_theta"},
+        },
+    ),
+    "mistral": ("mistral", THETA, {"rope_theta": 123.0}),
+    "qwen2": ("qwen2", THETA, {"rope_theta": 123.0}),
+    "qwen3": ("qwen3", THETA, {"rope_theta": 123.0}),
+    "layer types": (
+        "gemma3_text",
+        {"full_attention": THETA, "sliding_attention": THETA | {"rope_theta": 17.0}},
+        {"rope_theta": 123.0, "rope_local_base_freq": 17.0},
+    ),
+    "partial": (
+        "phi",
+        THETA | {"partial_rotary_factor": 0.5},
+        {"rope_theta": 123.0, "partial_rotary_factor": 0.5},
+    ),
+    "none": ("opt", {}, {}),
+}
+OLD = os.environ.get("INVARIANCE_OLD_TRANSFORMERS")
+READ = """
+import sys, torch, transformers
+assert transformers.__version__.startswith("4."), transformers.__version__
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+print(repr(model(torch.arange(1, 101)[None] % 41).logits.detach().double().norm().item()))
+"""
+
+
+def exported(name: str, folder: Path) -> PreTrainedModel:
+    family, rope, _ = ROPE[name]
+    shape = {"vocab_size": 41, "hidden_size": 32, "max_position_embeddings": 320}
+    model = tiny(family, **shape, **({"rope_parameters": rope} if rope else {}))
+    step = {"spaces": "vo", "rotate": "random_orthogonal"}
+    return written(compress(model, {"model": "m", "steps": [step]}), folder)
+
+
+def written(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    model.save_pretrained(folder)
+    save_tokenizer(tokenizer(), folder)
+    return model
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("name", ROPE)
+def test_positions_are_written_by_older_keys_too_and_read_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    model = exported(name, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    known = ("partial_rotary_factor", *OLDER)
+    assert {k: config[k] for k in known if k in config} == ROPE[name][2]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again), logits(model))
+    for key in known:
+        config.pop(key, None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert plain.config.to_dict() | ROPE[name][2] == again.config.to_dict() | ROPE[name][2]
+
+
+def test_a_tokenizer_has_a_class_that_older_versions_know(tmp_path: Path) -> None:
+    save_tokenizer(tokenizer(), tmp_path)
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.get_vocab() == tokenizer().get_vocab()
+    assert again("people of the States").input_ids == tokenizer()("people of the States").input_ids
+
+
+def test_what_was_exported_is_exported_again_with_its_new_positions(tmp_path: Path) -> None:
+    model = exported("scaled", tmp_path / "one")
+    calibrated = {"steps": [{"spaces": "vo", "rotate": "identity"}], "model": "m"}
+    twice = written(compress(model, calibrated), tmp_path / "two")
+    assert torch.allclose(logits(twice), logits(model), atol=1e-5)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "two").eval()
+    assert torch.equal(logits(loaded), logits(twice))
+
+
+@pytest.mark.skipif(
+    OLD is None, reason="INVARIANCE_OLD_TRANSFORMERS names no folder with version 4"
+)
+@pytest.mark.parametrize("name", ROPE)
+def test_version_4_computes_the_same(name: str, tmp_path: Path) -> None:
+    model = exported(name, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(OLD)},
+    )
+    norm = logits(model).double().norm().item()
+    assert float(done.stdout) == pytest.approx(norm, rel=1e-9)
