@@ -157,7 +157,8 @@ class Cuts:
                 continue
             first = unit.space.name
             if first not in self.made:
-                moments = self.bases.calibration.known(unit) if known is None else known
+                calibration = self.bases.calibration
+                moments = calibration.known(unit, unit.cut_needs) if known is None else known
                 self.made[first] = self.bases.change(unit, moments, self.widths, self.chain)
             found[name] = self.made[first]
         return found

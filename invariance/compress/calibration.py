@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import transformers
 from psutil import virtual_memory
 
 from ..calibrate import fisher, walk
+from ..calibrate.moment import Known
 from ..calibrate.moments import Key, Moments, Shelf, Store, reader_moment
 from ..calibrate.refit import HELD_OUT
 from ..calibrate.statistic import Statistic
@@ -127,11 +129,27 @@ class Calibration:
                 self.shelf.put(self._gradients(missing))
         self.measure(walk.together(*(plan.of_dense() for plan in plans)))
 
-    def known(self, unit: Unit, now: Moments | None = None) -> Moments:
-        """What there is of a unit's members: ``now``, and what only the shelf has."""
-        keys = [(m, s) for m in unit.members for s in unit.needs & MEASURED]
-        found = {k: now.known[k] for k in keys if k in now.known} if now else {}
-        return Moments(found | self.shelf.get([k for k in keys if k not in found]).known)
+    def room(self, keys: Iterable[Key]) -> bool:
+        """Whether the moments of these keys take a quarter of what is free on the store's disk at most."""
+        if self.store is None:
+            return True
+        spaces = [self.layout.spaces[name] for name, _ in keys]
+        asked = sum(8 * s.copies * s.seen**2 for s in spaces)
+        there = next(p for p in (self.store, *self.store.parents) if p.is_dir())
+        return 4 * asked <= shutil.disk_usage(there).free
+
+    def known(self, unit: Unit, needs: frozenset[Statistic], now: Moments | None = None) -> Moments:
+        """What there is of a unit's members: ``now``, and what only the shelf has. Of spaces that share a basis it is the
+        sum, under the first one's name; they are added up one by one."""
+        found: dict[Key, Known] = {}
+        for member in unit.members:
+            for statistic in needs & MEASURED:
+                key = member, statistic
+                moment = now.known.get(key) if now is not None else None
+                moment = moment or self.shelf.get([key]).known[key]
+                into = key if unit.joint else (unit.space.name, statistic)
+                found[into] = found[into] + moment if into in found else moment
+        return Moments(found)
 
     def of(self, unit: Unit, moments: Moments) -> Moments:
         """What a unit's methods read, under the name of its first member."""

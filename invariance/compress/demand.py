@@ -48,7 +48,12 @@ class Unit:
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        asked = self.rotate.needs | (self.slice.needs if self.slice else frozenset())
+        return frozenset(s.on(self.space) for s in self.rotate.needs) | self.cut_needs
+
+    @property
+    def cut_needs(self) -> frozenset[Statistic]:
+        """What is needed once there is a basis."""
+        asked = self.slice.needs if self.slice else frozenset()
         if self.rank is not None:
             asked |= {Statistic.SEEN}  # says which directions a shortcut should not leave out
         return frozenset(s.on(self.space) for s in asked)

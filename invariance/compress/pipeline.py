@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..calibrate import walk
 from ..calibrate.certificate import Rotations, certify, spaces_of
-from ..calibrate.moments import Moments
+from ..calibrate.moments import Moments, check_finite
 from ..calibrate.statistic import Statistic
 from ..core.change import Change
 from ..core.errors import CertificateError
@@ -197,16 +197,17 @@ class _Run:
         shelf = self.calibration.shelf
         with timed(self.seconds, "calibrate"):
             missing = shelf.missing(keys)
+        kept = self.calibration.room(missing)
 
         def leave(edge: Edge | None, moments: Moments) -> None:
             if edge is None:
                 return
             start = time.perf_counter()
-            shelf.put(moments)
+            shelf.put(moments) if kept else check_finite(moments)
             for name in walk.inside(self.layout, edge):
                 if (unit := self.bases.unit_of.get(name)) is None:
                     continue
-                known = self.calibration.known(unit, moments)
+                known = self.calibration.known(unit, unit.needs, moments)
                 with timed(self.seconds, "fit"):
                     self.bases.fit_dense(unit, known)
                 with timed(self.seconds, "slice"):
@@ -324,7 +325,7 @@ class _Run:
     def _fit(self, units: Sequence[Unit]) -> None:
         with timed(self.seconds, "fit"):
             for unit in self.progress(units, "fit bases", len(units)):
-                self.bases.fit_dense(unit, self.calibration.known(unit))
+                self.bases.fit_dense(unit, self.calibration.known(unit, unit.needs))
 
     def _influence(self) -> list[float] | None:
         """1 - E[cos(stream into, stream out of)] of every block, where a selector asks for it."""

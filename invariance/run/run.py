@@ -353,12 +353,19 @@ def _run(
     needs(chart, count, stored_dtype(config) or torch.float32).check(recipe.where("model"))
     if streamed.possible(chart):
         loaded.cache_clear()  # where the model wrote text
+        setting = streamed.Setting(tokenizer, device, trust_remote_code, progress)
         try:
             source = open_source(recipe.model, trust_remote_code=trust_remote_code)
         except InputError as e:
             raise InputError(_located(recipe, str(e))) from None
-        setting = streamed.Setting(tokenizer, device, trust_remote_code, progress)
-        return streamed.run(chart, source, data, output, setting)
+        try:
+            return streamed.run(chart, source, data, output, setting)
+        except InputError as e:
+            if not str(e).startswith(f"{recipe.model}: "):
+                raise
+            raise InputError(
+                _located(recipe, str(e))
+            ) from None  # numbers are checked as they are read
     model = loaded()
     result = outcome(
         model,
