@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ..described.weightless import Class, on_meta, stored
 
 Shapes = Mapping[str, tuple[int, ...]]
-MOST = 80  # models built on meta at most
+MOST = 120  # models built on meta at most
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,11 @@ def _candidates(config: PretrainedConfig, pairs: Set[tuple[int, int]]) -> Iterat
             for o, n in sorted(pairs):
                 if o in value:
                     yield Change(key, [n if v == o else v for v in value])
+    fewer = {(o - n) // m for o, n in pairs for m in numbers if (o - n) % m == 0}
+    fewer &= {d for d in fewer if all(not (o - n) % d for o, n in pairs)}  # a part of every width
+    for key, value in keys(config):
+        if type(value) is int:
+            yield from (Change(key, value - d) for d in sorted(fewer) if 1 < value - d < value)
 
 
 def _pins(

@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from invariance.core.errors import InputError
 from invariance.model.derive.certify import TOLERANCE, distance, outputs
 from invariance.model.derive.precision import in_double
+from invariance.model.described.elements import blocks
+from invariance.model.narrow.certificate import tried
 from invariance.model.narrow.cut import Way, cut, plan, zero
 from invariance.model.narrow.heads import cut_heads, heads, narrower
 
@@ -65,6 +67,39 @@ def test_norms_on_queries_and_keys_leave_no_heads_to_narrow():
     model = small("qwen3", head_dim=8)
     with pytest.raises(InputError, match="no layer"):
         cut_heads(model, description_of(model), 2, PROBE)
+
+
+LATENT = {
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "head_dim": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("stem", "key"), [("vo", "v_head_dim"), ("qk2", "qk_nope_head_dim"), ("inner", "q_lora_rank")]
+)
+def test_where_a_module_lets_them_values_queries_and_latents_narrow_alone(stem, key):
+    model = small("deepseek_v3", **LATENT)
+    description = description_of(model)
+    kept = {
+        name: np.sort(blocks(space)[:, :-2].reshape(-1))
+        for name, space in description.flat().spaces.items()
+        if name.split("@")[0] == stem
+    }
+    _, done, error = tried(model, description, kept, PROBE)
+    assert error <= TOLERANCE
+    assert [(c.key.name, c.value) for c in done.changes] == [(key, LATENT[key] - 2)]
 
 
 class Never(TorchDispatchMode):
