@@ -52,7 +52,6 @@ from ..measure.evaluate import (
     prepare_each,
     unasked,
 )
-from ..model.entry import check_model
 from ..model.families import check_positions, positions
 from ..model.verify import copy_in
 from ..recipe.recipe import Recipe, load_recipe
@@ -103,7 +102,7 @@ def compress(
     """
     note_ties(check_whole(model))
     return outcome(
-        check_model(model),
+        model,
         as_recipe(recipe),
         tokenizer=tokenizer,
         evaluate=False,

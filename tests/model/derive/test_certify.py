@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-import pytest
-import torch
 from derive_models import causal, examples, tokens
 
 from invariance.model.derive import Certificate, Derived, Kind, Probe, certify, derive

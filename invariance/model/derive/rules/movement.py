@@ -291,7 +291,12 @@ def placed(r: Record, call: Call) -> None:
     if label is None and target is None:
         return
     fields = label.fields if label is not None else ()
-    if label is None or target is not None or any(d in varies(f) for f in fields) or bool((x != 0).any()):
+    if (
+        label is None
+        or target is not None
+        or any(d in varies(f) for f in fields)
+        or bool((x != 0).any())
+    ):
         return freeze(r, target, label)
     r.set(call.out, [f.narrow(d, 0, 1).expand(call.out.shape) for f in fields])
 
