@@ -74,11 +74,12 @@ Kept = Annotated[int, Field(ge=0, le=2**20)]
 
 
 class Cut(BaseModel):
-    """What the config of a sliced checkpoint adds."""
+    """What the config of a sliced checkpoint adds, under `invariance`."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
 
-    original: dict[str, Any]
+    family: str
+    dense: dict[str, Any]
     folded: bool = False
     tie: Literal["keep", "untie"] = "untie"
     widths: dict[str, Kept] = {}
@@ -121,13 +122,13 @@ def check_config(where: str, config: Mapping[str, Any], *, whole: bool = False) 
     for key, value in _numbers(config, where):
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{where}: {key}: {value} is not a finite number. {AGAIN}")
-    if config.get("model_type") == "invariance" and "original" in config:
-        _validate(Cut, config, where)
-        check_config(f"{where}: original", config["original"], whole=whole)
-        return
+    form = config.get("invariance") if config.get("model_type") == "invariance" else None
+    if isinstance(form, Mapping):
+        _validate(Cut, form, f"{where}: invariance")
+        check_config(f"{where}: invariance.dense", form["dense"])
     text = config.get("text_config")
     part = {**config, **text} if isinstance(text, Mapping) else dict(config)
-    kind = part.get("model_type")
+    kind = part.get("model_type") if not isinstance(form, Mapping) else form["family"]
     aliases = _aliases(kind)
     missing = [key for key in NEEDED if aliases.get(key, key) in _fields(kind)]
     missing += [key for key in FEED_FORWARD if key in _fields(kind)]

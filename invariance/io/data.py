@@ -106,7 +106,7 @@ def _single(
     shape = Shape(size[0] or DEFAULT_SEQUENCES, size[1] or DEFAULT_TOKENS, stride)
     if data == SELF:
         return _own(reading, shape)
-    found = documents(data, reading.split, where)
+    found = documents(data, reading.split, where, reading.tokenizer)
     return windows(found, _tokenizer(data, reading), shape, reading.text(data))
 
 
@@ -181,7 +181,7 @@ def _drawn(data: str, reading: _Reading, shape: Shape, rng: np.random.Generator)
         there = pool.size
     else:
         tokenizer = _tokenizer(data, reading)
-        found = list(islice(documents(data, reading.split, reading.where), DRAWN))
+        found = list(islice(documents(data, reading.split, reading.where, tokenizer), DRAWN))
         drawn = (found[n] for n in rng.permutation(len(found)))
         wide = replace(shape, sequences=POOL * shape.sequences)
         pool, there = available(drawn, tokenizer, wide, reading.text(data))

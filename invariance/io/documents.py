@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import InputError
 from ..core.paths import expanded
+from .columns import read_rows, split_column
 from .hub import hub
 from .texts import packaged_documents
 
@@ -34,23 +35,25 @@ FORMS = (
 
 def has_splits(data: str) -> bool:
     """Whether there are splits to choose among: of packaged texts and hub datasets, and not of files."""
-    return Path(data).suffix not in (".npy", *FILE_KINDS)
+    return Path(split_column(data)[0]).suffix not in (".npy", *FILE_KINDS)
 
 
-def documents(data: str, split: str, where: str) -> Iterator[str]:
-    """The documents of a source that is text. Raises InputError."""
+def documents(data: str, split: str, where: str, tokenizer: Any = None) -> Iterator[str]:
+    """The documents of a source that is text; chats are written by the tokenizer's template. Raises InputError."""
+    data, column = split_column(data)
     path, kind = expanded(data, where), FILE_KINDS.get(Path(data).suffix)
     if data.startswith("packaged:"):
         return packaged_documents(data, split, where)
     if path.is_file() and kind is not None:
         if path.stat().st_size == 0:
             raise InputError(f"{where}: {data} is empty. {FORMS}")
-        return _texts(_file_rows(path, kind, where), f"{where}: {data}")
+        return read_rows(_file_rows(path, kind, where), column, tokenizer, f"{where}: {data}")
     if not data or path.is_file() or kind is not None or data[0] in "./~":
         what = "is no file of a kind that is read" if path.is_file() else "there is no such file"
         raise InputError(f"{where}: '{data}': {what}. {FORMS}")
     name, _, config = HUB_ALIASES.get(data, data).partition(":")
-    texts = _texts(_hub_rows(name, config or None, split, where), f"{where}: {data}")
+    rows = _hub_rows(name, config or None, split, where)
+    texts = read_rows(rows, column, tokenizer, f"{where}: {data}")
     return iter(["\n\n".join(texts)]) if name in ROWS_ARE_PARAGRAPHS else texts
 
 
@@ -96,24 +99,3 @@ def _hub_rows(name: str, config: str | None, split: str, where: str) -> Iterator
             size = datasets.load_dataset_builder(name, config).info.download_size if online else 0
             streaming = size is None or size > DOWNLOAD_LIMIT
             yield from datasets.load_dataset(name, config, split=split, streaming=streaming)
-
-
-def _texts(rows: Iterable[Mapping[str, Any]], where: str) -> Iterator[str]:
-    """The text of each row: its column ``text``, else the only column of strings."""
-    column = None
-    for n, row in enumerate(rows, 1):
-        if column is None:
-            strings = [name for name, value in row.items() if isinstance(value, str)]
-            candidates = ["text"] if "text" in row else strings or list(row)
-            if len(candidates) != 1:
-                raise InputError(
-                    f"{where}: which column is the text? There is none called 'text' among {', '.join(row)}. "
-                    "Rename the one that is meant, or keep one column of strings."
-                )
-            column = candidates[0]
-        if not isinstance(value := row[column], str):
-            fault = "NaN text stream" if value is None or value != value else "not a text stream"
-            raise InputError(
-                f"{where}, row {n}: {fault}: column '{column}' holds {value!r}. Remove or repair the row."
-            )
-        yield value

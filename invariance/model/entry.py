@@ -108,10 +108,10 @@ def _sharing(model: PreTrainedModel) -> Iterator[str]:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = table is not None and head is not None and head.weight is table.weight
     said = bool(model.config.get_text_config().tie_word_embeddings)
-    if tied != said:
+    if tied and not said:  # the other way round, the weights say what holds
         yield (
-            f"its config says tie_word_embeddings={said}, and its head {'is' if tied else 'is not'} the embedding table. Say what "
-            f"holds: `model.config.tie_word_embeddings = {tied}`"
+            "its config says tie_word_embeddings=False, and its head is the embedding table. Say what holds: "
+            "`model.config.tie_word_embeddings = True`"
         )
     seen: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

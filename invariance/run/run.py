@@ -43,7 +43,6 @@ from ..io.sources import needs_tokenizer
 from ..io.ties import note_ties
 from ..io.whole import check_whole
 from ..measure.evaluate import peak_memory, prepare_each
-from ..model.entry import check_model
 from ..model.families import check_positions
 from ..model.verify import copy_in
 from ..recipe.recipe import Recipe, load_recipe
@@ -86,7 +85,7 @@ def compress(
     """
     note_ties(check_whole(model))
     return outcome(
-        check_model(model),
+        model,
         as_recipe(recipe),
         tokenizer=tokenizer,
         evaluate=False,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -83,7 +81,8 @@ class Ablation:
             return outlook(self.samples[:1], {}, search.trials)
         done = finished(self.runs, self.jobs)
         return outlook(
-            self.jobs, {key: _json(folder / "report.json") for key, folder in done.items()}
+            self.jobs,
+            {key: {"seconds": reading.read(folder).seconds} for key, folder in done.items()},
         )
 
     def run(self, runner: Runner) -> None:
@@ -184,10 +183,6 @@ class Ablation:
         folder_of(self.output).begin()
         with folder_of(self.output).filling() as made:
             write_text(made / "study.yaml", self.study.to_yaml())
-
-
-def _json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def folder_of(output: Path) -> Growing:

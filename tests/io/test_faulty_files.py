@@ -33,8 +33,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         save_model(root / "opt", "opt")
         save_tokens(root / "tokens.npy")
         (root / "r.yaml").write_text(RECIPE)
-        (root / "sliced.yaml").write_text(RECIPE.replace("mlp", "residual").replace("48", "24"))
-        status, _, err = invoke("run", "sliced.yaml", "--output", "made", "--set", "tie=keep")
+        step = "residual, segments: block, rotate: pca"
+        (root / "sliced.yaml").write_text(RECIPE.replace("mlp", step).replace("48", "24"))
+        status, _, err = invoke("run", "sliced.yaml", "--output", "made")
         assert status == 0, err
         yield root
 
@@ -126,7 +127,7 @@ def test_a_sliced_config_that_lies_is_refused(root: Path, case: str) -> None:
     shutil.rmtree(bad, ignore_errors=True)
     shutil.copytree(made, bad)
     config = json.loads((bad / "config.json").read_text())
-    change(config)
+    change(config["invariance"])
     (bad / "config.json").write_text(json.dumps(config))
     refused(says, "evaluate", "lies", "--data", "tokens.npy")
 
@@ -252,7 +253,7 @@ def test_a_study_that_calibrates_nothing_runs_and_its_damaged_runs_are_done_agai
     first, second = sorted((root / "study" / "runs").glob("*/report.json"))
     report = json.loads(first.read_text())
     whole = second.stat().st_mtime_ns
-    for damage in ("{", "[" * 10**5, "{}", first.read_text().replace('"seconds"', '"sconds"')):
+    for damage in ("{", "[" * 10**5, "{}", first.read_text().replace('"widths"', '"wdths"')):
         first.write_text(damage)
         status, _, err = invoke("ablate", "plain.yaml", "--output", "study")
         assert status == 0, err

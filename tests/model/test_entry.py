@@ -62,11 +62,6 @@ def shared_weight(m: PreTrainedModel) -> Any:
     return m
 
 
-def flagged(m: PreTrainedModel) -> Any:
-    m.config.tie_word_embeddings = True
-    return m
-
-
 def tied_unflagged(m: PreTrainedModel) -> Any:
     m.get_output_embeddings().weight = m.get_input_embeddings().weight
     return m
@@ -95,7 +90,6 @@ MODELS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "rounded": (rounded, "not as plain numbers"),
     "layers that are one": (looped, r"'model\.layers\.0' stands in 2 places"),
     "weights that are one": (shared_weight, "the same weight"),
-    "tied in words only": (flagged, r"tie_word_embeddings = False"),
     "tied in silence": (tied_unflagged, r"tie_word_embeddings = True"),
     "NaN": (with_nan, "NaN"),
     "no head": (lambda m: m.model, "AutoModelForCausalLM"),

@@ -37,7 +37,7 @@ WORDS = st.text(
         "~",
     ]
 )
-COUNTS = st.integers(2, 2**70)
+COUNTS = st.integers(2, 2**53)
 DATA = {
     "data": WORDS,
     "sequences": st.none() | COUNTS,
