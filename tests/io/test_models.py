@@ -152,6 +152,10 @@ def test_a_folder_without_a_config_is_refused(folder, read):
     assert "Name the file to read: weights.gguf" in refused(folder, read)
 
 
+REST = '"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16'
+GPTQ = '"quantization_config": {"quant_method": "gptq", "bits": 4}'
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -159,12 +163,9 @@ def test_a_folder_without_a_config_is_refused(folder, read):
         ("[]", "no model_type"),
         ('{"hidden_size": 16}', "no model_type"),
         ('{"model_type": "llamma"}', "model type `llamma`"),
-        ('{"model_type": "llama", "hidden_size": "wide"}', "hidden_size"),
-        ('{"model_type": "vit"}', "weights cannot be read"),
-        (
-            '{"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}',
-            "quantized",
-        ),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "'num_hidden_layers' is missing"),
+        (f'{{"model_type": "llama", {REST}, "hidden_size": "wide"}}', "hidden_size"),
+        (f'{{"model_type": "llama", {REST}, "hidden_size": 8, {GPTQ}}}', "quantized"),
     ],
 )
 def test_a_config_that_cannot_be_is_refused(folder, content, says):
