@@ -35,6 +35,7 @@ from invariance.core.space import Space
 from invariance.io.checkpoint import InvarianceForCausalLM
 from invariance.io.data import Tokens
 from invariance.method.interfaces import Slicer, find
+from invariance.model import attention as attending
 from invariance.model import modules
 from invariance.model.canonical import canonicalize
 from invariance.model.families import architecture
@@ -144,7 +145,9 @@ def test_frequencies_that_stay_behind_a_rotation_are_noticed():
 def test_query_heads_turned_as_those_of_another_key_head_are_noticed(monkeypatch):
     model, reference, bound = sliced()
     assert relative_error(reference, logits(model, tokens())) <= bound
-    monkeypatch.setattr(modules, "spread", lambda x, heads: x.repeat(1, heads // x.shape[1], 1, 1))
+    monkeypatch.setattr(
+        attending, "spread", lambda x, heads: x.repeat(1, heads // x.shape[1], 1, 1)
+    )
     assert relative_error(reference, logits(model, tokens())) > FAR * bound
 
 
