@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from psutil import virtual_memory
 
 from ..calibrate import fisher, walk
 from ..calibrate.moment import Known
@@ -91,9 +90,7 @@ class Calibration:
     share: Share | None = None
     device: str | torch.device = "cpu"
     seconds: dict[str, float] = field(default_factory=dict)
-    streams: walk.Streams = field(
-        default_factory=deque
-    )  # left over for a walk beside it, where memory allows
+    streams: walk.Streams = field(default_factory=walk.Streams)  # left over for a walk beside it
     curved: Moments = field(default_factory=Moments)  # of gradients
 
     def __post_init__(self) -> None:
@@ -246,15 +243,10 @@ class Calibration:
         walk.oneshot(self.parts, batches, wanted, dtype, self.progress, leave=left, streams=kept)
 
     def _streams_fit(self, batches: list[walk.Batch]) -> bool:
-        """Whether all that leaves the dense model's stages fits into a third of the memory that is free."""
-        device = self.parts.device
-        free = (
-            torch.cuda.mem_get_info(device)[0]
-            if device.type == "cuda"
-            else virtual_memory().available
-        )
+        """Whether all that leaves the dense model's stages fits into a quarter of the disk that is free for it."""
         kept = sum(2 if edge.post else 1 for edge in self.layout.edges)
-        return 3 * kept * sum(batch.x.nbytes for batch in batches) <= free
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        return 4 * kept * sum(batch.x.nbytes for batch in batches) <= free
 
     def _gradients(self, keys: list[Key]) -> Moments:
         assert self.tokens is not None and self.plan.recipe.calibrate is not None

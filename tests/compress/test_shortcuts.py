@@ -32,7 +32,7 @@ from invariance.core.shortcuts import Chain, follow
 from invariance.core.space import haar
 from invariance.io.checkpoint import layout_of_config
 from invariance.io.data import Tokens, load_tokens
-from invariance.io.memo import Memo
+from invariance.io.source import live
 from invariance.measure.losses import perplexity
 from invariance.model.families import architecture
 from invariance.model.labels import label
@@ -246,7 +246,7 @@ def test_counts_are_those_of_the_file_and_a_folder_loads_again(
     whole = plan(recipe(STAGES | {"segments": segments}, MLP), dense().config)
     assert whole.flops(result.report["widths"]) - flops == 2 * count * (WIDTH**2 - 2 * 5 * WIDTH)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config.pop("ranks")
+    assert config["invariance"].pop("ranks")
     (tmp_path / "config.json").write_text(
         json.dumps(config)
     )  # the shortcuts' shapes then fit no more
@@ -314,12 +314,12 @@ def test_a_model_with_shortcuts_of_low_rank_can_change_basis_again() -> None:
 def test_a_held_out_loss_is_that_of_the_model_that_comes_out() -> None:
     asked = recipe(of_rank(4), MLP)
     chart = plan(asked, dense().config)
-    run = pipeline._Run(dense(), chart, tokens(), None, quiet, Memo())
-    moments = run.calibration.measure(chart.of_dense())
-    run._fit(chart.units, moments)
+    run = pipeline._Run(live(dense()), chart, tokens(), pipeline.Means())
+    run.calibration.measure(chart.of_dense())
+    run._fit(chart.units)
     widths = chart.allocate(None)
     assert widths is not None
-    measured = run._held_out(tokens(), moments)(widths)
+    measured = run._held_out(tokens())(widths)
     losses = [
         math.log(perplexity(copy_in(torch.float32, sliced(asked).model), tokens(), 8, quiet, ""))
         for asked in (recipe(of_rank(4), MLP), recipe(STAGES, MLP))
