@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.change import Change, bridge
+from ..core.memory import trim
 from ..core.progress import Progress, quiet
 from ..core.space import Space
 from ..model.families import architecture
@@ -151,6 +152,7 @@ def oneshot(
                 moments.compare((edge.entry, Statistic.COSINE), *both)
             entered = []
         del stage
+        trim()
         leave(edge, moments.cpu())
     moments = Moments()
     _measure_stream(moments, parts, layout.points[-1], batches, wanted)
