@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from ..calibrate import fisher, walk
 from ..calibrate.moment import Known
@@ -22,6 +23,7 @@ from ..core.errors import InputError
 from ..core.progress import Progress, quiet
 from ..io.data import Tokens
 from ..io.memo import Memo
+from ..io.source import live
 from ..model.layout import Edge, Layout
 from ..model.source import Source
 from ..model.working import Working
@@ -61,7 +63,7 @@ class Share:
 
 
 def calibrate(
-    source: Source,
+    model: PreTrainedModel | Source,
     plans: Sequence[Plan],
     tokens: Tokens,
     *,
@@ -74,7 +76,11 @@ def calibrate(
 
     The plans must have one ``calibration``, so that what they ask is kept under one hash.
     """
-    Calibration(source, plans[0], tokens, store, memo or Memo(), progress, share).measure_for(plans)
+    source, device = model, torch.device("cpu")
+    if isinstance(model, PreTrainedModel):
+        source, device = live(model), model.device
+    memo = memo or Memo()
+    Calibration(source, plans[0], tokens, store, memo, progress, share, device).measure_for(plans)  # type: ignore[arg-type]
 
 
 @dataclass(eq=False)
