@@ -180,8 +180,8 @@ def test_every_key_of_recovery_is_explained():
 def test_every_key_of_a_report_is_explained():
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/reports.md").read_text(), re.MULTILINE)
     explained = {word.split(".")[0] for row in rows for word in re.findall(r"`(\w[\w.{},]*)`", row)}
-    source = (ROOT / "invariance/run/run.py").read_text()
-    body = source[source.index("def _report(") : source.index("def _measure(")]
+    source = (ROOT / "invariance/run/document.py").read_text()
+    body = source[source.index("def document(") : source.index("def measured(")]
     made = set(re.findall(r'^ {8}"(\w+)":', body, re.MULTILINE))
     assert "exactness" in made and made <= explained
 

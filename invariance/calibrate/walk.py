@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.change import Change, bridge
+from ..core.memory import trim
 from ..core.progress import Progress, quiet
 from ..core.space import Space
 from ..model.families import architecture
@@ -23,12 +23,11 @@ from .batch import Batch, Left
 from .moments import Moments, real_tokens, weights
 from .refit import Follower, refit_readers
 from .statistic import Statistic
+from .streams import Streams
 
 Wanted = Mapping[str, frozenset[Statistic]]
 """Which statistics to measure of which spaces, by name."""
 Leave = Callable[[Edge | None, Moments], None]
-Streams = deque[list[Left]]
-"""``Left`` of each stage of the dense model, batch by batch."""
 
 
 def together(*asked: Wanted) -> Wanted:
@@ -153,6 +152,7 @@ def oneshot(
                 moments.compare((edge.entry, Statistic.COSINE), *both)
             entered = []
         del stage
+        trim()
         leave(edge, moments.cpu())
     moments = Moments()
     _measure_stream(moments, parts, layout.points[-1], batches, wanted)

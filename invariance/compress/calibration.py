@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from psutil import virtual_memory
+from transformers import PreTrainedModel
 
 from ..calibrate import fisher, walk
 from ..calibrate.moment import Known
@@ -23,6 +23,7 @@ from ..core.errors import InputError
 from ..core.progress import Progress, quiet
 from ..io.data import Tokens
 from ..io.memo import Memo
+from ..io.source import live
 from ..model.layout import Edge, Layout
 from ..model.source import Source
 from ..model.working import Working
@@ -62,7 +63,7 @@ class Share:
 
 
 def calibrate(
-    source: Source,
+    model: PreTrainedModel | Source,
     plans: Sequence[Plan],
     tokens: Tokens,
     *,
@@ -75,7 +76,11 @@ def calibrate(
 
     The plans must have one ``calibration``, so that what they ask is kept under one hash.
     """
-    Calibration(source, plans[0], tokens, store, memo or Memo(), progress, share).measure_for(plans)
+    source, device = model, torch.device("cpu")
+    if isinstance(model, PreTrainedModel):
+        source, device = live(model), model.device
+    memo = memo or Memo()
+    Calibration(source, plans[0], tokens, store, memo, progress, share, device).measure_for(plans)  # type: ignore[arg-type]
 
 
 @dataclass(eq=False)
@@ -91,9 +96,7 @@ class Calibration:
     share: Share | None = None
     device: str | torch.device = "cpu"
     seconds: dict[str, float] = field(default_factory=dict)
-    streams: walk.Streams = field(
-        default_factory=deque
-    )  # left over for a walk beside it, where memory allows
+    streams: walk.Streams = field(default_factory=walk.Streams)  # left over for a walk beside it
     curved: Moments = field(default_factory=Moments)  # of gradients
 
     def __post_init__(self) -> None:
@@ -246,15 +249,10 @@ class Calibration:
         walk.oneshot(self.parts, batches, wanted, dtype, self.progress, leave=left, streams=kept)
 
     def _streams_fit(self, batches: list[walk.Batch]) -> bool:
-        """Whether all that leaves the dense model's stages fits into a third of the memory that is free."""
-        device = self.parts.device
-        free = (
-            torch.cuda.mem_get_info(device)[0]
-            if device.type == "cuda"
-            else virtual_memory().available
-        )
+        """Whether all that leaves the dense model's stages fits into a quarter of the disk that is free for it."""
         kept = sum(2 if edge.post else 1 for edge in self.layout.edges)
-        return 3 * kept * sum(batch.x.nbytes for batch in batches) <= free
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        return 4 * kept * sum(batch.x.nbytes for batch in batches) <= free
 
     def _gradients(self, keys: list[Key]) -> Moments:
         assert self.tokens is not None and self.plan.recipe.calibrate is not None

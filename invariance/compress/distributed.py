@@ -15,7 +15,6 @@ from ..core.errors import InputError
 from ..io.data import Tokens
 from ..io.hub import cache_dir, quiet
 from ..io.models import load_model
-from ..io.source import live
 from ..method.interfaces import begin
 from ..recipe.recipe import Recipe
 from . import calibration
@@ -72,9 +71,7 @@ def _measure(
         return merged(fabric, moments)
 
     share = calibration.Share(fabric.global_rank, fabric.world_size, add)
-    calibration.calibrate(
-        live(model), plans, Tokens(ids, mask), store=cache_dir("moments"), share=share
-    )
+    calibration.calibrate(model, plans, Tokens(ids, mask), store=cache_dir("moments"), share=share)
     fabric.barrier()
 
 

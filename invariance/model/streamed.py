@@ -16,7 +16,7 @@ from .architecture import Architecture
 from .families import architecture
 from .source import Source, on_meta, placed
 
-CHUNK_BYTES = 2**26  # of a table, in the dtype to compute in
+CHUNK_BYTES = 2**25  # of a table, in the dtype to compute in
 Logits = Callable[[Tensor], Tensor]
 
 

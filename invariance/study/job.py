@@ -24,7 +24,6 @@ from ..io.data import Tokens
 from ..io.hub import cache_dir
 from ..io.memo import Memo
 from ..io.models import load_config, load_model, load_tokenizer
-from ..io.source import live
 from ..measure.evaluate import Perplexity, perplexity
 from ..measure.trust import trusting
 from ..method.interfaces import begin
@@ -118,7 +117,7 @@ class Bench:
 
                 calibrate(reading, tokens, self.setting)
             calibration.calibrate(
-                live(self.model),
+                self.model,
                 reading,
                 tokens,
                 store=cache_dir("moments"),

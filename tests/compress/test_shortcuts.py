@@ -32,7 +32,6 @@ from invariance.core.shortcuts import Chain, follow
 from invariance.core.space import haar
 from invariance.io.checkpoint import layout_of_config
 from invariance.io.data import Tokens, load_tokens
-from invariance.io.memo import Memo
 from invariance.io.source import live
 from invariance.measure.losses import perplexity
 from invariance.model.families import architecture
@@ -315,9 +314,7 @@ def test_a_model_with_shortcuts_of_low_rank_can_change_basis_again() -> None:
 def test_a_held_out_loss_is_that_of_the_model_that_comes_out() -> None:
     asked = recipe(of_rank(4), MLP)
     chart = plan(asked, dense().config)
-    run = pipeline._Run(
-        live(dense()), chart, tokens(), pipeline.Means(None, Memo(), quiet, None, "cpu")
-    )
+    run = pipeline._Run(live(dense()), chart, tokens(), pipeline.Means())
     run.calibration.measure(chart.of_dense())
     run._fit(chart.units)
     widths = chart.allocate(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from invariance.compress.pipeline import slice_model
 from invariance.compress.plan import plan
 from invariance.compress.writer import Writer
 from invariance.core.errors import InvarianceError
-from invariance.io.sink import Memory
+from invariance.io.sink import Memory, open_folder
 from invariance.run.run import compress
 
 PAIRS = {
@@ -99,3 +100,36 @@ def test_parts_that_the_familys_own_code_computes_otherwise_are_refused(
     monkeypatch.setattr(writer, "placed", faulty)
     with pytest.raises(InvarianceError, match="logits differ"):
         slice_model(model, chart, tokens(), receiver=Writer(Memory(), chart, torch.float32))
+
+
+@pytest.mark.parametrize("order", ["oneshot", "dense_target"])
+def test_a_run_that_is_killed_goes_on_to_the_same_bytes(order: str, tmp_path: Path) -> None:
+    model = model_of("llama")
+    chart = plan(recipe(MLP, HEADS, order=order), model.config)
+
+    def carry_out(target: Path, stop: str | None = None) -> tuple[str, ...]:
+        sink = open_folder(target, "key")
+        hand = Writer(sink, chart, torch.float32)
+        stage = hand.stage
+
+        def stopping(parts: Any, edge: Any) -> None:
+            if edge.stage == stop:
+                raise KeyboardInterrupt
+            stage(parts, edge)
+
+        hand.stage = stopping  # type: ignore[method-assign]
+        try:
+            slice_model(model, chart, tokens(), store=tmp_path / "store", receiver=hand)
+        except KeyboardInterrupt:
+            sink.lock.release()
+            return sink.finished
+        assert hand.config is not None
+        sink.finish(hand.config)
+        return sink.finished
+
+    assert carry_out(tmp_path / "whole") == ()
+    assert carry_out(tmp_path / "killed", stop=chart.layout.edges[2].stage) == ()
+    stages = tuple(e.stage for e in chart.layout.edges[:2])
+    assert carry_out(tmp_path / "killed") == stages  # these were not written again
+    whole, again = (tmp_path / n / "model.safetensors" for n in ("whole", "killed"))
+    assert whole.read_bytes() == again.read_bytes()
