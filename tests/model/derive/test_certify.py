@@ -87,7 +87,10 @@ def test_a_group_that_is_too_large_is_refuted_and_named() -> None:
     small = made("llama")
     probe = Probe("unseen", small.tokens(4, 11, 101))
     certificate = certify(small.model, replace(own, blocks=false), [probe])
-    assert set(certificate.refuted) == {"ch.1 O"} and "moves the outputs" in certificate.refuted["ch.1 O"]
+    assert (
+        set(certificate.refuted) == {"ch.1 O"}
+        and "moves the outputs" in certificate.refuted["ch.1 O"]
+    )
     assert certificate.proposed > 1e-3 and certificate.passed
     assert ("residual", Kind.O, 32) in found(certificate)
 
@@ -98,7 +101,9 @@ def test_a_change_that_changes_nothing_proves_nothing() -> None:
     model = copy.deepcopy(small.model)
     for name, p in model.named_parameters():
         if "layers.1.mlp.gate" in name:
-            p.data[2:] = p.data[:1]  # two experts have equal scores: only the first two are ever chosen
+            p.data[2:] = p.data[
+                :1
+            ]  # two experts have equal scores: only the first two are ever chosen
     probe = Probe("one token", small.tokens(1, 1, 5))
     certificate = certify(model, derived("mixtral"), [probe])
     assert any("nothing is proven" in why for why in certificate.refuted.values())
