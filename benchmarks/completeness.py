@@ -21,13 +21,32 @@ from invariance.model.derive.precision import Double
 from invariance.model.derive.trace import forward
 from invariance.model.tiny.build import Tiny, built, from_values
 
-TYPES = """llama qwen3 qwen2 mistral gpt2 gpt_neox gemma2 olmo2 phi3 opt bloom mamba starcoder2 granite""".split()
+TYPES = [
+    "llama",
+    "qwen3",
+    "qwen2",
+    "mistral",
+    "gpt2",
+    "gpt_neox",
+    "gemma2",
+    "olmo2",
+    "phi3",
+    "opt",
+    "bloom",
+    "mamba",
+    "starcoder2",
+    "granite",
+]
 SMALLER = {
     "vocab_size": 13,
     "hidden_size": 8,
     "intermediate_size": 6,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "max_position_embeddings": 8,
+    "sliding_window": 8,
 }
 DROPPED = 1e-11  # singular values below this, relative to the largest, are zero
 
