@@ -77,6 +77,14 @@ def attempts(kind: str, complaints: list[str]) -> Iterator[Values]:
             values = answer
 
 
+def from_values(kind: str, values: Values) -> PretrainedConfig:
+    """The shrunk default config of a type, with other values for keys that it has."""
+    config = AutoConfig.for_model(kind)
+    known = {getattr(config, "attribute_map", {}).get(k, k): v for k, v in values.items()}
+    kept = {k: v for k, v in known.items() if k in config.to_dict()}
+    return AutoConfig.for_model(kind, **{**shrunk(config), **kept})
+
+
 def built(config: PretrainedConfig, seed: int) -> Tiny:
     """The causal model of a config, with random weights, once it has run."""
     torch.manual_seed(seed)
