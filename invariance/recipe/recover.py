@@ -37,7 +37,7 @@ RATES = {"lora": 3e-4, "full": 3e-5, "norms": 1e-3}
 
 
 Rank = Annotated[int, Field(ge=1, le=2**16)]
-Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, le=1e30, allow_inf_nan=False)]
 
 
 class Lora(Part):

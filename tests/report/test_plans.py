@@ -30,6 +30,7 @@ DOCUMENT: dict[str, Any] = {
     "kv_entries_per_token": {"dense": 8, "sliced": 8},
     "predicted_seconds": {"dense": None, "sliced": None},
     "nested": {},
+    "needs": {"memory_bytes": 1_500_000_000, "disk_bytes": 300_000_000},
     "stock": True,
     "why_not_stock": None,
 }
@@ -42,6 +43,7 @@ def test_a_plan_of_thirty_equal_spaces_has_one_row_for_them() -> None:
     assert "mixed_energy" in re.sub(r"\s", "", said) and "…" not in said
     assert re.search(r"total\s+200\s+100\s+0\.50×", said) and "0.25×" in said
     assert "stock checkpoint" in said and "latency" not in said
+    assert re.search(r"memory of the run, GB\s+1\.5", said)
 
 
 def test_a_plan_whose_widths_are_not_known_yet_says_so() -> None:

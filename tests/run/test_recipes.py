@@ -106,8 +106,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Outcome
         patch.setenv("INVARIANCE_CACHE", str(root / "cache"))
         real = runs.write
 
-        def write(output: Path, result: Outcome, *rest: Any) -> None:
-            results[output.name] = result
+        def write(output: Any, result: Outcome, *rest: Any) -> None:
+            results[output.folder.name] = result
             real(output, result, *rest)
 
         patch.setattr(runs, "write", write)
