@@ -83,7 +83,9 @@ def run(chart: Plan, source: Source, data: Data, output: Claim, setting: Setting
             os.replace(sink.target, folder / "model")
             Basis.of(layout, sliced.encodes).write(folder, blocks)
             fill(folder, report, spectra, recipe)
-    except Exception:  # a run that is killed is taken up again, one that fails is not
+    except (
+        BaseException
+    ):  # a run that is killed is taken up again, one that fails or is stopped is not
         sink.lock.release()
         shutil.rmtree(sink.place, ignore_errors=True)
         raise
