@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from . import manifest
 from .errors import InputError
 from .files import write_text
 from .outputs import check_place
+
+SCRATCH = ".new."  # begins the names of folders in which products are made
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Growing:
         self.check()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f"{SCRATCH}*"):  # of a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
             if manifest.read(self.folder) is None:
                 self._note({})
         except OSError as e:
@@ -56,7 +61,7 @@ class Growing:
     @contextmanager
     def filling(self) -> Iterator[Path]:
         """A folder to write products into; they are moved into place, one by one, when the block ends well."""
-        with tempfile.TemporaryDirectory(prefix=".new.", dir=self.folder) as scratch:
+        with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=self.folder) as scratch:
             yield Path(scratch)
             files = [p for p in Path(scratch).rglob("*") if p.is_file()]
             new = {p.relative_to(scratch).as_posix(): (manifest.sha256(p),) for p in files}

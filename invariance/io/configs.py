@@ -6,12 +6,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import CONFIG_MAPPING
 
 from ..core.errors import InputError
+from .form import Form
 
 MAX_BYTES, MAX_DEPTH = 2**24, 64
 Width = Annotated[int, Field(ge=1, le=2**20)]
@@ -70,27 +71,6 @@ class Shape(BaseModel):
         return self
 
 
-Kept = Annotated[int, Field(ge=0, le=2**20)]
-
-
-class Cut(BaseModel):
-    """What the config of a sliced checkpoint adds, under `invariance`."""
-
-    model_config = ConfigDict(strict=True, extra="ignore")
-
-    family: str
-    dense: dict[str, Any]
-    folded: bool = False
-    tie: Literal["keep", "untie"] = "untie"
-    widths: dict[str, Kept] = {}
-    ranks: dict[str, Kept] = {}
-    pairs: dict[str, Kept] = {}
-    shortcuts: list[str] = []
-    biases: list[str] = []
-    split: list[str] = []
-    nested: dict[str, dict[str, Kept]] = {}
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """A config.json whose every number can be. Raises InputError with the file and the key."""
     try:
@@ -124,8 +104,8 @@ def check_config(where: str, config: Mapping[str, Any], *, whole: bool = False) 
             raise InputError(f"{where}: {key}: {value} is not a finite number. {AGAIN}")
     form = config.get("invariance") if config.get("model_type") == "invariance" else None
     if isinstance(form, Mapping):
-        _validate(Cut, form, f"{where}: invariance")
-        check_config(f"{where}: invariance.dense", form["dense"])
+        _validate(Form, form, where, under="invariance.")
+        check_config(f"{where}: invariance.dense", form.get("dense", {}))
     text = config.get("text_config")
     part = {**config, **text} if isinstance(text, Mapping) else dict(config)
     kind = part.get("model_type") if not isinstance(form, Mapping) else form["family"]
@@ -147,6 +127,7 @@ def _validate(
     values: Mapping[str, Any],
     where: str,
     aliases: Mapping[str, str] | None = None,
+    under: str = "",
 ) -> None:
     try:
         model.model_validate(dict(values))
@@ -156,7 +137,7 @@ def _validate(
         if raised is not None:
             raise InputError(f"{where}: {raised}. {AGAIN}") from None
         head, *inside = error["loc"]
-        node: Any = values[str(head)]
+        node: Any = values.get(str(head))
         key = str((aliases or {}).get(str(head), head))
         part: Any
         for part in inside:  # of a union, pydantic also names the kind that it tried
@@ -166,7 +147,7 @@ def _validate(
                 node, key = node[part], f"{key}.{part}"
         said = error["msg"].replace("Input should", "it should")
         raise InputError(
-            f"{where}: {key}: got {str(error['input'])[:60]}, but {said}. {AGAIN}"
+            f"{where}: {under}{key}: got {str(error['input'])[:60]}, but {said}. {AGAIN}"
         ) from None
 
 

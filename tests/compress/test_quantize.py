@@ -337,7 +337,7 @@ def test_a_run_reports_bytes_perplexities_errors_and_outliers_of_plain_and_round
         invoke("evaluate", root / "out" / "model", "--data", root / "tokens.npy", "--json")[1]
     )
     (value,) = again["perplexity"].values()
-    assert value["model"] == measured["quantized"]
+    assert value["model"] == pytest.approx(measured["quantized"], rel=1e-6)  # float32, another walk
 
 
 def test_a_run_without_quantisation_says_nothing_of_it(root: Path) -> None:

@@ -422,7 +422,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "rank": (lambda c: c["invariance"].update(ranks={"x": 2}), "no point 'x'"),
     "bias": (lambda c: c["invariance"].update(biases=["lm_head.bias"]), "no bias of a block"),
     "matrix": (lambda c: c["invariance"].update(split=["edge.7.down"]), "edge.7.down"),
-    "tie": (lambda c: c["invariance"].update(tie="maybe"), r"invariance\.tie"),
+    "tie": (lambda c: c["invariance"].update(tie="maybe"), r"invariance(\.|: )tie"),
 }
 
 

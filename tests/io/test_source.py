@@ -372,9 +372,9 @@ def test_models_in_memory_whose_weights_are_not_their_own_are_refused(single: Pa
     for wrapped, says in (
         (peft.get_peft_model(model_of("llama"), peft.LoraConfig()), "merge_and_unload"),
         (torch.compile(model), "_orig_mod"),
-        (torch.nn.DataParallel(model), "`module`"),
-        (torch.nn.Linear(2, 2), "not a model of transformers"),
-        (live(model).skeleton, "offloaded or on the meta device"),
+        (torch.nn.DataParallel(model), "`model.module`"),
+        (torch.nn.Linear(2, 2), "no model of transformers"),
+        (live(model).skeleton, "offloaded, or on the meta device"),
     ):
         with pytest.raises(InputError, match=says):
             live(wrapped)

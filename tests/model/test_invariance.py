@@ -390,11 +390,16 @@ def draw_drops(data: st.DataObject, model: PreTrainedModel, layout: Layout) -> d
     return {n: Change.empty(layout.spaces[n], 0) for n in gone}
 
 
+def nothing(y: Any) -> Any:
+    """Zeros in the place of what a branch gives; attentions give their weights beside it."""
+    return (torch.zeros_like(y[0]), *y[1:]) if isinstance(y, tuple) else torch.zeros_like(y)
+
+
 def silence(model: PreTrainedModel, layout: Layout, gone: Mapping[str, Any]) -> None:
     """Make branches of a dense model write nothing."""
     for branch, space in layout.branches.items():
         if space in gone:
-            model.get_submodule(branch).register_forward_hook(lambda _m, _a, y: torch.zeros_like(y))
+            model.get_submodule(branch).register_forward_hook(lambda _m, _a, y: nothing(y))
 
 
 @given(model=tiny_models(), data=st.data())

@@ -140,9 +140,9 @@ def test_norm_bias_not_folded_into_reader_biases(family, monkeypatch):
         norm.bias = None
         fold(norm, readers)
 
-    fold = canonical._fold
+    fold = canonical.fold_norm
     assert error(tiny(family)) <= 1
-    monkeypatch.setattr(canonical, "_fold", forget)
+    monkeypatch.setattr(canonical, "fold_norm", forget)
     assert error(tiny(family)) > FAR
 
 
@@ -158,9 +158,9 @@ def test_norm_bias_folded_where_linear_layers_had_none(monkeypatch):
 
 @pytest.mark.parametrize("family", RMS + LAYER)
 def test_norm_gain_not_folded_into_one_reader(family, monkeypatch):
-    fold = canonical._fold
+    fold = canonical.fold_norm
     assert error(tiny(family)) <= 1
-    monkeypatch.setattr(canonical, "_fold", lambda norm, readers: fold(norm, readers[:-1]))
+    monkeypatch.setattr(canonical, "fold_norm", lambda norm, readers: fold(norm, readers[:-1]))
     assert error(tiny(family)) > FAR
 
 
@@ -286,7 +286,7 @@ def test_final_gain_folded_into_the_tied_table(family, monkeypatch):
     def fold_into_both(model: PreTrainedModel, layout: Layout, tie: str) -> None:
         arch = layout.architecture
         head = model.get_submodule(arch.head)
-        canonical._fold(model.get_submodule(arch.final_norm), [head])
+        canonical.fold_norm(model.get_submodule(arch.final_norm), [head])
         model.get_submodule(arch.embed[0]).weight = head.weight
 
     model = tiny(family, tie_word_embeddings=True)

@@ -92,7 +92,8 @@ def test_a_study_gives_what_its_recipes_give_alone(root: Path, done: Any) -> Non
     status, out, err = invoke("run", recipe, "--output", root / "alone", "--json")
     assert status == 0, err
     report = json.loads(out)
-    assert report["perplexity"]["held out"]["sliced"] == row["perplexity"]
+    alone = report["perplexity"]["held out"]["sliced"]
+    assert alone == pytest.approx(row["perplexity"], rel=1e-6)  # float32, another walk
     assert report["exactness"]["relative_error"] == row["exactness"]
     assert report["parameters"]["sliced"]["total"] == row["parameters"]
 

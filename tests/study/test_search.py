@@ -13,7 +13,7 @@ import pytest
 from folders import invoke, save_tokens
 from studies import BASE, ablate, no_model_in_memory, root, write
 
-from invariance.compress.predict import Gradients
+from invariance.compress.predict import Lost
 from invariance.core.errors import InputError
 from invariance.core.progress import quiet
 from invariance.study import job as study_job
@@ -125,7 +125,7 @@ def test_columns_that_no_trial_will_have_are_refused(
 def test_a_first_trial_without_what_is_minimized_stops_the_search(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Gradients, "loss", lambda *_: math.nan)  # as where a cut overflows
+    monkeypatch.setattr(Lost, "nats", math.nan)  # as where a cut overflows
     text = f"{BASE}search: {{{OVER}, trials: 3, minimize: [predicted_loss]}}\n"
     for _ in range(2):
         status, _, err = invoke("ablate", write(root, text), "--output", root / "lacking")
