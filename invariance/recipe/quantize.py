@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ..core.parts import Part, Several
 from ..method.rounding import Rounding
@@ -26,3 +26,9 @@ class Quantize(Part):
     round: Annotated[Rounding, *named(ROUND)] = Field(
         default="nearest", validate_default=True
     )  # how weights of the blocks are rounded, as in gptq
+
+    @model_serializer(mode="wrap")
+    def _written(self, plainly: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Tables that stay as they are must be said: left out, they would be rounded."""
+        found: dict[str, Any] = plainly(self)
+        return {**found, "tables": None} if self.tables is None else found

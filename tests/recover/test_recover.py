@@ -409,7 +409,7 @@ def test_a_run_whose_training_had_ended_is_not_trained_further(
     early: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before its result was written: also where it was stopped early, with steps left."""
-    much = {"weights": "full", "learning_rate": 1.0, "patience": 1} if early else {}
+    much = {"weights": "full", "learning_rate": 10.0, "patience": 1} if early else {}
     asked = options(epochs=2, checks=5, **much)
     first, (model, _) = train(restructured()[0], asked, name="ended").report, restructured()
     assert first["stopped_early"] == early
