@@ -7,6 +7,8 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 # On x86-64 Linux the default build of torch brings several GB of CUDA packages along; the CPU build does not.
 TORCH := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),torch==2.13.0+cpu,torch==2.13.0)
+# How many processes test, each on one thread.
+JOBS ?= 2
 PYTHONS := python3.11 python3.12 python3.13 python3 python
 
 help:  ## this list
@@ -16,7 +18,7 @@ demo: $(VENV)/.demo  ## compress a small real model and print the table; report 
 	$(VENV)/bin/invariance run recipes/demo.yaml --output runs/demo --overwrite
 
 test: $(VENV)/.all  ## the tests
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
 lint: $(VENV)/.all  ## ruff, mypy, import-linter
 	$(PY) -m ruff check .
