@@ -1,6 +1,6 @@
 # Everything from a fresh checkout: `make demo`, `make test`, `make lint`. Needs python >= 3.11 and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint venv clean
+.PHONY: help demo test lint families venv clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,7 +12,7 @@ JOBS ?= 2
 PYTHONS := python3.11 python3.12 python3.13 python3 python
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo  ## compress a small real model and print the table; report in runs/demo
 	$(VENV)/bin/invariance run recipes/demo.yaml --output runs/demo --overwrite
@@ -25,6 +25,9 @@ lint: $(VENV)/.all  ## ruff, mypy, import-linter
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy invariance methods
 	$(VENV)/bin/lint-imports
+
+families: $(VENV)/.all  ## docs/families.md anew: what is derived of every causal type (half an hour)
+	$(VENV)/bin/invariance families --output docs/families.md
 
 venv: $(VENV)/.all  ## .venv with everything, at the versions of constraints.txt
 

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from ..core.errors import InputError
 from . import ablate as cli_ablate
+from . import families as cli_families
 from . import measure as cli_measure
 from .leave import leaving
 from .terminal import (
@@ -265,6 +266,7 @@ command(cli_measure.evaluate)
 command(cli_measure.bench)
 command(cli_ablate.ablate)
 command(cli_ablate.compare)
+command(cli_families.families)
 
 
 @command

@@ -305,3 +305,12 @@ def test_a_failed_verification_says_so_and_exits_with_1(
     monkeypatch.setattr(certificate, "certify_random", lambda *a, **k: FAILED)
     status, out, err = invoke("verify", "model", "--json")
     assert status == 1 and not json.loads(out)["passed"] and "logits differ by" in err
+
+
+def test_families_says_what_is_derived_and_refuses_what_no_type_is_called() -> None:
+    status, out, err = invoke("families", "llama", "--jobs", "1", "--json")
+    (row,) = json.loads(out)
+    assert status == 0 and row["certified"] and row["error"] < 1e-10 < row["control"], err
+    assert "residual O(32)" in row["spaces"]
+    status, _, err = invoke("families", "llamma")
+    assert status == 2 and "llamma" in err and "Traceback" not in err
