@@ -11,6 +11,7 @@ from torch import nn
 
 from invariance.model.derive import Certificate, Derived, Kind, Probe, certify, derive
 from invariance.model.derive.probes import probes
+from invariance.model.derive.trace import Example
 from invariance.model.tiny import Tiny, tiny
 
 Found = Counter[tuple[str, Kind, int]]
@@ -53,3 +54,15 @@ def check(model: nn.Module, example: Any) -> tuple[Derived, Certificate]:
     """Derived on the inputs of ``example(seed)``, certified on others."""
     own = derive(model, [example(0), example(1)])
     return own, certify(model, own, [Probe("unseen", example(2)), Probe("loud", example(3), 4.0)])
+
+
+def tokens(sequences: int = 2, length: int = 12, seed: int = 1) -> Example:
+    """Random token ids, as a model takes them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 60, (sequences, length), generator=generator)
+    return {"input_ids": ids, "use_cache": False}
+
+
+def examples() -> list[Example]:
+    """One that is traced, and more for experts that it does not reach."""
+    return [tokens(), *(tokens(6, 16, seed) for seed in (2, 3, 4))]

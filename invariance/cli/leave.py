@@ -56,6 +56,8 @@ def told(e: BaseException) -> str:
     if isinstance(e, OSError):
         name = f"{e.filename}: " if e.filename else ""
         return f"{name}{e.strerror or said}. Nothing half is kept."
+    if isinstance(e, UnicodeError):
+        return f"text holds characters that cannot be written ({said[:200]}). Take them out of names and recipes."
     if isinstance(e, RecursionError):
         return "something is nested too deeply. Is it the right file?"
     return (

@@ -29,6 +29,9 @@ def pages() -> list[dict[str, Any]]:
     ]
 
 
+SHIPPED = "invariance.methods"  # plugins have pages of their own
+
+
 def markdown() -> str:
     """The methods page of the documentation."""
     lines = [
@@ -39,7 +42,8 @@ def markdown() -> str:
     ]
     for kind, heading in HEADINGS.items():
         lines += [f"## {heading}: `{kind}`", ""]
-        for page in (p for p in pages() if p["kind"] == kind):
+        shipped = {n for n, c in registry(kind).items() if c.__module__.startswith(SHIPPED)}
+        for page in (p for p in pages() if p["kind"] == kind and p["name"] in shipped):
             lines += [f"### `{page['name']}`", "", page["doc"], ""]
             if page["options"]:
                 lines += ["| option | type | default |", "|---|---|---|"]
