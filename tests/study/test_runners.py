@@ -19,8 +19,9 @@ from invariance.study.runners import DIED, Several
 
 WAITING = """
 import os, sys, time
-from invariance import runners
-from invariance.study_job import Request, Setting
+from invariance.compress.setting import Setting
+from invariance.study import runners
+from invariance.study.job import Request
 
 def work(request, setting):
     print(os.getpid(), flush=True)
