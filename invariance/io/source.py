@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..core.errors import InputError
 from ..core.files import write_json
+from ..model.entry import check_model
 from . import shards
 from .folder import float_folder
 from .hub import cache_dir
@@ -24,7 +25,6 @@ from .models import is_rounded, load_config, memory
 from .shards import Stored
 from .skeleton import aliases, set_buffer, skeleton, tensors, without_numbers
 from .weights import check_format, check_keys
-from .whole import check_whole
 
 Names = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -220,7 +220,7 @@ def _matched(
 
 def live(model: nn.Module) -> Source:
     """The weights of a model in memory. Raises InputError for one whose weights are not its own, or not there."""
-    whole = check_whole(model)
+    whole = check_model(model)
     return Live(whole, whole.config, without_numbers(whole))
 
 

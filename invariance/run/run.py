@@ -41,8 +41,8 @@ from ..io.rounded import check_installed
 from ..io.source import live, open_source
 from ..io.sources import needs_tokenizer
 from ..io.ties import note_ties
-from ..io.whole import check_whole
 from ..measure.evaluate import peak_memory, prepare_each
+from ..model.entry import check_model
 from ..model.families import check_positions
 from ..model.verify import copy_in
 from ..recipe.recipe import Recipe, load_recipe
@@ -83,7 +83,7 @@ def compress(
 
     Raises InputError for a recipe, model or data that cannot be, CertificateError for a rotation that is not exact.
     """
-    note_ties(check_whole(model))
+    note_ties(check_model(model))
     return outcome(
         model,
         as_recipe(recipe),
