@@ -206,18 +206,23 @@ def verify(
     """Certify that random group elements on every space at once leave a model's logits unchanged.
 
     In float64, against the untouched model, within a tolerance that follows from dtype and depth; half of each
-    change, applied to the writers alone, must move the logits. Exit status 1 if not.
+    change, applied to the writers alone, must move the logits. Exit status 1 if not. Of a type that is not declared, the
+    layout is derived first, and each of its spaces has a control of its own.
     """
     import torch
 
     from ..calibrate.certificate import certify_random
     from ..core.errors import CertificateError
+    from ..io.layouts import declared
     from ..io.models import load_config
     from ..io.source import open_source
-    from ..model.families import architecture, check_positions
+    from ..model.families import check_positions
+    from .derived import verify as verify_derived
 
     config = load_config(model, trust_remote_code=trust_remote_code)
-    architecture(config)
+    if not declared(config):
+        verify_derived(model, config, seed, tokens, trust_remote_code, as_json)
+        return
     check_positions(config, tokens, "--tokens")
     source = open_source(model, trust_remote_code=trust_remote_code)
     g = torch.Generator().manual_seed(seed)
@@ -237,14 +242,32 @@ def verify(
 
 
 @command
-def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Json = False) -> None:
-    """List a model's spaces, groups and widths, its parameters, FLOPs and KV bytes. Reads no weights."""
+def inspect(
+    model: ModelArgument,
+    layout: Annotated[
+        bool,
+        typer.Option(
+            "--layout", help="Print the layout that is derived of its config, of any type."
+        ),
+    ] = False,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """List a model's spaces, groups and widths, its parameters, FLOPs and KV bytes. Reads no weights.
+
+    With `--layout`, or for a type that is not declared, they are derived from one pass of a few layers at full width.
+    """
     from ..io.checkpoint import layout_of_config
+    from ..io.layouts import declared
     from ..io.models import load_config
     from ..report.plans import inspection
+    from .derived import inspect as inspect_derived
 
     config = load_config(model, trust_remote_code=trust_remote_code)
-    layout, folded = layout_of_config(config), layout_of_config(config, fold=True)
+    if layout or not declared(config):
+        inspect_derived(model, config, layout, as_json)
+        return
+    whole, folded = layout_of_config(config), layout_of_config(config, fold=True)
     size = {"float64": 8, "float32": 4}.get(str(config.dtype).removeprefix("torch."), 2)
     document: dict[str, Any] = {
         "model": model,
@@ -253,11 +276,11 @@ def inspect(model: ModelArgument, trust_remote_code: Trust = False, as_json: Jso
             n: {"kind": s.kind, "dim": s.dim, "copies": s.copies, "group": s.group.value}
             for n, s in folded.spaces.items()
         },
-        "shortcuts": sorted(layout.shortcuts),
-        "tied": layout.tied,
-        "parameters": layout.parameters({}).to_dict(),
-        "flops_per_token": layout.flops({}),
-        "kv_bytes_per_token": size * layout.kv_entries({}),
+        "shortcuts": sorted(whole.shortcuts),
+        "tied": whole.tied,
+        "parameters": whole.parameters({}).to_dict(),
+        "flops_per_token": whole.flops({}),
+        "kv_bytes_per_token": size * whole.kv_entries({}),
     }
     say(document, as_json, *inspection(document, size))
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from .document import Row
 from .grid import Grid
-from .units import Show, folded, method, span, whole
+from .units import Show, folded, method, ranges, span, whole
 
 
 def plan(document: Mapping[str, Any]) -> list[Any]:
@@ -66,3 +66,16 @@ def inspection(document: Mapping[str, Any], number_bytes: int) -> list[Any]:
     columns = ["space", "kind", "width", "copies", "group"]
     found = Grid(title, columns, folded(spaces), len(columns))
     return [found.table(), Grid("What it costs.", ["cost", ""], costs).table()]
+
+
+def derived_spaces(document: Mapping[str, Any]) -> Any:
+    """The spaces of `invariance inspect` where they are derived, to read."""
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for name, s in document["spaces"].items():
+        stem, _, layer = name.partition("@")
+        row = (stem, str(s["dim"]), str(s["copies"]), s["group"])
+        alike.setdefault(row, []).extend([int(layer)] if layer.isdigit() else [])
+    rows = [[stem, ranges(of) if of else "", *cells] for (stem, *cells), of in alike.items()]
+    title = f"{document['model']} ({document['family']}), derived; --layout shows every axis"
+    columns = ["space", "layers", "width", "copies", "group"]
+    return Grid(title, columns, rows, len(columns)).table()

@@ -575,18 +575,12 @@ def test_names_of_cases_are_all_different() -> None:
     ("model", "says"),
     [
         ("nowhere/at/all", "no such file or folder"),
-        ("gpt2", "not a known family"),
         ("nonsense", "not valid JSON"),
     ],
 )
 def test_a_model_that_cannot_be_is_refused_by_every_command(
     root: Path, command: str, model: str, says: str
 ) -> None:
-    if (command, model) == (
-        "evaluate",
-        "gpt2",
-    ):  # perplexity asks for no spaces, so it takes any family
-        return
     assert says in refused(*invoke(command, f"./{model}"))
 
 

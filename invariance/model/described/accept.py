@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -50,14 +51,15 @@ class Trial:
     def error(
         self, flat: Flat, chosen: Mapping[str, Element], without: Side | None = None
     ) -> float:
-        """The largest distance of the logits over all examples."""
+        """The largest distance of the logits over all examples; of a control, on the first."""
         gains = {n: self.kept[n] for n in flat.gains}
         turner = Turner(flat, chosen, gains, without)
         try:
             with torch.no_grad():
                 for name, p in self.named.items():
                     p.copy_(turner(name, p))
-            pairs = zip(self.references, self.examples, strict=True)
+            shown = None if without is None else 1
+            pairs = islice(zip(self.references, self.examples, strict=True), shown)
             return max(distance(r, outputs(self.model, e)) for r, e in pairs)
         finally:
             with torch.no_grad():

@@ -1,0 +1,35 @@
+"""Layouts of model types that are not declared: derived from the config alone, and kept between runs."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from ..core.errors import InputError
+from ..model.described.cache import kept
+from ..model.described.description import Description
+from ..model.described.real import layout_text
+from ..model.described.weightless import on_meta
+from ..model.families import FAMILIES, family_of
+from .hub import cache_dir, line, progress, quiet
+
+
+def declared(config: PretrainedConfig) -> bool:
+    """Whether a config's family is one of those that recipes know by declaration."""
+    return family_of(config) in FAMILIES
+
+
+def derived_layout(config: PretrainedConfig) -> Description:
+    """The layout that is derived of a config. Raises InputError with what speaks against it."""
+    try:
+        with quiet(), progress(f"Deriving the layout of '{config.model_type}'"):
+            return kept(cache_dir("layouts"), config, on_meta(config), lambda: layout_text(config))
+    except InputError as e:
+        raise InputError(f"model type '{config.model_type}': {e}") from None
+    except MemoryError:
+        raise
+    except Exception as e:  # a family's own code fails in its own way
+        raise InputError(
+            f"model type '{config.model_type}': no layout can be derived of it, since its causal model of this config does not "
+            f"run on a few tokens ({type(e).__name__}: {line(e, 200)}). Repair the config, or declare the family "
+            "(docs/add-a-family.md)."
+        ) from e
