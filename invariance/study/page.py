@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent / "templates"
 HEAT_ROWS = 48  # the most that one heat map shows
+OVER_TEXTS = {"ratio": "perplexity ratio", "worst": "worst perplexity ratio"}
+TEXTS = {
+    "all": "all texts",
+    "calibrated": "texts of calibration",
+    "unseen": "texts that calibrated nothing",
+}
 SHARES = "The part of its basis's energy that each direction holds, the mean over spaces of a kind."
 
 
@@ -49,7 +55,7 @@ class Results:
     @cached_property
     def best(self) -> set[str]:
         """The runs on the front."""
-        return tables.front(self.done, (tables.cost_axes(self.done)[0], "perplexity"))
+        return tables.front(self.done, (self.costs[0], self.study.options.y[0]))
 
     def name(self, r: Row, without: Sequence[str] = ()) -> str:
         """What a run has of the factors, seeds and what varies along a curve left out."""
@@ -81,9 +87,22 @@ class Results:
             return []
         return [self.x] if self.x in self.study.factors else self.numbers
 
+    @cached_property
+    def costs(self) -> list[str]:
+        """The costs that tell the runs apart."""
+        return tables.cost_axes(self.done)
+
     def title(self, name: str) -> str:
         """What a factor or a column is called."""
+        what, _, group = name.partition(".")
+        if what in OVER_TEXTS and group in tables.GROUPS:
+            return f"{OVER_TEXTS[what]}, {TEXTS[group]}"
         return self.study.titles.get(name, name.replace("_", " "))
+
+    def file(self, figure: str, drawn: str, axis: str = "") -> str:
+        """The name of a figure of one column; that of the first is the shortest."""
+        column = "" if drawn == self.study.options.y[0] else drawn.replace(".", "-")
+        return "-".join(part for part in (figure, column, axis) if part)
 
 
 def page(found: Results, drawn: Sequence[Drawing]) -> str:
@@ -142,56 +161,61 @@ def figures(found: Results) -> list[Drawing]:
     """Everything that the page draws, to write as files too."""
     if not found.done:
         return []
-    fronts = [_front(found, axis) for axis in tables.cost_axes(found.done)]
-    drawn = [*fronts, _curves(found), *_layers(found), *_spectra(found)]
+    drawn = [
+        *(_front(found, axis, y) for y in found.study.options.y for axis in found.costs),
+        *(_curves(found, y) for y in found.study.options.y),
+        *_layers(found),
+        *_spectra(found),
+    ]
     return [each for each in drawn if each is not None]
 
 
-def _front(found: Results, axis: str) -> Drawing | None:
-    """Perplexity over one cost, with those runs ringed that no other beats in both."""
-    best = tables.front(found.done, (axis, "perplexity"))
+def _front(found: Results, axis: str, drawn: str) -> Drawing | None:
+    """A column over one cost, with those runs ringed that no other beats in both."""
+    best = tables.front(found.done, (axis, drawn))
+    what, over = found.title(drawn), axis.replace("_", " ")
     series: dict[str, list[Point]] = {}
     for r in found.done:
-        x, y = r.get(axis), r.get("perplexity")
+        x, y = r.get(axis), r.get(drawn)
         if x is not None and y is not None:
-            said = f"{found.name(r)}: {tables.cell(axis, x)} {axis}, perplexity {y:.2f}"
-            error = r.get("perplexity_error") or 0.0
+            said = f"{found.name(r)}: {tables.cell(axis, x)} {axis}, {what} {tables.cell(drawn, y)}"
+            error = r.get(f"{drawn}_error") or 0.0
             point = Point(x, y, error, said, f"#recipe-{r['run']}", r["run"] in best)
             series.setdefault(found.series(r), []).append(point)
     if not series:
         return None
-    first = axis == tables.cost_axes(found.done)[0]
-    name, over = "front" if first else f"front-{axis}", axis.replace("_", " ")
+    name = found.file("front", drawn, "" if axis == found.costs[0] else axis)
     caption = (
         "a point leads to its recipe; ringed: on the front; bars: one standard error over windows"
     )
-    labels = (over, "perplexity")
-    return plots.curves(name, f"Perplexity over {over}", caption, series, labels, lines=False)
+    return plots.curves(
+        name, f"{what.capitalize()} over {over}", caption, series, (over, what), lines=False
+    )
 
 
-def _curves(found: Results) -> Drawing | None:
-    """Mean perplexity along what varies, a line a series."""
+def _curves(found: Results, drawn: str) -> Drawing | None:
+    """The mean of a column along what varies, a line a series."""
     if found.x is None:
         return None
     groups: dict[str, dict[float, list[Row]]] = {}
     for r in found.done:
-        if r.get("perplexity") is not None and tables.is_number(r.get(found.x)):
+        if r.get(drawn) is not None and tables.is_number(r.get(found.x)):
             groups.setdefault(found.series(r), {}).setdefault(r[found.x], []).append(r)
     series = {
         name: [
-            Point(x, fmean(r["perplexity"] for r in runs), tables.spread(runs) or 0.0)
+            Point(x, fmean(r[drawn] for r in runs), tables.spread(runs, drawn) or 0.0)
             for x, runs in sorted(places.items())
         ]
         for name, places in groups.items()
     }
     if not series:
         return None
-    over = found.title(found.x)
+    over, what = found.title(found.x), found.title(drawn)
     caption = (
         "bars: one standard error, over runs at one place such as seeds, or over windows of one run"
     )
-    labels = (over, "perplexity")
-    return plots.curves("curves", f"Perplexity over {over}", caption, series, labels)
+    name = found.file("curves", drawn)
+    return plots.curves(name, f"{what.capitalize()} over {over}", caption, series, (over, what))
 
 
 def _layers(found: Results) -> list[Drawing]:

@@ -20,6 +20,7 @@ from ..core.group import Group
 from ..core.progress import Progress, quiet
 from ..io.data import DEFAULT_SEQUENCES, DEFAULT_TOKENS
 from ..io.models import load_config
+from ..recipe.evaluate import Perplexity
 from .factors import Alternative
 from .job import Request, key
 from .kept import is_done
@@ -165,12 +166,7 @@ def outlook(jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]], times: i
     """
     left = [job for job in jobs if job.key not in done]
     walks = {job.calibration: job for job in left if job.plan.reads_tokens}
-    dense = {
-        (job.recipe.model, repr(e)): (job, e)
-        for job in left
-        for e in job.recipe.evaluate
-        if e.perplexity
-    }
+    dense = {(job.recipe.model, repr(e)): (job, e) for job in left for e in _perplexities(job)}
     bases = {
         (job.calibration, u.members, repr(u.rotate)): u
         for job in left
@@ -179,7 +175,7 @@ def outlook(jobs: Sequence[Job], done: Mapping[str, Mapping[str, Any]], times: i
     }
     rate = _flops_per_second() if left else 1.0
     shared = sum(1.3 * _forward(job, job.recipe.calibrate) for job in walks.values())
-    shared += sum(_forward(job, e.perplexity) for job, e in dense.values())
+    shared += sum(_forward(job, e) for job, e in dense.values())
     shared += sum(
         30.0 * u.fitted.copies * u.space.dim**3
         for u in bases.values()
@@ -217,10 +213,15 @@ def _forward(job: Job, part: Any) -> float:
     )
 
 
+def _perplexities(job: Job) -> list[Perplexity]:
+    """All texts whose perplexity a run measures."""
+    return [each for e in job.recipe.evaluate if e.perplexity for each in e.perplexity.each()]
+
+
 def _own(job: Job) -> float:
     """FLOPs, or their worth in time, of what a run computes for itself alone."""
     walk = PASSES[job.recipe.order] * _forward(job, job.recipe.calibrate)
-    measured = sum(_forward(job, e.perplexity) for e in job.recipe.evaluate)
+    measured = sum(_forward(job, e) for e in _perplexities(job))
     copies = (
         2000.0 * job.plan.dense.parameters({}).total
     )  # float64 copies, the certificate, the cut itself

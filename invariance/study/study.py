@@ -21,6 +21,7 @@ from .factors import Alternative, Factor, Label, read_factor, read_searched
 from .table import NUMBERS, WORDS, is_number, measured
 
 MAX_RUNS = 1000
+DRAWN = ("perplexity",)
 
 
 class Search(Part):
@@ -53,6 +54,7 @@ class StudyFile(Part):
         None  # in place of all being run, as in {over: {seed: [0, 1]}, trials: 2}
     )
     x: str | None = None  # the key or column along the curves' x axis
+    y: Words = DRAWN  # columns of the results that are drawn, a figure each
     speed: bool = False  # whether tokens per second are measured too, true or false
 
 
@@ -227,6 +229,7 @@ def check_measured(study: Study, recipes: Sequence[Recipe]) -> None:
     """Raises InputError for columns to draw along or to minimize that the results of none of these recipes will have."""
     search, x = study.options.search, study.options.x
     asked = [("x", x)] if x is not None and x not in study.factors else []
+    asked += [("y", name) for name in study.options.y if study.options.y != DRAWN]
     asked += [("search.minimize", name) for name in (search.minimize if search else ())]
     known = measured(recipes)
     for key, name in asked:
@@ -243,6 +246,7 @@ def _check_columns(study: Study, root: Located) -> None:
     numbers = [f.name for f in study.varying if all(is_number(a.label) for a in f.alternatives)]
     search = study.options.search
     asked = [] if study.options.x is None else [(study.options.x, "x", numbers)]
+    asked += [(name, "y", []) for name in study.options.y]
     asked += [(name, "search.minimize", []) for name in (search.minimize if search else ())]
     for name, key, also in asked:
         where = f"{_line(root, key.split('.')[0])}: {key}"

@@ -23,6 +23,7 @@ DONE, FAILED, PRUNED, WAITING = "done", "failed", "pruned", "not run"
 COSTS = ("parameters", "flops", "kv_bytes")
 PARTS = ("embedding", "blocks", "shortcuts", "head")
 QUANTIZED = ("dense_quantized", "quantized")
+GROUPS = ("all", "calibrated", "unseen")  # of the texts that a run measures
 SHOWN = (
     "parameters",
     "flops",
@@ -44,6 +45,7 @@ NUMBERS = (
     "perplexity",
     "perplexity_error",
     "ratio",
+    "worst",
     "bytes",
     "calibration_tokens",
     "predicted_loss",
@@ -102,18 +104,34 @@ def _worth(report: Report) -> Row:
             found["perplexity_error"] = best * error if known else None
         columns = dict.fromkeys(("dense", "sliced", "recovered")) | each.known
         found |= {f"perplexity.{name}.{side}": value for side, value in columns.items()}
+    return found | _over_texts(report)
+
+
+def _over_texts(report: Report) -> Row:
+    """The geometric mean and the worst of all texts' ratios: of all, of those that calibrated, of the others."""
+    groups = {"all": report.texts.all} | {
+        name: getattr(report.texts, name) or {} for name in ("calibrated", "unseen")
+    }
+    found: Row = {}
+    for name, lost in groups.items():
+        of = lost.get("recovered") or lost.get("sliced")
+        if of is not None:
+            found |= {f"ratio.{name}": of.geometric_mean, f"worst.{name}": of.worst}
     return found
 
 
 def measured(recipes: Iterable[Recipe]) -> set[str]:
     """The columns of numbers that runs of these recipes may have, but for the seconds of steps."""
     asked = {"perplexity", "perplexity_error", "ratio"}
-    found = {*NUMBERS} - asked - {"bytes"}
+    found = {*NUMBERS} - asked - {"bytes", "worst"}
     for recipe in recipes:
         below = QUANTIZED if recipe.quantize else ()
         sides = ("dense", "sliced", *(("recovered",) if recipe.recover else ()), *below)
-        names = [e.perplexity.label for e in recipe.evaluate if e.perplexity]
+        names = [
+            each.label for e in recipe.evaluate if e.perplexity for each in e.perplexity.each()
+        ]
         found |= asked if names else set()
+        found |= {f"{what}.{group}" for what in ("ratio", "worst") for group in GROUPS if names}
         found |= {f"perplexity.{name}.{side}" for name in names for side in sides}
         found |= {f"bytes.{side}" for side in sides if below}
     return found
@@ -250,7 +268,7 @@ def _with_error(name: str, runs: Sequence[Row]) -> str:
     values = [r[name] for r in runs if r.get(name) is not None]
     if not values:
         return units.NONE
-    error = spread(runs) if name == "perplexity" else standard_error(values)
+    error = spread(runs, name)
     digits = 2 if name == "perplexity" else 3
     mean = values[0] if len(set(values)) == 1 else fmean(values)
     return cell(name, mean) + (units.within(error, digits) if error and name not in COSTS else "")
@@ -261,8 +279,8 @@ def standard_error(values: Sequence[float]) -> float | None:
     return stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
-def spread(runs: Sequence[Row]) -> float | None:
-    """The standard error of the mean perplexity: over runs where there are several, else over the windows of one."""
-    found = {r["run"]: r for r in runs if r.get("perplexity") is not None}.values()
-    over_runs = standard_error([r["perplexity"] for r in found])
-    return over_runs if len(found) > 1 else next((r.get("perplexity_error") for r in found), None)
+def spread(runs: Sequence[Row], column: str) -> float | None:
+    """The standard error of a column's mean: over runs where there are several, else over the windows of one."""
+    found = {r["run"]: r for r in runs if r.get(column) is not None}.values()
+    over_runs = standard_error([r[column] for r in found])
+    return over_runs if len(found) > 1 else next((r.get(f"{column}_error") for r in found), None)

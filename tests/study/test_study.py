@@ -125,6 +125,7 @@ def test_an_option_set_in_a_study_takes_the_place_of_its_rival(tmp_path: Path) -
             7,
             "no numbers of the results are called",
         ),
+        ("grid: {seed: [1, 2]}\ny: [ratio.all, perplexty]", 7, "did you mean 'perplexity'?"),
         ("search: {over: {seed: [1, 2]}, minimize: [perplexty]}", 6, "did you mean 'perplexity'?"),
         (
             "search: {over: {seed: [1, 2]}, minimize: [status]}",

@@ -69,6 +69,10 @@ def of_run(width: int, perplexity: float, parameters: int) -> dict[str, Any]:
             "text": {"dense": 10.0, "sliced": perplexity, "recovered": None, "tokens": 9}
         },
         "predicted": {"loss": None, "measured": 0.1},
+        "texts": {
+            "all": {"sliced": {"geometric_mean": perplexity / 10, "worst": perplexity / 5}},
+            "unseen": {"sliced": {"geometric_mean": perplexity / 7, "worst": perplexity / 6}},
+        },
         "tokens_per_second": {"dense": None, "sliced": None},
         "exactness": {"relative_error": 1e-15},
         "widths": dict.fromkeys(dims, width),
@@ -180,6 +184,18 @@ def test_along_a_column_of_the_results_a_curve_joins_all_widths(
     whole = next(d for d in figures(along) if d.name == "curves")
     assert "Perplexity over parameters" in words_of(whole)
     assert dots(whole) == dots(drawn["curves"]) == 2 * 3  # a series each of two methods
+
+
+def test_each_column_asked_for_has_figures_of_its_own(found: Results) -> None:
+    asked = found.study.options.model_copy(update={"y": ("ratio.unseen", "worst.all")})
+    several = replace(found, study=replace(found.study, options=asked))
+    made = {each.name: each for each in figures(several)}
+    assert {"front", "front-worst-all", "curves", "curves-worst-all"} <= made.keys()
+    said = words_of(made["curves"])
+    assert "Perplexity ratio, texts that calibrated nothing over width" in said
+    first = found.done[0]
+    assert first["ratio.unseen"] == first["perplexity"] / 7
+    assert first["worst.all"] == first["perplexity"] / 5 and "ratio.calibrated" not in first
 
 
 def test_seeds_make_one_point_with_a_standard_error(
