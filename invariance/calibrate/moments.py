@@ -20,6 +20,7 @@ from ..core.errors import InvarianceError
 from ..core.files import write_tensors
 from ..core.operator import Operator
 from ..core.space import Space
+from ..model.layout import Layout
 from ..model.modules import Factored
 from ..model.working import Stages
 from .moment import Gram, Known, Moment, Weights
@@ -31,11 +32,17 @@ Key = tuple[str, Statistic]
 
 @dataclass
 class Moments:
-    """What is known of every space: the sufficient statistics from which rotators and slicers work."""
+    """What is known of every space: the sufficient statistics from which rotators and slicers work.
+
+    ``layout`` says which model's spaces they are; with it, spaces may be asked for by name.
+    """
 
     known: dict[Key, Known] = field(default_factory=dict)
+    layout: Layout | None = None
 
-    def second(self, space: Space, of: str | Statistic = Statistic.RAW) -> Float64[Tensor, "c d d"]:
+    def second(
+        self, space: Space | str, of: str | Statistic = Statistic.RAW
+    ) -> Float64[Tensor, "c d d"]:
         """E[x xᵀ] of a space: ``raw``, ``normed`` or ``seen``; Σ WᵀW of its ``readers``; or its ``fisher``.
 
         A tensor that belongs to who asks: of many channels it is large, so better compute in it than beside it.
@@ -43,7 +50,9 @@ class Moments:
         """
         return self._of(space, of).mean
 
-    def diagonal(self, space: Space, of: str | Statistic = Statistic.RAW) -> Float64[Tensor, "c d"]:
+    def diagonal(
+        self, space: Space | str, of: str | Statistic = Statistic.RAW
+    ) -> Float64[Tensor, "c d"]:
         """The diagonal of ``second``, which is not computed for it."""
         return self._of(space, of).blocks(1).flatten(1)
 
@@ -53,17 +62,27 @@ class Moments:
         """The blocks of ``second`` that belong to one direction each, where its grain is g."""
         return self._of(space, of).blocks(space.grain)
 
-    def times(self, space: Space, of: str | Statistic, X: Operator) -> Float64[Tensor, "c d k"]:
+    def times(
+        self, space: Space | str, of: str | Statistic, X: Operator
+    ) -> Float64[Tensor, "c d k"]:
         """``second`` of the signal times X, without a copy of it."""
         found = self._of(space, of)
         return found.times(X) if isinstance(found, Moment) else found.mean @ X
 
-    def _of(self, space: Space, of: str | Statistic) -> Known:
-        return self.known[space.name, Statistic(of).on(space)]
+    def _of(self, space: Space | str, of: str | Statistic) -> Known:
+        found = self._space(space)
+        return self.known[found.name, Statistic(of).on(found)]
 
-    def mean(self, space: Space) -> Float64[Tensor, "c d"]:
+    def _space(self, space: Space | str) -> Space:
+        if isinstance(space, Space):
+            return space
+        if self.layout is None:
+            raise KeyError(f"moments without a layout know no space by the name '{space}'")
+        return self.layout.spaces[space]
+
+    def mean(self, space: Space | str) -> Float64[Tensor, "c d"]:
         """E[x] of a space; over the heads too that share a copy. Raises KeyError as ``second`` does."""
-        return self.known[space.name, Statistic.MEAN].mean
+        return self.known[self._space(space).name, Statistic.MEAN].mean
 
     def add(
         self,
@@ -104,7 +123,7 @@ class Moments:
         merged = dict(self.known)
         for key, moment in other.known.items():
             merged[key] = merged[key] + moment if key in merged else moment
-        return Moments(merged)
+        return Moments(merged, self.layout or other.layout)
 
     def beside(self, members: Iterable[str], into: str) -> Moments:
         """The moments of several spaces as those of one space ``into`` that has all their copies."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,6 +19,8 @@ from ..core.pick import Pick
 from ..core.shortcuts import Chain
 from ..core.spill import Spill
 from ..method import checked
+from ..method.interfaces import Joint, Rotator
+from ..method.joint import Scene
 from .calibration import Calibration
 from .demand import Unit, Widths
 from .plan import Plan
@@ -34,6 +37,7 @@ class Bases(Mapping[str, Operator]):
         self.picks: dict[str, Pick] = {}
         self.kept = Spill()
         self.spectra: dict[str, Tensor] = {}
+        self.given: dict[str, Change] = {}  # by joint methods that give no basis to cut
         self.unit_of = {m: u for u in plan.units for m in u.members}
 
     # --- As a mapping, the matrices A.
@@ -53,6 +57,11 @@ class Bases(Mapping[str, Operator]):
     def shared(self) -> dict[str, str]:
         """Every space whose unit has a basis → the unit's first member."""
         return {m: u.space.name for m, u in self.unit_of.items() if u.space.name in self.spectra}
+
+    @property
+    def fitted(self) -> Fitted:
+        """The basis of every space that has one."""
+        return Fitted(self.picks, self.kept, self.spectra, self.shared)
 
     def keep_only(self, units: Iterable[Unit]) -> None:
         """Forget the bases of all others."""
@@ -91,17 +100,44 @@ class Bases(Mapping[str, Operator]):
             self.kept[name] = basis.A.matrix()
 
     def _fitted(self, unit: Unit, moments: Moments) -> Basis:
-        basis = checked.fitted(unit.rotate, unit.fitted, self.calibration.of(unit, moments))
-        if unit.joint:
-            each = torch.arange(basis.A.copies).split(unit.space.copies)
-            first, *others = (basis.A.take(copies) for copies in each)
-            if not all(first.same(other) for other in others):
-                raise InvarianceError(
-                    f"rotator '{unit.rotate.name}' says that it gives all layers one basis, and gave space "
-                    f"'{unit.space.name}' another one than the rest. This is a fault of the method, not of the recipe."
-                )
-            return Basis(first, basis.energy.unflatten(0, (-1, unit.space.copies)).sum(0))
-        return basis
+        return fit(unit, self.calibration.of(unit, moments))
+
+    def fit_joint(self, units: Sequence[Unit], widths: Widths | None) -> None:
+        """Fit the units of one joint method together, or remember what an earlier run has fitted."""
+        (joint,) = {unit.rotate for unit in units}
+        assert isinstance(joint, Joint) and self.calibration.tokens is not None
+        spec, tokens = json.dumps(joint.spec()), self.calibration.tokens.digest()
+        kept = None if widths is None else tuple(widths[u.space.name] for u in units)
+        members = tuple(u.members for u in units)
+        key = ("joint", *self.source(), tokens, members, kept, spec)
+        made = partial(self._scene, units, widths)
+        found = self.memo.once(
+            key, lambda: checked.jointly(joint, made()), lambda given: _nbytes(given.values())
+        )
+        for name, one in found.items():
+            if isinstance(one, Change):
+                self.given[name] = one
+                space = self.unit_of[name].space
+                same = Pick.first(space.copies, space.dim)
+                one = Basis(same, torch.ones(space.copies, space.dim, dtype=torch.float64))
+            self._keep(name, one)
+
+    def _scene(self, units: Sequence[Unit], widths: Widths | None) -> Scene:
+        calibration = self.calibration
+        assert calibration.tokens is not None
+        moments = Moments(layout=calibration.layout)
+        for unit in units:
+            known = calibration.known(unit, unit.needs)
+            moments = moments.merge(calibration.of(unit, known))
+        return Scene(
+            calibration.parts.whole(torch.float32).requires_grad_(False),
+            calibration.layout,
+            {u.space.name: u.fitted for u in units},
+            {u.space.name: u.members for u in units},
+            widths,
+            calibration.tokens,
+            moments,
+        )
 
     # --- Cutting.
 
@@ -117,6 +153,8 @@ class Bases(Mapping[str, Operator]):
         k = widths[unit.space.name]
         if not k:
             return Change.empty(unit.space, 0)
+        if unit.space.name in self.given:
+            return self.given[unit.space.name]
         basis = self.basis(unit)
         if unit.slice is None or k == unit.space.dim:
             return Change.rotation(basis.A)  # what was certified
@@ -135,6 +173,48 @@ class Bases(Mapping[str, Operator]):
             found.setdefault(unit.space.kind, []).append(lost.item())
         means = {kind: sum(each) / len(each) for kind, each in found.items()}
         return {kind: mean for kind, mean in means.items() if mean}
+
+
+def _nbytes(given: Iterable[Basis | Change]) -> int:
+    each = ((one.A,) if isinstance(one, Basis) else (one.encode, one.decode) for one in given)
+    return sum(operator.nbytes for operators in each for operator in operators)
+
+
+@dataclass(frozen=True)
+class Fitted(Mapping[str, Basis]):
+    """Bases by the names of their spaces, each read from where it is kept when it is asked for."""
+
+    picks: Mapping[str, Pick]
+    kept: Spill
+    spectra: Mapping[str, Tensor]
+    shared: Mapping[str, str]  # space → the first that has its basis
+
+    def __getitem__(self, name: str) -> Basis:
+        first = self.shared[name]
+        A = self.picks[first] if first in self.picks else Dense(self.kept[first])
+        return Basis(A, self.spectra[first])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shared)
+
+    def __len__(self) -> int:
+        return len(self.shared)
+
+
+def fit(unit: Unit, moments: Moments) -> Basis:
+    """What its rotator gives a unit, checked; ``moments`` are of all members together. Raises InvarianceError."""
+    assert isinstance(unit.rotate, Rotator)  # a joint method fits several units
+    basis = checked.fitted(unit.rotate, unit.fitted, moments)
+    if not unit.joint:
+        return basis
+    each = torch.arange(basis.A.copies).split(unit.space.copies)
+    first, *others = (basis.A.take(copies) for copies in each)
+    if not all(first.same(other) for other in others):
+        raise InvarianceError(
+            f"rotator '{unit.rotate.name}' says that it gives all layers one basis, and gave space "
+            f"'{unit.space.name}' another one than the rest. This is a fault of the method, not of the recipe."
+        )
+    return Basis(first, basis.energy.unflatten(0, (-1, unit.space.copies)).sum(0))
 
 
 class Cuts:

@@ -165,7 +165,7 @@ class Calibration:
         if Statistic.TAYLOR in unit.needs:
             keys = [(member, Statistic.TAYLOR) for member in unit.members]
             moments = moments.merge(Moments({key: self.curved.known[key] for key in keys}))
-        return (moments.beside if unit.joint else moments.pooled)(unit.members, unit.space.name)
+        return unit.together(moments)
 
     def batches(self) -> tuple[list[walk.Batch], torch.dtype]:
         """The tokens in front of the first block, and what branches compute in."""

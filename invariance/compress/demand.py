@@ -10,10 +10,11 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from ..calibrate.moments import Moments
 from ..calibrate.statistic import Statistic
 from ..core.errors import InputError
 from ..core.space import Space
-from ..method.interfaces import Rotator, Selector, Slicer
+from ..method.interfaces import Joint, Rotator, Selector, Slicer
 from ..recipe.recipe import Constraints
 
 
@@ -25,7 +26,7 @@ class Unit:
     blocks: tuple[int, ...]  # of each member the block; of the stream's last point the last one
     space: Space  # the first member, for all
     step: int
-    rotate: Rotator
+    rotate: Rotator | Joint
     select: Selector | None
     slice: Slicer | None
     rank: int | None = (
@@ -45,6 +46,10 @@ class Unit:
             if self.joint
             else self.space
         )
+
+    def together(self, moments: Moments) -> Moments:
+        """Those of all members, under the name of the first."""
+        return (moments.beside if self.joint else moments.pooled)(self.members, self.space.name)
 
     @property
     def needs(self) -> frozenset[Statistic]:

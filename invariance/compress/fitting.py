@@ -10,9 +10,9 @@ from ..recipe.recipe import Recipe
 from .demand import Unit
 
 
-def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
+def check_rotator(unit: Unit, layout: Layout, where: str) -> None:
+    """Raises InputError for a rotator that cannot give the unit's space a basis."""
     space, rotator = unit.space, unit.rotate
-    where = recipe.where("steps", unit.step, "rotate")
     if not space.admits(rotator.produces):
         raise InputError(
             f"{where}: rotator '{rotator.name}' makes bases of the group '{rotator.produces.value}'; space "
@@ -33,6 +33,26 @@ def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
             f"{where}: '{rotator.name}' asks for the output's Fisher, and what reads space '{space.name}' writes no "
             "stream where it could be measured. Use methods that ask for no Fisher, or limit the step to other spaces."
         )
+    if Statistic.NORMED in unit.needs and space.kind != "residual":
+        raise InputError(
+            f"{where}: '{rotator.name}' asks for the normed signal, and no norm stands on space '{space.name}'. "
+            "Use `of: raw`."
+        )
+    if rotator.produces is Group.ROTARY and not space.rotary:
+        raise InputError(
+            f"{where}: rotator '{rotator.name}' orders the pairs of dims that rotary positions turn, and space "
+            f"'{space.name}' has none. Use one of the group '{space.group.value}'; `invariance methods` lists them."
+        )
+    if Statistic.QUERIES in unit.needs and space.kind != "qk":
+        raise InputError(
+            f"{where}: '{rotator.name}' asks for queries, and space '{space.name}' has none. Limit the step to qk."
+        )
+
+
+def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
+    space, rotator = unit.space, unit.rotate
+    where = recipe.where("steps", unit.step, "rotate")
+    check_rotator(unit, layout, where)
     if unit.slice is not None and space.normed:
         raise InputError(
             f"{recipe.where('steps', unit.step, 'slice')}: space '{space.name}' cannot be cut, because {space.why}. "
@@ -44,25 +64,11 @@ def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
             f"{' and '.join(sorted(unit.slice.kinds))} spaces, and '{space.name}' is none. Use `slice: truncate` for "
             "this step, or limit it to those spaces."
         )
-    if Statistic.NORMED in unit.needs and space.kind != "residual":
-        raise InputError(
-            f"{where}: '{rotator.name}' asks for the normed signal, and no norm stands on space '{space.name}'. "
-            "Use `of: raw`."
-        )
-    if rotator.produces is Group.ROTARY and not space.rotary:
-        raise InputError(
-            f"{where}: rotator '{rotator.name}' orders the pairs of dims that rotary positions turn, and space "
-            f"'{space.name}' has none. Use one of the group '{space.group.value}'; `invariance methods` lists them."
-        )
     if unit.slice is not None and unit.slice.mixes and space.rotary:
         raise InputError(
             f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' reads what it cuts from other "
             f"directions; on space '{space.name}' rotary positions turn each pair of dims by an angle of its own, so "
             "none stands in for another. Use `slice: truncate` for this step."
-        )
-    if Statistic.QUERIES in unit.needs and space.kind != "qk":
-        raise InputError(
-            f"{where}: '{rotator.name}' asks for queries, and space '{space.name}' has none. Limit the step to qk."
         )
     if space.kind == "edge" and recipe.order == "dense_target":
         raise InputError(

@@ -76,6 +76,7 @@ def _whole(chart: Plan) -> str | None:
         "`quantize`": recipe.quantize is not None,
         "`nested`": recipe.nested is not None,
         "a selector that measures losses": chart.measures,
+        "a method that sees the model": bool(chart.joined),
     }
     return next((name for name, needed in asked.items() if needed), None)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,12 +21,13 @@ from ..calibrate import walk
 from ..calibrate.certificate import Rotations, certify, spaces_of
 from ..calibrate.moments import Moments, check_finite
 from ..calibrate.statistic import Statistic
-from ..core.change import Change
+from ..core.change import Basis, Change
 from ..core.errors import CertificateError
 from ..core.progress import Progress, quiet
 from ..io.data import Tokens
 from ..io.memo import Memo, digest
 from ..io.source import live
+from ..method.interfaces import Rotator
 from ..model.canonical import join
 from ..model.layout import Edge, Layout
 from ..model.source import Source
@@ -41,6 +42,14 @@ from .plan import MEASURED, Plan
 from .predict import UNTOLD, Foretold, foretell, narrowed, told_by
 
 PROBE_TOKENS = 64
+
+
+def probe(vocabulary: int, seed: int, tokens: Tokens | None) -> Int64[Tensor, "B T"]:
+    """The token ids that a certificate compares logits on: the first that there are, else random ones."""
+    if tokens is not None:
+        return tokens.ids[:1, :PROBE_TOKENS]
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (2, PROBE_TOKENS // 2), generator=g)
 
 
 class Receiver(Protocol):
@@ -76,6 +85,7 @@ class Sliced:
         default_factory=dict
     )  # the nested members' by their shares
     members: dict[float, Foretold] = field(default_factory=dict)  # of those
+    bases: Mapping[str, Basis] = field(default_factory=dict)  # of every space that a step names
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,7 @@ class _Run:
             self.encodes,
             narrower,
             members,
+            self.bases.fitted,
         )
 
     # --- Oneshot: everything is measured and fitted on the dense model.
@@ -167,7 +178,8 @@ class _Run:
             self._measure_and_cut(known)
             return known, {}, {}
         self.calibration.measure(plan.of_dense())
-        self._fit(plan.units)
+        self._fit([u for u in plan.units if isinstance(u.rotate, Rotator)])
+        self._fit_joint()
         influence = self._influence()
         chosen = self._allocate(influence)
         plan.check_widths(chosen)
@@ -183,7 +195,13 @@ class _Run:
     def _known_ahead(self) -> Widths | None:
         """The widths where every stage can be cut as soon as it is measured; None where something must be seen before."""
         inner = all(len(u.members) == 1 and u.space.kind != "residual" for u in self.plan.units)
-        if not inner or self.plan.compared or self.plan.recipe.nested or self.plan.measures:
+        if (
+            not inner
+            or self.plan.joined
+            or self.plan.compared
+            or self.plan.recipe.nested
+            or self.plan.measures
+        ):
             return None
         if (widths := self.plan.allocate(None)) is not None:
             self.plan.check_widths(widths)
@@ -327,6 +345,15 @@ class _Run:
             for unit in self.progress(units, "fit bases", len(units)):
                 self.bases.fit_dense(unit, self.calibration.known(unit, unit.needs))
 
+    def _fit_joint(self) -> None:
+        """What methods give that see the model, and where a selector needs no energies, the widths that it will have."""
+        with timed(self.seconds, "fit"):
+            for units in self.plan.joined:
+                known = self.plan.allocate(None)
+                names = (u.space.name for u in units)
+                widths = None if known is None else {n: self.layout.width(n, known) for n in names}
+                self.bases.fit_joint(units, widths)
+
     def _influence(self) -> list[float] | None:
         """1 - E[cos(stream into, stream out of)] of every block, where a selector asks for it."""
         keys = [(p, Statistic.COSINE) for p in self.plan.compared]
@@ -418,10 +445,7 @@ class _Run:
     def _certify(self) -> Certificate:
         """The certificate of all bases at once, on probe tokens that need no text."""
         recipe, shared = self.plan.recipe, self.bases.shared
-        g = torch.Generator().manual_seed(recipe.seed)
-        ids = torch.randint(0, self.source.config.vocab_size, (2, PROBE_TOKENS // 2), generator=g)
-        if self.tokens is not None:
-            ids = self.tokens.ids[:1, :PROBE_TOKENS]
+        ids = probe(self.source.config.vocab_size, recipe.seed, self.tokens)
         with timed(self.seconds, "verify"):
             asked = json.dumps([shared, self.plan.fold, recipe.tie, recipe.seed])
             weights = self.memo.weights(self.source)

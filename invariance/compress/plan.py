@@ -19,7 +19,7 @@ from ..core.shortcuts import enough
 from ..io.export import config_obstacle, obstacle
 from ..io.hub import cache_dir
 from ..measure.latency import Latency, table
-from ..method.interfaces import Method, Selector
+from ..method.interfaces import Joint, Method, Selector
 from ..model.canonical import layout_of
 from ..model.families import check_dense
 from ..model.layout import Layout, Parameters
@@ -113,8 +113,17 @@ class Plan:
     def reads_tokens(self) -> bool:
         """Whether a run needs tokens to calibrate on."""
         return (
-            self.follows or self.measures or bool(self.wanted() or self.compared or self.gradients)
+            self.follows
+            or self.measures
+            or bool(self.joined)
+            or bool(self.wanted() or self.compared or self.gradients)
         )
+
+    @property
+    def joined(self) -> list[tuple[Unit, ...]]:
+        """The units of each step whose method sees the model."""
+        steps = dict.fromkeys(u.step for u in self.units if isinstance(u.rotate, Joint))
+        return [tuple(u for u in self.units if u.step == step) for step in steps]
 
     @property
     def measures(self) -> bool:
@@ -355,15 +364,15 @@ def plan(
                     "later one."
                 )
             taken[name] = n
-        for members in _segments(layout, step, names):
+        for members in segments(layout, step, names):
             whole = not step.slice_head and members[-1] == layout.points[-1]
             space = layout.spaces[members[0]]
             select, cut = (None, None) if whole else (step.select, step.slice)
             seed = recipe.seed
             rotate, select, cut = (
-                _seeded(step.rotate, seed),
-                _seeded(select, seed),
-                _seeded(cut, seed),
+                seeded(step.rotate, seed),
+                seeded(select, seed),
+                seeded(cut, seed),
             )
             rank = None if step.shortcuts is None or whole else step.shortcuts.at_most(space.dim)
             blocks = tuple(
@@ -409,6 +418,14 @@ def plan(
         )
     if result.measures and recipe.calibrate is not None and recipe.calibrate.sequences is not None:
         enough_held_out(recipe.calibrate.sequences, recipe.where("calibrate", "sequences"))
+    for joined in result.joined:
+        first, joint = joined[0], joined[0].rotate
+        assert isinstance(joint, Joint)
+        if joint.needs_widths and result.allocate(None) is None:
+            raise InputError(
+                f"{recipe.where('steps', first.step, 'rotate')}: '{joint.name}' fits the widths that are kept, and the selector "
+                "waits for its energies. Use one that does not, such as `select: uniform`."
+            )
     if result.reads_tokens and recipe.calibrate is None:
         raise InputError(
             f"{recipe.where('order')}: order '{recipe.order}' compares streams of tokens, and the recipe has no "
@@ -467,7 +484,7 @@ def _check_widths(chart: Plan) -> None:
         check_choices(chart)
 
 
-def _seeded(method: M, seed: int) -> M:
+def seeded(method: M, seed: int) -> M:
     """The method, with the recipe's seed where it has a field ``seed`` that is None."""
     options = fields(method) if method else ()  # type: ignore[arg-type]
     unset = any(f.name == "seed" and getattr(method, f.name) is None for f in options)
@@ -485,7 +502,7 @@ def _named(recipe: Recipe, n: int, step: Step, layout: Layout) -> list[str]:
     return layout.select(step.spaces)
 
 
-def _segments(layout: Layout, step: Step, names: list[str]) -> list[list[str]]:
+def segments(layout: Layout, step: Step, names: list[str]) -> list[list[str]]:
     """The named spaces, those together that share a basis. The point before the head joins the last block's."""
     last = layout.points[-1]
     final_block = layout.edges[-1].block

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -267,10 +267,17 @@ def wrap(
     return model
 
 
-def layout_of_config(config: PretrainedConfig, *, fold: bool = False) -> Layout:
-    """The layout of a checkpoint, dense or sliced, from its config alone; ``fold`` as in canonicalize.
+def layout_of_config(
+    config: PretrainedConfig,
+    *,
+    fold: bool = False,
+    tie: str | None = None,
+    split: Collection[str] = (),
+) -> Layout:
+    """The layout of a checkpoint, dense or sliced, from its config alone; ``fold``, ``tie``, ``split`` as in canonicalize.
 
     Raises InputError.
     """
-    tie = config.form.tie if isinstance(config, InvarianceConfig) else "untie"
-    return layout_of(config, fold=fold, tie=tie)
+    if tie is None:
+        tie = config.form.tie if isinstance(config, InvarianceConfig) else "untie"
+    return layout_of(config, fold=fold, tie=tie, split=split)

@@ -13,11 +13,12 @@ from ..core.errors import InputError, InvarianceError
 from ..core.group import Group
 from ..core.operator import RTOL, Operator
 from ..core.space import Space
-from .interfaces import Method, Rotator, Selector, Slicer
+from .interfaces import Basing, Joint, Method, Rotator, Selector, Slicer
 
 if TYPE_CHECKING:
     from ..calibrate.moments import Moments
     from .budget import Bill
+    from .joint import Scene
 
 SCALES = {
     Group.IDENTITY: "1",
@@ -30,67 +31,97 @@ SCALES = {
 
 def fitted(rotator: Rotator, space: Space, moments: Moments) -> Basis:
     """What a rotator gives a space, if it can be. Raises InvarianceError."""
-    basis = rotator.fit(space, moments)
+    return based(rotator, space, rotator.fit(space, moments))
+
+
+def jointly(joint: Joint, scene: Scene) -> dict[str, Basis | Change]:
+    """What a joint method gives each space that it was asked for, if it can be. Raises InvarianceError."""
+    given = joint.fit(scene)
+    if not isinstance(given, Mapping):
+        _fault(joint, None, f"gave {type(given).__name__}, and not a mapping of spaces")
+    for name in given:
+        if name not in scene.spaces:
+            _fault(joint, None, f"gave space '{name}' something, for which it was not asked")
+    found: dict[str, Basis | Change] = {}
+    for name, space in scene.spaces.items():
+        if name not in given:
+            _fault(joint, space, "gave it nothing")
+        one = given[name]
+        if not isinstance(one, Change):
+            found[name] = based(joint, space, one)
+        elif scene.widths is None:
+            _fault(joint, space, "gave a Change where no width is known yet; set `needs_widths`")
+        else:
+            found[name] = changed(joint, space, one, scene.widths[name])
+    return found
+
+
+def based(method: Basing, space: Space, basis: Basis) -> Basis:
+    """A basis that a method gave a space, if it can be. Raises InvarianceError."""
     if not isinstance(basis, Basis):
-        _fault(rotator, space, f"gave {type(basis).__name__}, and not a Basis")
+        _fault(method, space, f"gave {type(basis).__name__}, and not a Basis")
     d, c = space.dim, space.copies
     if basis.A.shape != (c, d, d):
-        _fault(rotator, space, f"gave a basis of shape {basis.A.shape}; it must be {(c, d, d)}")
+        _fault(method, space, f"gave a basis of shape {basis.A.shape}; it must be {(c, d, d)}")
     energy = basis.energy
     if not isinstance(energy, Tensor) or tuple(energy.shape) != (c, d):
         there = tuple(energy.shape) if isinstance(energy, Tensor) else type(energy).__name__
         _fault(
-            rotator,
+            method,
             space,
             f"gave energies of shape {there}; there must be {(c, d)}, one a direction",
         )
     if not _finite(*basis.A.tensors):
-        _fault(rotator, space, "gave a basis with NaN or infinite numbers")
+        _fault(method, space, "gave a basis with NaN or infinite numbers")
     if not _finite(energy):
-        _fault(rotator, space, "gave energies that are NaN or infinite")
+        _fault(method, space, "gave energies that are NaN or infinite")
     least = float(energy.min())
     if least < -1e-6 * float(energy.abs().max()):  # below what rounding makes of zero
         _fault(
-            rotator,
+            method,
             space,
             f"gave an energy of {least:.3g}; what a direction loses cannot be below 0",
         )
     if not space.contains(basis.A):
         _fault(
-            rotator,
+            method,
             space,
             f"gave a basis outside the group '{space.group.value}', so it would not be exact",
         )
-    if not basis.A.within(rotator.produces, space.rotary):
+    if not basis.A.within(method.produces, space.rotary):
         _fault(
-            rotator, space, f"says that it gives '{rotator.produces.value}', and gave another basis"
+            method, space, f"says that it gives '{method.produces.value}', and gave another basis"
         )
     return basis
 
 
 def cut(slicer: Slicer, space: Space, basis: Basis, k: int, moments: Moments) -> Change:
     """What a slicer makes of a space, if it can be. Raises InvarianceError."""
-    change = slicer.cut(space, basis, k, moments)
+    return changed(slicer, space, slicer.cut(space, basis, k, moments), k)
+
+
+def changed(method: Method, space: Space, change: Change, k: int) -> Change:
+    """A change of a space to width k that a method gave, if it can be. Raises InvarianceError."""
     if not isinstance(change, Change):
-        _fault(slicer, space, f"gave {type(change).__name__}, and not a Change")
+        _fault(method, space, f"gave {type(change).__name__}, and not a Change")
     (c, d), grain = (space.copies, space.dim), space.grain
     if change.encode.shape != (c, d, k):
-        _fault(slicer, space, f"gave an E of shape {change.encode.shape}; it must be {(c, d, k)}")
+        _fault(method, space, f"gave an E of shape {change.encode.shape}; it must be {(c, d, k)}")
     shapes = ((c, d, k), (c, d * grain, k * grain))
     if change.decode.shape not in shapes:
         told = " or ".join(map(str, dict.fromkeys(shapes)))
-        _fault(slicer, space, f"gave a D of shape {change.decode.shape}; it must be {told}")
+        _fault(method, space, f"gave a D of shape {change.decode.shape}; it must be {told}")
     for name, tensors in (("E", change.encode.tensors), ("D", change.decode.tensors)):
         if not _finite(*tensors):
-            _fault(slicer, space, f"gave a {name} with NaN or infinite numbers")
+            _fault(method, space, f"gave a {name} with NaN or infinite numbers")
     if change.offset is not None and not (
         _finite(change.offset) and tuple(change.offset.shape) == (c, d * grain)
     ):
         _fault(
-            slicer, space, f"gave an offset that is not finite, or not of shape {(c, d * grain)}"
+            method, space, f"gave an offset that is not finite, or not of shape {(c, d * grain)}"
         )
     if why := _outside(space, change.encode):
-        _fault(slicer, space, f"gave an E outside the group '{space.group.value}': {why}")
+        _fault(method, space, f"gave an E outside the group '{space.group.value}': {why}")
     return change
 
 
@@ -108,10 +139,11 @@ def allocated(selector: Selector, widths: Mapping[Space, int], bill: Bill) -> No
             )
 
 
-def _fault(method: Method, space: Space, what: str) -> NoReturn:
-    kind = {"rotate": "rotator", "slice": "slicer"}.get(method.kind, method.kind)
+def _fault(method: Method, space: Space | None, what: str) -> NoReturn:
+    kinds = {"rotate": "rotator", "joint": "joint method", "slice": "slicer"}
+    where = "" if space is None else f", space '{space.name}'"
     raise InvarianceError(
-        f"{kind} '{method.name}', space '{space.name}': {what}. This is a fault of the method, not of the recipe."
+        f"{kinds.get(method.kind, method.kind)} '{method.name}'{where}: {what}. This is a fault of the method, not of the recipe."
     )
 
 

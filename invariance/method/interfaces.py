@@ -1,4 +1,4 @@
-"""The three interfaces that a compression method implements, and the registry that finds it by name."""
+"""The interfaces that a compression method implements, and the registry that finds it by name."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from ..model.families import FAMILIES
 if TYPE_CHECKING:
     from ..calibrate.moments import Moments
     from .budget import Bill
+    from .joint import Scene
 
 ENTRY_POINTS = "invariance.methods"
 KINDS = frozenset(
@@ -75,10 +76,9 @@ class WidthLimit(Protocol):
 NATS = "nats"
 
 
-class Rotator(Method, ABC):
-    """Which exact basis a space gets."""
+class Basing(Method, ABC):
+    """What gives spaces their exact bases: one space at a time from moments (Rotator), or many from the model (Joint)."""
 
-    kind = "rotate"
     produces: ClassVar[Group]  # must be included in the space's group, or the plan is refused
     kinds: ClassVar[frozenset[str]] = KINDS  # where it makes sense
     width_limit: ClassVar[WidthLimit | None] = (
@@ -91,7 +91,7 @@ class Rotator(Method, ABC):
 
     @property
     def unit(self) -> str:
-        """What its energies are in: ``NATS`` a token, or whatever else, by default what no other rotator's are in."""
+        """What its energies are in: ``NATS`` a token, or whatever else, by default what no other method's are in."""
         return f"units of '{self.name}'"
 
     @property
@@ -104,11 +104,32 @@ class Rotator(Method, ABC):
         """Whether all query/key spaces of a step get one basis."""
         return False
 
+
+class Rotator(Basing, ABC):
+    """Which exact basis a space gets."""
+
+    kind = "rotate"
+
     @abstractmethod
     def fit(self, space: Space, moments: Moments) -> Basis:
         """The basis of one space, A of shape (copies, dim, dim) in ``produces``, directions by falling energy.
 
         Where ``joint``, the copies are those of all layers, and all of them must get the same basis.
+        """
+
+
+class Joint(Basing, ABC):
+    """What many spaces get at once, by one who sees the model: a recipe names it in the place of a rotator."""
+
+    kind = "joint"
+    needs_widths: ClassVar[bool] = False  # whether widths must be known before it is asked
+
+    @abstractmethod
+    def fit(self, scene: Scene) -> Mapping[str, Basis | Change]:
+        """What each space of ``scene.spaces`` gets, by name.
+
+        A Basis, A of shape (copies, dim, dim) in ``produces``, float64, which the step's slicer cuts; or, where
+        ``needs_widths``, the Change itself, to the width that ``scene.widths`` says.
         """
 
 
@@ -180,16 +201,21 @@ class Slicer(Method, ABC):
 
 _REGISTRY: dict[str, dict[str, type[Method]]] = {
     "rotate": {},
+    "joint": {},
     "select": {},
     "slice": {},
     "round": {},
 }
+BASING = ("rotate", "joint")
 _loaded = False
 _PLUGINS: set[str] = set()  # that were loaded
 
 
 def _register(cls: type[Method]) -> None:
-    known = _REGISTRY[cls.kind].get(cls.name)
+    kinds = (
+        BASING if cls.kind in BASING else (cls.kind,)
+    )  # of which a recipe names one in one place
+    known = next((k[cls.name] for kind in kinds if cls.name in (k := _REGISTRY[kind])), None)
     if known is not None and (known.__module__, known.__qualname__) != (
         cls.__module__,
         cls.__qualname__,
@@ -202,7 +228,7 @@ def _register(cls: type[Method]) -> None:
 
 
 def registry(kind: str) -> Mapping[str, type[Any]]:
-    """All methods of a kind (``rotate``, ``select``, ``slice``, ``round``) by name; loads entry points on first use."""
+    """All methods of a kind (``rotate``, ``joint``, ``select``, ``slice``, ``round``) by name; loads entry points on first use."""
     global _loaded
     if not _loaded:
         _loaded = True
@@ -254,8 +280,8 @@ def load_plugin(module: str) -> None:
     ]
     if before == _declared() and not ours and module not in _PLUGINS:
         raise InputError(
-            f"--plugin {module}: registers no method and declares no family. Subclass Rotator, Selector, Slicer or Rounding "
-            "with a `name=` there, or add to `invariance.model.families.FAMILIES`."
+            f"--plugin {module}: registers no method and declares no family. Subclass Rotator, Joint, Selector, Slicer or "
+            "Rounding with a `name=` there, or add to `invariance.model.families.FAMILIES`."
         )
     _PLUGINS.add(module)
 

@@ -8,7 +8,13 @@ from typing import Any
 
 from .interfaces import registry
 
-HEADINGS = {"rotate": "Rotators", "select": "Selectors", "slice": "Slicers", "round": "Roundings"}
+HEADINGS = {
+    "rotate": "Rotators",
+    "joint": "Joint methods",
+    "select": "Selectors",
+    "slice": "Slicers",
+    "round": "Roundings",
+}
 
 
 def pages() -> list[dict[str, Any]]:

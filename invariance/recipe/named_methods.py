@@ -20,11 +20,12 @@ from pydantic import (
 )
 
 from ..core.errors import InputError, did_you_mean
-from ..method.interfaces import Method, find, registry
+from ..method.interfaces import BASING, Method, find, registry
 from .complaints import Problem, comments, should
 from .yaml_text import first_line, show
 
 METHODS = ("rotate", "select", "slice")  # of a step
+PLACES = {"rotate": BASING}  # the kinds of methods that a key may name, where there are several
 ROUND = "round"  # of `quantize`
 
 
@@ -32,6 +33,17 @@ def named(kind: str) -> tuple[Any, ...]:
     """What makes a field of type Rotator, Selector or Slicer readable and writable by name."""
     write = PlainSerializer(lambda method: method and method.spec(), return_type=Any)
     return BeforeValidator(functools.partial(_method, kind)), write, WithJsonSchema({})
+
+
+def method(kind: str, value: Any, where: str) -> Any:
+    """A method as a recipe writes it, or an instance as it is. Raises InputError."""
+    try:
+        made = _method(kind, value)
+    except Problem as e:
+        raise InputError(f"{where}: {e}.") from None
+    if made is None or made.kind != kind:
+        raise InputError(f"{where}: got {show(value)}; give a method of the kind '{kind}'.")
+    return made
 
 
 def _method(kind: str, value: Any) -> Any:
@@ -42,7 +54,7 @@ def _method(kind: str, value: Any) -> Any:
     if not isinstance(given, dict) or not given:
         raise Problem(f"got {show(value)}; write a method as NAME or {{NAME: {{OPTION: VALUE}}}}")
     (name, options), *others = given.items()
-    if unknown := next((n for n in given if n not in registry(kind)), None):
+    if unknown := next((n for n in given if n not in _known(kind)), None):
         name, options = unknown, None  # which is what has to be told, whatever stands beside it
     elif others:
         raise Problem(f"'{name}' stands here already; keep one method", others[0][0])
@@ -50,7 +62,7 @@ def _method(kind: str, value: Any) -> Any:
     if not isinstance(options, dict):
         raise Problem(f"got {show(options)}; write options as {{{name}: {{OPTION: VALUE}}}}", name)
     try:
-        cls = find(kind, name)
+        cls = _known(kind).get(name) or find(kind, name)
         known = [f.name for f in dataclasses.fields(cls) if f.init]
         for option in options:
             if option not in known:
@@ -79,11 +91,16 @@ def _method(kind: str, value: Any) -> Any:
         raise Problem(first_line(e), name) from None
 
 
+def _known(kind: str) -> dict[str, type[Any]]:
+    """The methods that a key may name."""
+    return {n: cls for k in PLACES.get(kind, (kind,)) for n, cls in registry(k).items()}
+
+
 def choices(kind: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What a JSON Schema says of a kind of methods: the ways to write one, and the definitions that these use."""
     found: list[dict[str, Any]] = []
     definitions: dict[str, Any] = {}
-    for name, cls in sorted(registry(kind).items()):
+    for name, cls in sorted(_known(kind).items()):
         try:
             options = TypeAdapter(cls).json_schema(ref_template=f"#/$defs/{name}.{{model}}")
         except (PydanticUserError, NameError) as e:

@@ -22,7 +22,7 @@ from ..calibrate.statistic import Statistic
 from ..core.errors import did_you_mean
 from ..core.parts import Count, Fraction, Part, Seed, Word, as_tuple
 from ..io.sources import Data
-from ..method.interfaces import Method, Rotator, Selector, Slicer
+from ..method.interfaces import Joint, Method, Rotator, Selector, Slicer
 from .complaints import Problem, validate
 from .evaluate import Evaluations
 from .named_methods import METHODS, ROUND, choices, described, named
@@ -68,7 +68,7 @@ WORDS = {
 Spaces = Annotated[
     tuple[str, ...], Field(min_length=1), BeforeValidator(_spaces), WithJsonSchema(WORDS)
 ]
-Rotate = Annotated[Rotator, *named("rotate")]
+Rotate = Annotated[Rotator | Joint, *named("rotate")]
 Select = Annotated[Selector | None, *named("select")]
 Slice = Annotated[Slicer | None, *named("slice")]
 
@@ -290,6 +290,8 @@ class Recipe(Part):
                     raise Problem(
                         f"{what}. Add `calibrate: {{data: ...}}`, or choose another method", *at
                     )
+                if isinstance(method, Joint):
+                    self._check_joint(method, *at)
                 if not self.budget and isinstance(method, Selector) and method.needs_budget:
                     raise Problem(
                         f"'{method.name}' spends a budget. Add `budget: {{parameters: ...}}`", *at
@@ -322,6 +324,20 @@ class Recipe(Part):
                 )
                 raise Problem(f"the report has '{label}' already. {instead}", "evaluate", i)
         return self
+
+    def _check_joint(self, method: Joint, *at: str | int) -> None:
+        """It sees the dense model and its tokens, and serves one choice of widths."""
+        if not self.calibrate:
+            what = f"'{method.name}' looks at what the model makes of tokens, and there are none"
+            raise Problem(f"{what}. Add `calibrate: {{data: ...}}`, or take a rotator", *at)
+        if self.order != "oneshot":
+            what = (
+                f"'{method.name}' sees the dense model, and order '{self.order}' fits behind cuts"
+            )
+            raise Problem(f"{what}. Use `order: oneshot`, or take a rotator", *at)
+        if self.nested is not None:
+            what = f"'{method.name}' serves one width, and `nested` asks for several"
+            raise Problem(f"{what}. Remove `nested`, or take a rotator", *at)
 
     def _check_nested(self) -> None:
         """Narrower members are the first directions of one basis, cut under one budget, and nothing is refit."""

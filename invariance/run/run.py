@@ -18,6 +18,7 @@ from ..compress.needs import needs
 from ..compress.nested import Members
 from ..compress.pipeline import Sliced, slice_model
 from ..compress.plan import Plan, plan
+from ..core.change import Basis as SpaceBasis
 from ..core.errors import InputError
 from ..core.outputs import Claim, check_room, claimed
 from ..core.progress import Progress, quiet
@@ -44,7 +45,7 @@ from ..io.ties import note_ties
 from ..measure.evaluate import peak_memory, prepare_each
 from ..model.entry import check_model
 from ..model.families import check_positions
-from ..model.verify import copy_in
+from ..model.verify import Certificate, copy_in
 from ..recipe.recipe import Recipe, load_recipe
 from . import streamed
 from .document import Data, Made, document, fill, measured, shown, stored_dtype
@@ -65,6 +66,8 @@ class Outcome:
     stored: torch.dtype  # what the checkpoint holds; the model's numbers are rounded to it already
     basis: Basis  # of its residual stream
     blocks: list[int]  # those that the checkpoint has, of the dense model's
+    bases: Mapping[str, SpaceBasis]  # of every space that a step names
+    certificate: Certificate
     logs: Path | None = None  # the curves of recovery
 
 
@@ -262,7 +265,9 @@ def outcome(
         else sliced.layout.blocks({})
     )
     logs = recovered.logs if recovered is not None else None
-    return Outcome(made, report, spectra, stored, basis, blocks, logs)
+    return Outcome(
+        made, report, spectra, stored, basis, blocks, sliced.bases, sliced.certificate, logs
+    )
 
 
 def _exported(

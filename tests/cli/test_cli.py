@@ -208,7 +208,9 @@ def test_overrides_reach_any_key(root: Path) -> None:
 def test_methods_lists_all_that_are_registered_and_shows_one(root: Path) -> None:
     listed = {(m["kind"], m["name"]) for m in document("methods")}
     assert listed == {
-        (kind, name) for kind in ("rotate", "select", "slice", "round") for name in registry(kind)
+        (kind, name)
+        for kind in ("rotate", "joint", "select", "slice", "round")
+        for name in registry(kind)
     }
     status, out, _ = invoke("methods", "pca")
     assert status == 0 and "arXiv:2401.15024" in out and "normed" in out

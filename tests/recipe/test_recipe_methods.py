@@ -12,6 +12,7 @@ from texts import refused
 
 from invariance.core.errors import InputError
 from invariance.method.interfaces import Method, Selector, registry
+from invariance.recipe.named_methods import PLACES
 from invariance.recipe.recipe import Recipe, json_schema, parse_recipe
 
 
@@ -124,8 +125,9 @@ def test_the_schema_names_every_method_and_option_with_its_manual() -> None:
             for choice in step[kind]["anyOf"]
             if "const" in choice
         }
-        assert names.keys() == registry(kind).keys() and all(names.values())
-        for name, cls in registry(kind).items():
+        known = {n: cls for k in PLACES.get(kind, (kind,)) for n, cls in registry(k).items()}
+        assert names.keys() == known.keys() and all(names.values())
+        for name, cls in known.items():
             [options] = [
                 c["properties"][name]
                 for c in step[kind]["anyOf"]

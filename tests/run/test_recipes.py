@@ -41,6 +41,7 @@ STOCK |= {
     "obs",
     "output-aware",
     "reader-weighted",
+    "learned-rotation",
 }
 OWN = {
     "kv-cache-per-head",
@@ -63,6 +64,7 @@ UNCUT |= {"gptq-int4", "quip-int4", "sparsegpt"}
 NARROWER: dict[str, dict[str, Any]] = {
     "combined": {"steps.0.select.uniform.width": 27, "steps.2.select.uniform.width": 6},
     "heads": {"steps.0.select.uniform.width": 6},
+    "learned-rotation": {"steps.0.rotate.learned_rotation.steps": 2},
     "kv-cache-per-head": {"steps.0.select.uniform.width": 4, "steps.1.select.uniform.width": 4},
     "flap": {"steps.0.widths.multiple_of": 8},
     "modegpt": {f"steps.{n}.widths.multiple_of": k for n, k in enumerate((8, 2, 2))},
