@@ -12,34 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors import safe_open
-from tiny import tiny
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from invariance.cli import commands as cli
+from invariance.testing.tiny import WORDS as VOCABULARY
+from invariance.testing.tiny import model_of
 
-VOCABULARY = 41
 WORDS = ["The", "people", "of", "the", "United", "States", "are", "many", "and", "free", "."]
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {"intermediate_size": 64, "head_dim": 8, "tie_word_embeddings": True},
-    "qwen3": {"intermediate_size": 64, "head_dim": 8},
-    "gemma3_text": {"intermediate_size": 64, "head_dim": 8},
-    "opt": {"ffn_dim": 64},
-    "phi": {
-        "intermediate_size": 64,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "partial_rotary_factor": 0.5,
-        },
-    },
-}
-
-
-def model_of(family: str, **options: Any) -> PreTrainedModel:
-    """A tiny model, 32 wide, two layers deep, with room for 320 positions."""
-    shape = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 320}
-    return tiny(family, **(shape | SHAPES[family] | options))
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -37,11 +37,15 @@ class Block:
     line: int
 
 
-def blocks(*languages: str) -> list[Block]:
+TOLD = "docs/tutorial-method.md"  # which is run as a whole (test_tutorial.py)
+
+
+def blocks(*languages: str, told: bool = False) -> list[Block]:
     fence = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
     return [
         Block(str(page.relative_to(ROOT)), m[1], m[2], text.count("\n", 0, m.start()) + 2)
         for page in PAGES
+        if (page == ROOT / TOLD) is told
         for text in [page.read_text()]
         for m in fence.finditer(text)
         if m[1] in languages
@@ -78,11 +82,11 @@ def test_python_of_a_page_runs_from_top_to_bottom(page, sandbox, monkeypatch):
             exec(compile(source, ROOT / page, "exec"), vars(module))
 
 
-def commands() -> list[tuple[Block, list[str]]]:
+def commands(told: bool = False) -> list[tuple[Block, list[str]]]:
     """Every command line of a bash block, without comments and variables before it."""
     return [
         (block, words)
-        for block in blocks("bash", "sh", "console")
+        for block in blocks("bash", "sh", "console", told=told)
         for line in block.text.replace("\\\n", " ").splitlines()
         if (words := shlex.split(line, comments=True))
     ]

@@ -6,25 +6,19 @@ import copy
 import inspect
 import itertools
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from folders import VOCABULARY, model_of
 from hypothesis import given
 from hypothesis import strategies as st
 from invariance.methods import _fields
 from invariance.methods.hadamard import hadamard, why_none
-from sliced import taken
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from invariance import methods
-from invariance.calibrate import fisher, walk
-from invariance.calibrate.moments import Moment, Moments, reader_moment
+from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.plan import plan
 from invariance.core.change import Basis, Change
@@ -32,21 +26,24 @@ from invariance.core.dense import in_group
 from invariance.core.errors import InputError
 from invariance.core.group import Group
 from invariance.core.space import Space, haar
-from invariance.io.data import Tokens
-from invariance.method.budget import Bill
 from invariance.method.interfaces import Rotator, Selector, Slicer, find, registry
-from invariance.model.canonical import canonicalize
-from invariance.model.layout import Layout
 from invariance.model.reparametrize import reparametrize
-from invariance.model.verify import logits, relative_error, tolerance
-from invariance.model.working import Whole
+from invariance.model.verify import logits, relative_error
 from invariance.recipe.recipe import Recipe, parse_recipe
+from invariance.testing.methods import (
+    KINDS,
+    SPACES,
+    bill,
+    keeps_its_contract,
+    leaves_the_logits,
+    measures_what_it_needs,
+    meets_its_budget,
+    spectra,
+    stored,
+)
+from invariance.testing.scenes import FAMILIES, IDS, ready, serves
 
-FAMILIES = ("llama", "opt", "phi", "gemma3_text")
-KINDS = ("residual", "mlp", "vo", "qk", "heads", "edge")
-SPLIT = ("edge.0.down", "edge.1.q")
 METHODS = [(kind, name) for kind in ("rotate", "select", "slice") for name in registry(kind)]
-IDS = torch.arange(1, 25)[None] % VOCABULARY
 OPTIONS: dict[
     str, list[dict[str, Any]]
 ] = {  # beside the defaults, where an option changes what is computed
@@ -68,55 +65,8 @@ OPTIONS: dict[
 }
 
 
-@dataclass
-class Ready:
-    """A tiny folded model in float64 and all that can be measured on it."""
-
-    model: PreTrainedModel
-    layout: Layout
-    moments: Moments
-    logits: Tensor
-
-
-@cache
-def ready(family: str) -> Ready:
-    model = model_of(family).double()
-    layout = canonicalize(model, fold=True, split=SPLIT)
-    ids = torch.randint(1, VOCABULARY, (8, 24), generator=torch.Generator().manual_seed(1))
-    parts = Whole(model, layout)
-    batches = walk.enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
-    also = {"residual": [Statistic.NORMED], "qk": [Statistic.QUERIES]}
-    wanted = {
-        n: frozenset({Statistic.RAW, Statistic.WEIGHTED, Statistic.MEAN, *also.get(s.kind, [])})
-        for n, s in layout.spaces.items()
-    }
-    moments = taken(parts, batches, wanted, torch.float64)
-    readers = {(n, Statistic.READERS): reader_moment(parts, s) for n, s in layout.spaces.items()}
-    text = Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
-    places = dict.fromkeys([*layout.points, *(e.written for e in layout.edges)])
-    curved = fisher.measure(parts, places, text, queries=layout.select(["qk"]))
-    moments = moments.merge(
-        Moments({k: m for k, m in curved.known.items() if k[1] is Statistic.TAYLOR})
-    )
-    fishers = {
-        (n, Statistic.FISHER): fisher.moment(parts, s, curved)
-        for n, s in layout.spaces.items()
-        if layout.written_behind(n)
-    }
-    return Ready(model, layout, moments.merge(Moments(readers | fishers)), logits(model, IDS))
-
-
 def variants(kind: str, name: str) -> list[Any]:
     return [find(kind, name)(**options) for options in ({}, *OPTIONS.get(name, []))]
-
-
-def serves(rotator: Rotator, space: Space) -> bool:
-    fits = rotator.width_limit is None or rotator.width_limit(space.dim) is None
-    normed = Statistic.NORMED in rotator.needs and space.kind != "residual"
-    unmeasured = Statistic.FISHER in rotator.needs and space.kind == "qk"
-    paired = rotator.produces is not Group.ROTARY or space.rotary > 0
-    admitted = space.admits(rotator.produces) and space.kind in rotator.kinds
-    return admitted and fits and paired and not normed and not unmeasured
 
 
 def cases() -> list[Any]:
@@ -143,39 +93,14 @@ def test_every_rotator_is_tried_and_each_kind_of_space_by_several() -> None:
 
 @pytest.mark.parametrize(("family", "rotator", "space"), CASES)
 def test_a_rotator_keeps_its_contract(family: str, rotator: Rotator, space: Space) -> None:
-    basis = rotator.fit(space, ready(family).moments)
-    c, d = space.copies, space.dim
-    assert basis.A.shape == (c, d, d) and basis.A.matrix().dtype is torch.float64
-    assert space.contains(basis.A)
-    if (
-        rotator.produces is not Group.ROTARY
-    ):  # which needs the space's pairs, and is the space's group then
-        assert in_group(rotator.produces, basis.A)
-    assert (
-        not basis.A.matrix().requires_grad and not basis.energy.requires_grad
-    )  # else the weights stay in memory
-    assert basis.energy.shape == (c, d) and basis.energy.dtype is torch.float64
-    assert bool((basis.energy >= 0).all())
-    assert rotator.nested or bool((basis.energy.diff(dim=-1) <= 0).all())
-    again = type(rotator)(**vars(rotator)).fit(space, copy.deepcopy(ready(family).moments))
-    assert torch.equal(basis.A.matrix(), again.A.matrix()) and torch.equal(
-        basis.energy, again.energy
-    )
+    keeps_its_contract(rotator, space, ready(family))
 
 
 @pytest.mark.parametrize(("family", "rotator", "space"), CASES)
 def test_a_rotator_measures_only_what_it_says_it_needs(
     family: str, rotator: Rotator, space: Space
 ) -> None:
-    needs = {(space.name, s.on(space)) for s in rotator.needs}
-    only = Moments({key: m for key, m in ready(family).moments.known.items() if key in needs})
-    assert torch.equal(
-        rotator.fit(space, only).A.matrix(), rotator.fit(space, ready(family).moments).A.matrix()
-    )
-    for key in needs:
-        less = Moments({k: m for k, m in only.known.items() if k != key})
-        with pytest.raises(KeyError):
-            rotator.fit(space, less)
+    measures_what_it_needs(rotator, space, ready(family))
 
 
 @pytest.mark.parametrize(
@@ -187,10 +112,7 @@ def test_at_full_width_every_slicer_leaves_the_logits(
 ) -> None:
     at = ready(family)
     change = slicer.cut(space, rotator.fit(space, at.moments), space.dim, at.moments)
-    model = copy.deepcopy(at.model)
-    reparametrize(model, at.layout, {space.name: change})
-    error = relative_error(at.logits, logits(model, IDS))
-    assert error <= tolerance(torch.float64, at.layout.depth)
+    leaves_the_logits(slicer, space, change, at)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -280,37 +202,6 @@ def test_a_method_says_what_it_does_and_where_it_comes_from(kind: str, name: str
 
 # --- Selectors.
 
-SPACES = [
-    Space("mlp.0", "mlp", 48, Group.MONOMIAL),
-    Space("mlp.1", "mlp", 20, Group.MONOMIAL),
-    Space("vo.0", "vo", 8, Group.INVERTIBLE, 2),
-]
-
-
-def stored(widths: Mapping[Space, int]) -> int:
-    """What a choice stores: a price a direction, and something that no choice removes."""
-    return 1000 + sum({"mlp": 96, "vo": 256}[s.kind] * widths.get(s, s.dim) for s in SPACES)
-
-
-def bill(multiple: int = 1, limit: int | None = None) -> Bill:
-    allowed = {s: tuple(sorted({*range(multiple, s.dim, multiple), s.dim})) for s in SPACES}
-    limits = {} if limit is None else {"parameters": limit}
-    return Bill(
-        {"parameters": stored},
-        limits,
-        allowed,
-        influence=dict(zip(SPACES, (0.1, 0.4, 0.2), strict=True)),
-        dense={"parameters": stored({})},
-    )
-
-
-def spectra(seed: int) -> dict[Space, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return {
-        s: torch.rand(s.copies, s.dim, generator=g, dtype=torch.float64).pow(4).sort(-1, True)[0]
-        for s in SPACES
-    }
-
 
 def spenders() -> list[Selector]:
     """Every selector that spends a budget by what it knows of spectra."""
@@ -324,14 +215,7 @@ def spenders() -> list[Selector]:
 def test_a_selector_meets_its_budget_with_widths_that_are_allowed(
     selector: Selector, seed: int, share: float, multiple: int
 ) -> None:
-    cost = bill(multiple, budget := int(share * stored({})))
-    widths = selector.allocate(spectra(seed), cost, budget)
-    assert set(widths) == set(SPACES)
-    assert stored(widths) <= budget
-    assert all(k in cost.widths[space] for space, k in widths.items())
-    assert widths == selector.allocate(spectra(seed), cost, budget)
-    roomier = selector.allocate(spectra(seed), cost, stored({}))
-    assert all(k == s.dim for s, k in roomier.items())
+    meets_its_budget(selector, seed, share, multiple)
 
 
 def test_a_budget_that_nothing_meets_is_refused_with_the_nearest_that_can_be() -> None:
