@@ -136,7 +136,7 @@ def _selector(fault: str) -> type[Method]:
                 if fault == "spends" or cost(widths) <= budget:
                     break
             if fault == "odd":
-                widths = {s: k - 1 if k > 1 else k + 1 for s, k in widths.items()}
+                widths = {s: k + 100 for s, k in widths.items()}
             if fault == "forgets":
                 widths.popitem()
             return widths
@@ -201,15 +201,12 @@ def test_a_method_that_says_nothing_of_itself_is_told_of() -> None:
     assert _made("pca", {"of": "normed"}) == _made(type(_made("pca", {})), {"of": "normed"})
 
 
-@pytest.mark.parametrize("family", ["llama", "opt"])
-def test_models_pass_dense_and_sliced(family: str, tmp_path: Path) -> None:
-    model = model_of(family)
-    check_model(model)
-    if family == "llama":
-        check_model(save_model(tmp_path / "m"))
-        layout = invariance.inspect_model(model)
-        own = {p: layout.spaces[p].element(n) for n, p in enumerate(layout.points)}
-        check_model(invariance.rotate(model, own))  # with shortcuts, in a form of its own
+def test_models_pass_dense_and_sliced(tmp_path: Path) -> None:
+    check_model(save_model(tmp_path / "m", "opt"))
+    model = model_of("llama")
+    layout = invariance.inspect_model(model)
+    own = {p: layout.spaces[p].element(n) for n, p in enumerate(layout.points)}
+    check_model(invariance.rotate(model, own))  # with shortcuts, in a form of its own
 
 
 def test_a_model_with_a_fault_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -55,7 +56,8 @@ def check_model(model: PreTrainedModel | str | Path) -> None:
 
 @torch.no_grad()
 def _by_cache(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    out, parts = None, []
+    out: Any = None
+    parts = []
     for n in range(ids.shape[1]):
         past = None if out is None else out.past_key_values
         out = model(

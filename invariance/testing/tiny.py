@@ -79,7 +79,8 @@ def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     g = torch.Generator().manual_seed(seed)
     family = architecture(model.config)
     for name, module in model.named_modules():
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        weight: Any = getattr(module, "weight", None)
+        bias: Any = getattr(module, "bias", None)
         if isinstance(module, nn.Linear):
             mean = 0.3 * torch.randn(1, module.in_features, generator=g)
             drawn = torch.randn(weight.shape, generator=g) + (0 if name == "lm_head" else mean)
