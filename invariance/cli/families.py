@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ..core.errors import InputError
 from .terminal import Json, err, say
 
 
@@ -27,18 +26,18 @@ def families(
 
     Needs no weights and no hub. A few seconds a type; all of them take half an hour on two cores.
     """
-    from ..core.files import write_text
+    from ..core.signed import check_page, write_page
     from ..model import survey
 
-    if output is not None and output.is_dir():
-        raise InputError(f"--output {output}: a folder. Name a file.")
+    if output is not None:
+        check_page(output, "--output")
     rows = []
     for row in survey.families(types or None, jobs=jobs):
         rows.append(row)
         told = ", ".join(row.spaces) if row.certified else f"refused: {row.reason}"
         err.print(f"{row.type}: {told}", markup=False, highlight=False, soft_wrap=True)
     if output is not None:
-        write_text(output, survey.page(rows))
+        write_page(output, survey.page(rows), "--output")
     if as_json:
         say([asdict(row) for row in rows], as_json)
     else:

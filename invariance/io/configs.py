@@ -20,6 +20,9 @@ Few = Annotated[int, Field(ge=1, le=2**14)]
 Depth = Annotated[int, Field(ge=1, le=2**10)]  # the deepest models have 126 blocks
 Small = Annotated[float, Field(gt=0, le=1)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0)]
+Length = Annotated[int, Field(ge=1, le=2**31)]
+Token = Annotated[int, Field(ge=-1, lt=2**31)]  # -1 stands for none in some
 NEEDED = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 FEED_FORWARD = ("intermediate_size", "ffn_dim")
 
@@ -39,7 +42,7 @@ class Shape(BaseModel):
     num_key_value_heads: Few | list[Any] | None = None
     head_dim: Width | None = None
     attention_head_size: Width | None = None
-    max_position_embeddings: Annotated[int, Field(ge=1, le=2**31)] | None = None
+    max_position_embeddings: Length | None = None
     sliding_window: Annotated[int, Field(ge=0, le=2**31)] | None = None
     rms_norm_eps: Small | None = None
     layer_norm_eps: Small | None = None
@@ -54,6 +57,11 @@ class Shape(BaseModel):
     attn_pdrop: Rate | None = None
     partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None
     tie_word_embeddings: bool | None = None
+    rope_theta: Positive | None = None
+    rope_local_base_freq: Positive | None = None
+    bos_token_id: Token | list[Token] | None = None
+    eos_token_id: Token | list[Token] | None = None
+    pad_token_id: Token | list[Token] | None = None
 
     @model_validator(mode="after")
     def _heads(self) -> Shape:
@@ -69,6 +77,27 @@ class Shape(BaseModel):
                 f"num_attention_heads: a width of {self.hidden_size} does not divide into {heads} heads"
             )
         return self
+
+
+class Rope(BaseModel):
+    """The numbers that rotary positions are computed from, as `rope_parameters` and the older `rope_scaling` hold them."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    rope_theta: Positive | None = None
+    factor: Positive | None = None
+    partial_rotary_factor: Small | None = None
+    original_max_position_embeddings: Length | None = None
+    attention_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    short_factor: list[Positive] | None = None
+    long_factor: list[Positive] | None = None
+
+
+ROPES = ("rope_parameters", "rope_scaling")
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -120,6 +149,17 @@ def check_config(where: str, config: Mapping[str, Any], *, whole: bool = False) 
             )
     named = {common: part[own] for common, own in aliases.items() if own in part}
     _validate(Shape, {**part, **named}, where, aliases)
+    for key in ROPES:
+        for name, found in _ropes(part.get(key), key):
+            _validate(Rope, found, where, under=f"{name}.")
+
+
+def _ropes(found: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The parameters of rotary positions, which some families have for each type of layer."""
+    if isinstance(found, Mapping):
+        yield key, found
+        for kind, inside in found.items():
+            yield from _ropes(inside, f"{key}.{kind}")
 
 
 def _validate(

@@ -213,7 +213,8 @@ class Architecture:
             act = layer.get_submodule(_join(stage.mlp.module, stage.mlp.act))
             mlp = modules.Mlp(parts.get("gate"), parts["up"], parts["down"], act)  # type: ignore[arg-type]
         post = None if stage.post is None else self.norm_of(layer.get_submodule(stage.post))
-        return modules.Stage(self.norm_of(layer.get_submodule(stage.norm)), attention, mlp, post)
+        made = modules.Stage(self.norm_of(layer.get_submodule(stage.norm)), attention, mlp, post)
+        return made.train(layer.training)  # new modules are in training mode, where attention drops
 
     def norm_of(self, norm: nn.Module) -> modules.Norm:
         """The Norm that does what a family's norm module does."""

@@ -73,6 +73,27 @@ CONFIGS: dict[str, tuple[str, Change, str]] = {
         lambda c: c.update(rope_parameters={"rope_theta": float("inf")}),
         "rope_parameters.rope_theta: inf",
     ),
+    "rotary base of zero": (
+        "model",
+        lambda c: c.update(rope_parameters={"rope_type": "default", "rope_theta": 0}),
+        "rope_parameters.rope_theta: got 0",
+    ),
+    "rotary base of older configs": (
+        "model",
+        lambda c: c.update(rope_theta=-1.0),
+        "rope_theta: got -1",
+    ),
+    "rotary factor": (
+        "model",
+        lambda c: c.update(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": -1}),
+        "rope_parameters.factor: got -1",
+    ),
+    "a list of rotary factors": (
+        "model",
+        lambda c: c.update(rope_scaling={"rope_type": "longrope", "short_factor": [1.0, 0.0]}),
+        "rope_scaling.short_factor.1: got 0",
+    ),
+    "a token that cannot be": ("model", lambda c: c.update(eos_token_id=10**20), "eos_token_id"),
     "no type": ("model", lambda c: c.pop("model_type"), "no model_type"),
 }
 

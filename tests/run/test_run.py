@@ -8,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from folders import model_of, stored_numbers
+from folders import model_of, save_model, stored_numbers
 from safetensors.torch import load_file
 from sliced import HEADS, MLP, RESIDUAL, dense, recipe, sliced, tokens
 from sliced import data as data
 from transformers import PreTrainedModel
 
 from invariance.calibrate import walk
+from invariance.calibrate.certificate import certify_random
 from invariance.compress.plan import plan
 from invariance.core.errors import CertificateError
 from invariance.io.models import weights_digest
+from invariance.io.source import open_source
 from invariance.model import verify, working
 from invariance.model.labels import label
 from invariance.model.layout import Layout
@@ -190,3 +192,19 @@ def test_a_checkpoint_keeps_its_dtype(tmp_path: Path) -> None:
     assert {t.dtype for t in load_file(tmp_path / "out/model/model.safetensors").values()} == {
         torch.bfloat16
     }
+
+
+DROPS = {
+    "llama": ("attention_dropout",),
+    "qwen3": ("attention_dropout",),
+    "gemma3_text": ("attention_dropout",),
+    "opt": ("attention_dropout", "dropout", "activation_dropout", "layerdrop"),
+    "phi": ("attention_dropout", "resid_pdrop", "embd_pdrop"),
+}
+
+
+@pytest.mark.parametrize("family", DROPS)
+def test_what_a_config_drops_in_training_is_not_dropped_here(family: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", family, **dict.fromkeys(DROPS[family], 0.3))
+    ids = torch.arange(1, 25)[None]
+    assert certify_random(open_source(str(tmp_path / "model")), ids, seed=0).failure is None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 from dataclasses import replace
+from html import unescape
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -49,6 +51,11 @@ frame.addEventListener('load', () => {
     });
   }, 200);
 });
+</script>"""
+
+
+SIMPLEST = """<!doctype html><p id="found"></p><script>
+document.getElementById('found').textContent = 'ran';
 </script>"""
 
 
@@ -261,27 +268,45 @@ def test_heat_maps_have_a_row_a_run_and_a_cell_a_layer(drawn: dict[str, files.Dr
         assert {str(n) for n in range(6)} <= set(words_of(drawn[name]))
 
 
-def probe(html: str, folder: Path, column: int = 1, width: int = PHONE) -> dict[str, Any]:
-    """What a browser makes of a page in a frame as wide as a phone."""
+def found_in(html: str, folder: Path) -> str | None:
+    """What a page's script has put into its element `found`, in a browser that shares nothing with the user's own.
+
+    What the browser says on standard error means nothing: wrappers of distributions print warnings of their shell.
+    """
     assert BROWSER is not None
-    outer = PROBE.replace("COLUMN", str(column)).replace("WIDTH", str(width))
-    (folder / "page.html").write_text(html)
-    (folder / "probe.html").write_text(outer)
+    (folder / "probe.html").write_text(html)
     command = [
         BROWSER,
         "--headless=new",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-dev-shm-usage",  # containers have next to none
+        "--no-first-run",
         "--allow-file-access-from-files",
         f"--user-data-dir={folder / 'profile'}",
         "--virtual-time-budget=20000",
         "--dump-dom",
         (folder / "probe.html").as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    found = re.search(r'<p id="found">(\{.*?\})</p>', done.stdout, re.DOTALL)
-    assert found, done.stderr[-1000:]
-    return json.loads(found[1].replace("&gt;", ">").replace("&lt;", "<").replace("&amp;", "&"))
+    own = os.environ | {"HOME": str(folder), "XDG_CONFIG_HOME": str(folder / "config")}
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=120, env=own)
+    except subprocess.TimeoutExpired:
+        return None
+    text = done.stdout.decode(errors="replace")
+    found = re.search(r'<p id="found">([^<]+)</p>', text)
+    return None if found is None else unescape(found[1])
+
+
+def probe(html: str, folder: Path, column: int = 1, width: int = PHONE) -> dict[str, Any]:
+    """What a browser makes of a page in a frame as wide as a phone. Skips where a browser runs no script at all."""
+    (folder / "page.html").write_text(html)
+    outer = PROBE.replace("COLUMN", str(column)).replace("WIDTH", str(width))
+    if found := found_in(outer, folder) or found_in(outer, folder):  # a busy machine may need two
+        return json.loads(found)
+    if found_in(SIMPLEST, folder) is None:
+        pytest.skip("the browser here does not run: it shows nothing of the simplest page")
+    raise AssertionError("the browser runs, and the page's script has not come to its end in it")
 
 
 @pytest.mark.skipif(
