@@ -12,13 +12,11 @@ from typing import cast
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Float64
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from ..core.errors import InvarianceError
-from ..core.files import write_tensors
 from ..core.operator import Operator
+from ..core.sealed import read_kept, write_kept
 from ..core.space import Space
 from ..model.layout import Layout
 from ..model.modules import Factored
@@ -202,14 +200,11 @@ class Store:
         return self.folder / f"{key[0]}.{key[1].value}.safetensors"
 
     def load(self, keys: Iterable[Key]) -> Moments:
-        """Those of the moments that are stored; a file that cannot be read counts as missing."""
+        """Those of the moments that are stored; a file that is not as it was written counts as missing."""
         found: dict[Key, Known] = {}
         for key in keys:
-            try:
-                tensors = load_file(self._path(key))
+            if (tensors := read_kept(self._path(key))) is not None:
                 found[key] = Moment(tensors["total"], tensors["count"].item())
-            except (OSError, KeyError, SafetensorError):
-                continue
         return Moments(found)
 
     def missing(self, keys: Iterable[Key]) -> list[Key]:
@@ -221,7 +216,7 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         for key, moment in moments.known.items():
             if key[1] is not Statistic.READERS:
-                write_tensors(
+                write_kept(
                     self._path(key),
                     {
                         "total": moment.total,

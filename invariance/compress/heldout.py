@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ from transformers import PreTrainedModel
 
 from ..core.change import Change
 from ..core.errors import InputError
-from ..core.files import write_json
 from ..core.progress import Progress
+from ..core.sealed import read_kept_json, write_kept_json
 from ..io.data import Tokens
 from ..measure.losses import perplexity
 from ..model.layout import Layout
@@ -65,12 +64,7 @@ class HeldOut:
     def __post_init__(self) -> None:
         self.remembered: dict[str, float | None] = {}
         if self.path is not None:
-            try:
-                found = json.loads(self.path.read_text(encoding="utf-8"))
-                known = found.items() if isinstance(found, dict) else ()
-                self.remembered = {k: v for k, v in known if v is None or isinstance(v, float)}
-            except (OSError, ValueError):
-                pass  # a file that cannot be read counts as missing
+            self.remembered = read_kept_json(self.path) or {}
 
     def __call__(self, widths: Mapping[str, int]) -> float:
         """The loss at widths by space name; spaces left out stay whole. Infinite where it overflows."""
@@ -86,7 +80,7 @@ class HeldOut:
                 self.measured += 1
                 if self.path is not None:
                     self.remembered[choice] = self.losses[choice]
-                    write_json(self.path, self.remembered)
+                    write_kept_json(self.path, self.remembered)
         return self.losses[choice]
 
     def _measure(self, cut: Mapping[Unit, int]) -> float:

@@ -1,7 +1,8 @@
 """The folder that a command writes: claimed before work begins, written beside, renamed into place once.
 
-While a command works, ``.NAME.writing`` stands beside the output folder: it holds a lock, and later the new folder. A
-process that is killed leaves it behind; the next command that writes there clears it, or restores the old folder from it.
+While a command works, ``.NAME.writing`` stands beside the output folder: it holds a lock, the checkpoint as far as it
+is, and later the new folder. A process that is killed leaves it behind; the next command that writes there goes on from it,
+clears it, or restores the old folder from it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from .locks import Lock, Taken, is_helper
 from .paths import expanded
 
 WRITING = ".writing"
+MODEL = "model"  # a checkpoint that comes about before the rest does
+OURS = {LOCK, NEW, OLD, MODEL, f".{MODEL}.partial"}  # what may lie in the folder beside an output
 LONGEST = "model/model-00001-of-00001.safetensors.index.json"  # the longest path within an output
 
 
@@ -109,6 +112,12 @@ def check_place(folder: Path, flag: str = "--output") -> None:
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or e
         raise InputError(f"{flag} {folder}: {why}. Name another folder.") from None
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise InputError(
+            f"{flag} {folder}: a name with bytes that are no text (UTF-8). Name another folder."
+        ) from None
     if folder.is_symlink():
         to = os.path.realpath(folder)
         raise InputError(
@@ -178,7 +187,7 @@ def hold(place: Path, folder: Path, flag: str) -> Lock:
     for tries in range(100):
         try:
             place.mkdir(exist_ok=True, parents=True)
-            if place.is_symlink() or not set(os.listdir(place)) <= {LOCK, NEW, OLD}:
+            if place.is_symlink() or not set(os.listdir(place)) <= OURS:
                 raise InputError(
                     f"{flag} {folder}: '{place}' is in the way, and we did not make it. Move it, or name another folder."
                 )

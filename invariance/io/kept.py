@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..core.files import replacing, write_json
+from ..core.sealed import read_kept_json, write_kept_json
 from .hub import cache_dir
 
 SUMS = "checksums.json"
@@ -50,13 +51,10 @@ def file_digest(path: Path, *, cached: bool = True) -> str:
         json.dumps([str(path.resolve()), about.st_size, about.st_mtime_ns]).encode()
     ).hexdigest()
     memo = cache_dir("digests") / f"{key}.json"
-    try:
-        if cached:
-            return str(json.loads(memo.read_text(encoding="utf-8"))["sha256"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    if cached and (known := read_kept_json(memo)) is not None:
+        return str(known)
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if cached:
-        write_json(memo, {"sha256": found})
+        write_kept_json(memo, found)
     return found

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from ..core.files import write_tensors
+from ..core.sealed import read_kept, write_kept
 from ..model.source import Source
 from .models import memory
 
@@ -56,16 +54,15 @@ class Memo:
         return found
 
     def kept(self, key: tuple[str, ...], make: Callable[[], Tensor]) -> Tensor:
-        """A tensor, looked up on disk as well; a file that cannot be read counts as missing."""
+        """A tensor, looked up on disk as well; a file that is not as it was written counts as missing."""
         if self.folder is None or key in self.values:
             return self.once(key, make, lambda value: value.nbytes)
         path = self.folder / f"{digest(json.dumps(key))}.safetensors"
-        try:
-            return load_file(path)["value"]
-        except (OSError, SafetensorError):
-            value = self.once(key, make, lambda value: value.nbytes)
-            write_tensors(path, {"value": value})
-            return value
+        if (found := read_kept(path)) is not None:
+            return found["value"]
+        value = self.once(key, make, lambda value: value.nbytes)
+        write_kept(path, {"value": value})
+        return value
 
     def weights(self, source: Source) -> str:
         """The hash of the model's weights."""

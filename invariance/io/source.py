@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..core.errors import InputError
-from ..core.files import write_json
+from ..core.sealed import read_kept_json, write_kept_json
 from ..model.entry import check_model
 from . import shards
 from .folder import float_folder
@@ -118,11 +118,10 @@ class Files:
         about = [(n, stat.st_size, stat.st_mtime_ns) for n, stat in sorted(stats.items())]
         key = hashlib.sha256(json.dumps([about, sorted(self.names)]).encode()).hexdigest()
         path = cache_dir("digests") / f"{key}.json"
-        try:
-            known = json.loads(path.read_text(encoding="utf-8"))["digest"]
-        except (OSError, ValueError, KeyError, TypeError):
+        known = read_kept_json(path)
+        if known is None:
             known = _digest(self)
-            write_json(path, {"digest": known})
+            write_kept_json(path, known)
         return str(known)
 
 

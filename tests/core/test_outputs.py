@@ -121,6 +121,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "below a file": (lambda root: a_file(root) / "out", "is a file"),
     "a name too long": (lambda root: root / ("x" * 256), "too long"),
     "a path too long": (lambda root: root.joinpath(*["x" * 250] * 17), "too long"),
+    "a name that is no text": (lambda root: root / "a\udcff", "no text"),
     "a mount point": (lambda root: Path("/dev"), "mounted"),
     "the root": (lambda root: Path("/"), "mounted"),
     "where nobody writes": (lambda root: Path("/proc/mine"), "cannot be written"),

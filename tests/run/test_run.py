@@ -208,3 +208,16 @@ def test_what_a_config_drops_in_training_is_not_dropped_here(family: str, tmp_pa
     save_model(tmp_path / "model", family, **dict.fromkeys(DROPS[family], 0.3))
     ids = torch.arange(1, 25)[None]
     assert certify_random(open_source(str(tmp_path / "model")), ids, seed=0).failure is None
+
+
+@pytest.mark.parametrize("name", ["out", "x" * 254])
+def test_a_run_leaves_alone_what_lies_beside_its_output(name: str, tmp_path: Path) -> None:
+    model_of("llama").save_pretrained(tmp_path / "model")
+    text = recipe(MLP).to_yaml().replace("model: m", f"model: {tmp_path / 'model'}")
+    (tmp_path / "recipe.yaml").write_text(text)
+    mine = tmp_path / ".out.model"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    run(tmp_path / "recipe.yaml", tmp_path / name, [])
+    assert (mine / "notes.txt").read_text() == "mine"
+    assert {p.name for p in tmp_path.iterdir()} == {"model", "recipe.yaml", ".out.model", name}
