@@ -199,6 +199,8 @@ def compare(
     for flag, file in files:
         if file is not None:
             check_page(file, flag)
+    if html is not None and latex is not None and html.resolve() == latex.resolve():
+        raise InputError(f"--latex {latex}: --html names the same file. Name two.")
     found = comparing.load(runs)
     if html is not None:
         write_page(html, comparing.page(found), "--html")

@@ -87,6 +87,7 @@ FAMILIES: dict[str, Architecture] = {
     **{"gemma3_text": GEMMA3, "opt": OPT, "phi": PHI},
 }
 """Model type, as a checkpoint's config.json has it → its declaration."""
+SHIPPED = dict(FAMILIES)  # without those that plugins declare
 
 
 EXPERTS = "its MLPs are experts behind a router"

@@ -210,8 +210,19 @@ def clip(axes: Axes, made: Drawing, beyond: Sequence[float], top: float | None) 
     """Say below the title which values lie beyond the top of the axis, where they are marked."""
     if top is None:
         return
-    least, most = min(beyond), max(beyond)
-    span = short(most) if least == most else f"{short(least)} to {short(most)}"
-    said = f"▲ not to scale: {len(beyond)} above {short(top)}, at {span}"
+    least, most, bound = (short(float(f"{v:.3g}")) for v in (min(beyond), max(beyond), top))
+    span = most if least == most else f"{least} to {most}"
+    said = f"▲ not to scale: {len(beyond)} above {bound}, at {span}"
     made.caption += f"; {said}"
-    axes.text(0.99, 0.94, said, transform=axes.transAxes, ha="right", va="top", fontsize=7.5)
+    ground: dict[str, Any] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.5}
+    axes.text(
+        0.99,
+        0.94,
+        said,
+        transform=axes.transAxes,
+        ha="right",
+        va="top",
+        fontsize=7.5,
+        bbox=ground,
+        zorder=9,
+    )

@@ -87,7 +87,7 @@ def short(value: float, _: object = None) -> str:
     """A number beside an axis."""
     for size, unit in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:
-            return f"{value / min(size, 1e3 if unit == 'k' else size):.6g}{unit}"
+            return f"{value / min(size, 1e3 if unit == 'k' else size):.4g}{unit}"
     return f"{value:.6g}"
 
 

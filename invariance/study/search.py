@@ -31,16 +31,26 @@ def opened(ablation: Ablation, workers: int, elsewhere: bool = False) -> Any:
             f"{ablation.study.where}: a search that prunes runs one trial at a time, in this process. Leave out --workers "
             "and --ray, or remove `prune`."
         )
+    from sqlalchemy.exc import SQLAlchemyError
+
     folder_of(ablation.output).begin()
-    found = optuna.create_study(
-        storage=f"sqlite:///{ablation.output / STORAGE}",
-        study_name=ablation.study.name,
-        load_if_exists=True,
-        directions=["minimize"] * len(asked.minimize),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
-    )
-    _same(ablation, found)
-    _restore(ablation, found, optuna.trial.TrialState)
+    path = ablation.output / STORAGE
+    try:
+        found = optuna.create_study(
+            storage=f"sqlite:///{path}",
+            study_name=ablation.study.name,
+            load_if_exists=True,
+            directions=["minimize"] * len(asked.minimize),
+            pruner=optuna.pruners.MedianPruner(n_startup_trials=5),
+        )
+        _same(ablation, found)
+        _restore(ablation, found, optuna.trial.TrialState)
+    except SQLAlchemyError as e:
+        said = " ".join(str(e).split())[:150]
+        raise InputError(
+            f"{path}: the trials of the search cannot be read ({said}). Move the file away: the search begins anew, and runs "
+            "that are there already are not repeated."
+        ) from None
     return found
 
 

@@ -193,7 +193,7 @@ def write(folder: Path, rows: Sequence[Row]) -> None:
 
 def harmless(text: str) -> str:
     """Words that a spreadsheet would run as a formula, behind the sign that keeps it from that."""
-    if not text.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if not text.startswith(tuple("=+-@\t\r\n＝＋－＠")):
         return text
     try:
         float(text)  # a number among words

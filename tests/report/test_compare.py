@@ -117,6 +117,10 @@ def test_a_file_that_is_no_comparison_of_ours_is_never_written_over(
         assert others.read_bytes() == before
         own = tmp_path / f"own{flag}"
         assert [invoke("compare", *runs, flag, own)[0] for _ in range(2)] == [0, 0]  # the control
+    both = ("--html", tmp_path / "one", "--latex", tmp_path / "one")
+    status, _, err = invoke("compare", *runs, *both)
+    assert status == 2 and "the same file" in " ".join(err.split())
+    assert not (tmp_path / "one").exists()
 
 
 def test_a_table_for_papers_has_a_line_a_run_and_standard_errors(

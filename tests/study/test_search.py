@@ -18,7 +18,7 @@ from invariance.core.errors import InputError
 from invariance.core.progress import quiet
 from invariance.study import job as study_job
 from invariance.study import search as study_search
-from invariance.study.ablate import Ablation
+from invariance.study.ablate import Ablation, folder_of
 from invariance.study.plan import Planner, samples
 from invariance.study.runners import here
 from invariance.study.study import load_study
@@ -232,3 +232,12 @@ def test_steps_of_a_range_are_kept_to(root: Path) -> None:
     over = "over: {evaluate.0.perplexity.sequences: {low: 1, high: 3, step: 2}, budget.parameters: {low: 1, high: 2, step: 0.5}}"
     searched = load_study(write(root, f"{BASE}search: {{{over}, trials: 1}}\n")).searched
     assert [f.range is not None and f.range.whole for f in searched] == [True, False]
+
+
+def test_trials_that_cannot_be_read_are_refused_and_stay(root: Path) -> None:
+    folder_of(root / "damaged").begin()
+    path = root / "damaged" / study_search.STORAGE
+    path.write_bytes(b"SQLite format 3\0" + b"junk" * 500)
+    with pytest.raises(AssertionError, match="trials of the search cannot be read"):
+        ablate(root, f"{BASE}search: {{{OVER}, trials: 2}}\n", "damaged")
+    assert path.read_bytes().endswith(b"junk")
