@@ -23,6 +23,8 @@ from .terminal import (
     say,
 )
 
+MANY = 1024  # processes
+
 if TYPE_CHECKING:
     from ..study.ablate import Ablation
     from ..study.runners import Runner
@@ -51,10 +53,11 @@ def ablate(
             help="How many runs at a time, each in a process of its own. With "
             "--ray: how many trials of a search; a grid sends all.",
             min=1,
+            max=MANY,
         ),
     ] = 1,
     processes: Annotated[
-        int, typer.Option(help="How many processes calibrate together.", min=1)
+        int, typer.Option(help="How many processes calibrate together.", min=1, max=MANY)
     ] = 1,
     ray: Annotated[
         str | None,
@@ -92,7 +95,7 @@ def ablate(
     `base` names a recipe; `grid` (all combinations), `zip` (together) or `search` (Optuna) say what varies. Every recipe is
     planned before anything runs. What runs share is computed once: moments, bases, the dense model's perplexity. Interrupt
     it when you like: finished runs are kept, and the same command goes on. Writes results.parquet, results.csv and
-    study.html, and figures/*.svg and *.pdf. Studies that ship: recipes/ablations/*.yaml.
+    study.html, and its figures as SVG and PDF in figures/. Studies that ship: recipes/ablations.
     """
     from ..compress.setting import Setting
     from ..core.outputs import alone

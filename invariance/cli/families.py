@@ -14,12 +14,14 @@ from .terminal import Json, err, say
 def families(
     types: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[TYPE]...", help="Model types; all causal ones if none is named."),
+        typer.Argument(metavar="TYPE", help="Model types; all causal ones if none is named."),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Write the page, as docs/families.md has it, to this file.")
     ] = None,
-    jobs: Annotated[int, typer.Option(help="How many processes work at once.", min=1)] = 2,
+    jobs: Annotated[
+        int, typer.Option(help="How many processes work at once.", min=1, max=1024)
+    ] = 2,
     as_json: Json = False,
 ) -> None:
     """Derive the spaces of model types from tiny random models, and certify them: a row a type.

@@ -72,6 +72,7 @@ def evaluate(
             help="Tokens from one window's start to the next one's; by "
             "default windows do not overlap.",
             min=1,
+            max=2**31 - 1,
         ),
     ] = None,
     batch: Annotated[
