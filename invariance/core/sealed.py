@@ -39,7 +39,7 @@ def read_kept(path: Path) -> dict[str, Tensor] | None:
 
 def write_kept_json(path: Path, value: Any) -> None:
     """Keep plain data in a JSON file; numbers that are not finite become null."""
-    value = finite(value)
+    value = json.loads(json.dumps(finite(value)))  # as it is read: keys are text
     write_json(path, {SUM: _of_json(path, value), "value": value})
 
 

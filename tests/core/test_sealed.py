@@ -74,6 +74,8 @@ def test_plain_data_that_is_not_as_it_was_written_counts_as_missing(
     write_kept_json(path.with_name("other.json"), [2])
     write_kept_json(tmp_path / "another" / path.name, [2])
     assert read_kept_json(path) == VALUE
+    write_kept_json(path, {8: 1.0, 16: 0.1})
+    assert read_kept_json(path) == {"8": 1.0, "16": 0.1}  # keys in another order than as numbers
     FAULTS[fault](path)
     assert read_kept_json(path) is None
 
