@@ -20,7 +20,7 @@ from .moment import Gram, Known, Weights
 from .moments import Moments, readers, real_tokens
 from .statistic import Statistic
 
-SEQUENCES = 8  # the first of the calibration tokens; each tells as many gradients as it has tokens
+SEQUENCES = 8  # by default, the first of the calibration tokens; each tells as many gradients as it has tokens
 BATCH = 1  # how many of them pass at once
 SEED = 0  # of the labels
 
@@ -34,6 +34,7 @@ def measure(
     queries: Iterable[str] = (),
     seed: int = SEED,
     skip: int = 0,
+    sequences: int | None = None,
 ) -> Moments:
     """FISHER, E[g gᵀ], at points of the stream or where branches write (``Edge.written``).
 
@@ -48,7 +49,8 @@ def measure(
     to second order and with other tokens' queries whole. Turning by positions leaves q_j g_j of a pair's two dims
     together as it is.
 
-    The first ``skip`` tokens of a sequence pass the model, and no moment sees them.
+    It reads the first ``sequences`` of the tokens, and of a sequence the first ``skip`` tokens pass the model, and no moment
+    sees them.
 
     Source: Martens 2020, arXiv:1412.1193: the true Fisher, by labels that the model itself draws; Theis et al. 2018,
     arXiv:1801.05787, equation 8, for what is left out.
@@ -85,8 +87,9 @@ def measure(
             summed = real_tokens(m.sum(-2).flatten(-2), seen)
             moments.add((name, Statistic.TAYLOR), summed, copies, copies)
 
-    some = Tokens(tokens.ids[:SEQUENCES], tokens.mask[:SEQUENCES])
-    backward(parts, some, taps, take, skip=skip, seed=seed, batch=BATCH, progress=progress)
+    some = slice(sequences or SEQUENCES)
+    few = Tokens(tokens.ids[some], tokens.mask[some])
+    backward(parts, few, taps, take, skip=skip, seed=seed, batch=BATCH, progress=progress)
     return moments.cpu()
 
 

@@ -15,6 +15,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..calibrate import fisher, walk
+from ..calibrate.fisher import SEQUENCES
 from ..calibrate.moment import Known
 from ..calibrate.moments import Key, Moments, Shelf, Store, reader_moment
 from ..calibrate.refit import HELD_OUT
@@ -23,6 +24,7 @@ from ..core.errors import InputError
 from ..core.progress import Progress, quiet
 from ..io.data import Tokens
 from ..io.memo import Memo
+from ..io.own_text import fastest
 from ..io.source import live
 from ..model.layout import Edge, Layout
 from ..model.source import Source
@@ -47,10 +49,7 @@ def calibration_dtype(asked: str, device: torch.device) -> torch.dtype:
     """``auto`` is the fastest that the machine multiplies in: bfloat16 where it has units for it, else float32."""
     if asked != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[asked]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
+    return fastest(device)
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ class Calibration:
             return None
         assert self.tokens is not None and self.plan.recipe.calibrate is not None
         dtype, stream = self._dtypes()
-        skip = self.plan.recipe.calibrate.skip
+        calibrate = self.plan.recipe.calibrate
         return Store.keyed(
             self.store,
             {
@@ -202,7 +201,8 @@ class Calibration:
                 "stream": str(stream),
                 "device": self.parts.device.type,
             }
-            | ({"skip": str(skip)} if skip else {}),
+            | ({"skip": str(calibrate.skip)} if calibrate.skip else {})
+            | ({"fisher": str(calibrate.fisher)} if calibrate.fisher != SEQUENCES else {}),
         )
 
     def _check_tokens(self) -> None:
@@ -266,4 +266,5 @@ class Calibration:
             self.progress,
             queries=queries,
             skip=self.plan.recipe.calibrate.skip,
+            sequences=self.plan.recipe.calibrate.fisher,
         )

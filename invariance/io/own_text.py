@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 
 from ..core.files import write_tensors
 from ..core.progress import Progress, quiet
+from ..model.verify import copy_in
 from .hub import cache_dir
 from .models import weights_digest
 from .tokens import Shape
 
-FORMAT = "1"  # counts up when the same model and seed write another text
-BATCH = 32  # texts that are written side by side; other sizes would draw other numbers
+FORMAT = "2"  # counts up when the same model and seed write another text
+BATCH = 64  # texts that are written side by side; other sizes would draw other numbers
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for what the user says
 
 
@@ -38,17 +39,22 @@ def write(
 ) -> Int64[Tensor, "B T"]:
     """Windows that the model writes, from the cache where it wrote them before.
 
-    They hang on the weights, the config, the seed, the shape and the device: on another device, rounding differs.
+    They hang on the weights, the config, the seed, the shape, the device and the dtype that is fastest there: in
+    another, rounding differs.
     """
     starts = beginnings(model, tokenizer, shape.sequences, seed)
     told = [FORMAT, weights_digest(model), model.config.to_json_string(use_diff=False)]
-    told += [str(model.dtype), model.device.type, str(seed), str(temperature), str(shape.tokens)]
+    dtype = fastest(model.device)
+    told += [str(dtype), model.device.type, str(seed), str(temperature), str(shape.tokens)]
     key = hashlib.sha256(repr((told, starts)).encode()).hexdigest()[:32]
     path = cache_dir("self") / f"{key}.safetensors"
     try:
         return load_file(path)["ids"]
     except (OSError, SafetensorError):  # not there yet, or cut short
-        made = sample(model, starts, shape.tokens, seed, progress, temperature)
+        twin = copy_in(torch.float32, model)
+        for weight in twin.parameters():  # positions stay in float32
+            weight.data = weight.data.to(dtype)
+        made = sample(twin, starts, shape.tokens, seed, progress, temperature)
         write_tensors(path, {"ids": made})
         return made
 
@@ -99,23 +105,33 @@ def sample(
     progress: Progress = quiet,
     temperature: float = 1.0,
 ) -> Int64[Tensor, "B T"]:
-    """Each start, continued to ``length`` tokens; texts with starts of one length run side by side with a cache of
-    keys and values. What follows an end token is another text, as in the text that models are trained on."""
+    """Each start, continued to ``length`` tokens; texts run side by side with a cache of keys and values, and where one's
+    start is longer, its tokens stand in place of those drawn. What follows an end token is another text, as in the text
+    that models are trained on."""
     generator = torch.Generator().manual_seed(seed)
     made = torch.empty(len(starts), length, dtype=torch.int64)
-    groups: dict[int, list[int]] = {}
-    for n, start in enumerate(starts):
-        groups.setdefault(min(len(start), length), []).append(n)
-    for n_start, texts in groups.items():
-        for rows in torch.tensor(texts).split(BATCH):
-            ids = torch.tensor([list(starts[n])[:length] for n in rows.tolist()])
-            made[rows, :n_start] = ids
-            cache: Any = None
-            steps = range(n_start, length)
-            for at in progress(steps, f"text that the model writes ({len(rows)})", len(steps)):
-                out = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                p = (out.logits[:, -1].float() / temperature).softmax(-1).cpu()
-                ids = torch.multinomial(p, 1, generator=generator)
-                made[rows, at] = ids[:, 0]
+    for rows in torch.arange(len(starts)).split(BATCH):
+        given = [starts[n] for n in rows.tolist()]
+        ids = torch.tensor([start[0] for start in given])
+        made[rows, 0] = ids
+        cache: Any = None
+        steps = range(1, length)
+        for at in progress(steps, f"text that the model writes ({len(rows)})", len(steps)):
+            seen = ids[:, None].to(model.device)
+            out = model(input_ids=seen, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            p = (out.logits[:, -1].float() / temperature).softmax(-1).cpu()
+            ids = torch.multinomial(p, 1, generator=generator)[:, 0]
+            for n, start in enumerate(given):
+                if at < len(start):
+                    ids[n] = start[at]
+            made[rows, at] = ids
     return made
+
+
+def fastest(device: torch.device) -> torch.dtype:
+    """The dtype in which a device multiplies fastest: bfloat16 where it has units for it, else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32

@@ -87,6 +87,7 @@ class Calibrate(Part):
     skip: Annotated[int, Field(ge=0)] = (
         0  # how many first tokens of a sequence pass the model unmeasured
     )
+    fisher: Count = 8  # how many of the sequences the output's Fisher is measured on, the first
 
 
 class Budget(Part):

@@ -257,6 +257,21 @@ def test_labels_follow_the_prediction() -> None:
 # Runs
 
 
+def test_so_many_sequences_are_read_as_are_asked_for_and_the_first_of_them() -> None:
+    model, layout = canonical_copy(model_of("llama"), fold=True, tie="untie")
+    ids = torch.arange(60).reshape(12, 5) % VOCABULARY
+
+    def of(found: Tokens, **options: Any) -> Tensor:
+        measured = fisher.measure(Whole(model, layout), ["x.1.0"], found, **options)
+        return measured.known["x.1.0", FISHER].mean
+
+    few = of(tokens(ids), sequences=3)
+    assert torch.equal(few, of(tokens(ids[:3])))
+    assert torch.equal(of(tokens(ids)), of(tokens(ids[: fisher.SEQUENCES])))
+    assert not close(few, of(tokens(ids)))
+
+
+
 @pytest.mark.parametrize("order", ["oneshot", "sequential", "dense_target"])
 def test_a_run_measures_the_dense_model_once_and_the_store_keeps_it(
     order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -296,10 +311,10 @@ def test_a_run_measures_the_dense_model_once_and_the_store_keeps_it(
     measure = fisher.measure
 
     def counted(
-        parts: Any, points: list[str], *rest: Any, queries: list[str], skip: int
+        parts: Any, points: list[str], *rest: Any, queries: list[str], **options: Any
     ) -> Moments:
         calls.append((points, queries))
-        return measure(parts, points, *rest, queries=queries, skip=skip)
+        return measure(parts, points, *rest, queries=queries, **options)
 
     monkeypatch.setattr(fisher, "measure", counted)
     text = load_tokens(data, None, vocab_size=VOCABULARY)
