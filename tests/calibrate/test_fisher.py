@@ -271,7 +271,6 @@ def test_so_many_sequences_are_read_as_are_asked_for_and_the_first_of_them() -> 
     assert not close(few, of(tokens(ids)))
 
 
-
 @pytest.mark.parametrize("order", ["oneshot", "sequential", "dense_target"])
 def test_a_run_measures_the_dense_model_once_and_the_store_keeps_it(
     order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
