@@ -6,6 +6,7 @@ sampled from the model's own distribution p(next | before)^(1/temperature), norm
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from typing import Any
@@ -14,12 +15,11 @@ import torch
 from jaxtyping import Int64
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.files import write_tensors
 from ..core.progress import Progress, quiet
-from ..model.verify import copy_in
 from .hub import cache_dir
 from .models import weights_digest
 from .tokens import Shape
@@ -51,9 +51,7 @@ def write(
     try:
         return load_file(path)["ids"]
     except (OSError, SafetensorError):  # not there yet, or cut short
-        twin = copy_in(torch.float32, model)
-        for weight in twin.parameters():  # positions stay in float32
-            weight.data = weight.data.to(dtype)
+        twin = model if model.dtype is dtype else in_dtype(dtype, model)
         made = sample(twin, starts, shape.tokens, seed, progress, temperature)
         write_tensors(path, {"ids": made})
         return made
@@ -127,6 +125,12 @@ def sample(
                     ids[n] = start[at]
             made[rows, at] = ids
     return made
+
+
+def in_dtype(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its weights in a dtype; buffers, from which positions are computed, stay as they are."""
+    weights = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in model.parameters()}
+    return copy.deepcopy(model, weights)  # type: ignore[arg-type]
 
 
 def fastest(device: torch.device) -> torch.dtype:
