@@ -12,11 +12,23 @@ from ..core.space import Space
 from ..method.budget import Bill, Predicted, spendable
 from ..method.checked import allocated
 from ..method.interfaces import Selector
-from ..model.layout import Layout
 from ..recipe.recipe import Constraints, Recipe
 from .demand import Demand, Loss, Spectra, Unit, Widths
 
 HEADS = ("vo", "qk")  # a stock config has one width of heads
+
+
+class Laid(Protocol):
+    """What allocation reads of a layout."""
+
+    @property
+    def spaces(self) -> Mapping[str, Space]: ...
+    @property
+    def branches(self) -> Mapping[str, str]: ...
+    @property
+    def windows(self) -> Mapping[str, int | None]: ...
+    def counting(self, widths: Widths) -> list[str]: ...
+    def factored(self, widths: Widths) -> list[str]: ...
 
 
 class Chart(Protocol):
@@ -25,7 +37,7 @@ class Chart(Protocol):
     @property
     def recipe(self) -> Recipe: ...
     @property
-    def layout(self) -> Layout: ...
+    def layout(self) -> Laid: ...
     @property
     def units(self) -> tuple[Unit, ...]: ...
     @property
@@ -139,7 +151,7 @@ def _demands(chart: Chart, units: Sequence[Unit]) -> list[Demand]:
         if unit.select is None:
             return n
         if chart.recipe.stock and not unit.select.depth and unit.space.kind != "edge":
-            return HEADS if unit.space.kind in HEADS else unit.space.kind
+            return HEADS if unit.space.kind in HEADS else (unit.space.kind, unit.space.part)
         return ("step", unit.step) if constraints(unit).same else n
 
     found: dict[object, list[Unit]] = {}

@@ -106,9 +106,10 @@ def cut(model: PreTrainedModel, description: Description, kept: Kept, plan: Plan
 
 
 def _narrow(model: nn.Module, found: Sequence[Narrowing]) -> None:
+    """Slices of a stack before the stack itself, whose slices are counted as they were."""
     named = stored(model)
     done = set[tuple[int, int]]()
-    for n in found:
+    for n in sorted(found, key=lambda n: -len(n.dims)):
         p = named[n.parameter]
         if (id(p), n.dim) not in done:
             done.add((id(p), n.dim))

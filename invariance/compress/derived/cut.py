@@ -1,0 +1,329 @@
+"""A plan on a derived layout carried out: calibrate, fit, certify, choose widths, refit the readers, cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...calibrate.moment import Gram, Moment, Weights
+from ...calibrate.moments import Moments, check_finite
+from ...calibrate.statistic import Statistic
+from ...calibrate.tap import Reader, Seen, places, tapped
+from ...core.change import Basis, Change
+from ...core.errors import CertificateError, InputError, InvarianceError
+from ...core.group import Group
+from ...core.progress import Progress, quiet
+from ...core.space import Space
+from ...io.data import Tokens
+from ...method import checked
+from ...model.derive.certify import TOLERANCE
+from ...model.described.accept import Trial
+from ...model.described.description import Kind
+from ...model.described.elements import Element, blocks
+from ...model.described.turn import sides, turn
+from ...model.described.weightless import stored
+from ...model.described.whole import double, tokens
+from ...model.narrow.certificate import tried
+from ...model.narrow.cut import Cut
+from ...model.narrow.stock import differences
+from ...model.verify import Certificate
+from ..calibration import timed
+from ..demand import Unit, Widths
+from .layout import STREAM
+from .ones import centred, fixing_ones
+from .plan import DerivedPlan
+
+PROBE_TOKENS = 64
+
+
+@dataclass
+class Made:
+    """The narrower model in float64, and how it came about."""
+
+    model: PreTrainedModel
+    widths: Widths
+    spectra: dict[str, Tensor]
+    certificate: Certificate
+    cut: Cut | None  # None where nothing was narrower
+    error: float  # ‖cut − zeroed‖ / ‖zeroed‖
+    seconds: dict[str, float]
+    energy: dict[str, float] = field(default_factory=dict)
+
+
+def carry_out(
+    model: PreTrainedModel, plan: DerivedPlan, found: Tokens | None, progress: Progress = quiet
+) -> Made:
+    """Carry out a plan on a model, which is left as it is. Raises CertificateError, or InputError for widths that no
+    config says."""
+    return _Run(model, plan, found, progress).run()
+
+
+class _Run:
+    def __init__(
+        self, model: PreTrainedModel, plan: DerivedPlan, found: Tokens | None, progress: Progress
+    ):
+        self.plan, self.found, self.progress = plan, found, progress
+        self.layout, self.description = plan.layout, plan.layout.description
+        self.flat = self.description.flat()
+        self.seconds: dict[str, float] = {}
+        self.source = model
+        self.tied = bool(self.layout.tied)
+        with timed(self.seconds, "canonicalize"):
+            self.twin = double(model)
+            if plan.turns:
+                turn(self.twin, self.description, {})  # gains folded, nothing turned
+        self.bases: dict[str, Basis] = {}
+
+    def run(self) -> Made:
+        self._measure()
+        with timed(self.seconds, "fit"):
+            for unit in self.progress(self.plan.units, "fit bases", len(self.plan.units)):
+                self.bases[unit.space.name] = self._fit(unit)
+        certificate = self._certify()
+        spectra = {n: b.energy for n, b in self.bases.items()}
+        with timed(self.seconds, "select"):
+            widths = self.plan.allocate(spectra)
+        assert widths is not None
+        self.plan.check_widths(widths)
+        with timed(self.seconds, "slice"):
+            small, done, error = self._cut(widths)
+        return Made(
+            small, widths, spectra, certificate, done, error, self.seconds, self._lost(widths)
+        )
+
+    # --- Measuring.
+
+    def _measure(self) -> None:
+        """Moments at the parameters that read each space; of the stream on the model whose gains are folded."""
+        self.seen: Mapping[str, Seen] = {}
+        if not self.plan.reads_tokens:
+            return
+        calibrate = self.plan.recipe.calibrate
+        assert calibrate is not None and self.found is not None
+        count = int(self.found.mask[:, calibrate.skip :].sum())
+        widest = max((u.space for u in self.plan.units), key=lambda s: s.dim)
+        if count < widest.dim:
+            raise InputError(
+                f"{self.plan.recipe.where('calibrate')}: {count} tokens cannot tell the {widest.dim} directions of space "
+                f"'{widest.name}' apart. Calibrate on at least {widest.dim} tokens; {8 * widest.dim} and more are better."
+            )
+        batches = list(self.found.batches(calibrate.batch))
+        own = {u.space.name: self.layout.own[u.space.name] for u in self.plan.units}
+        with timed(self.seconds, "calibrate"):
+            model = copy.deepcopy(self.twin).float()
+            steps = iter(self.progress(batches, "calibrate", len(batches)))
+            once = frozenset({own[STREAM]} if STREAM in own else ())
+            seen = tapped(model, self.flat, list(own.values()), once, steps, calibrate.skip)
+        self.seen = {name: seen[o] for name, o in own.items()}
+
+    def _writers_of_stream(self, seen: Seen) -> list[Reader]:
+        """The readers behind which the stream is written: what they are given counts when channels are chosen."""
+        return [
+            reader
+            for reader in seen.moments
+            if any(p.writes for a in self.flat.of[reader[0]] for p in a.axis.points)
+        ]
+
+    def _moments(self, space: Space, readers: list[Reader]) -> Moments:
+        """Of some readers together, under every name that methods ask for it by; each token counts alike."""
+        seen = self.seen[space.name]
+        moment = _steadied(seen.total(readers))
+        if space.kind == "residual" and self.layout.stream is not None:
+            moment = centred(moment) if self._fixes_ones else moment
+        of = (
+            (Statistic.NORMED,) if space.kind == "residual" else (Statistic.WEIGHTED, Statistic.RAW)
+        )
+        found = Moments({(space.name, s): moment for s in of})
+        check_finite(found)
+        gram = Gram(space.copies, space.dim, lambda: self._weights(space, seen.readers))
+        return found.merge(Moments({(space.name, Statistic.READERS): gram}))
+
+    @property
+    def _fixes_ones(self) -> bool:
+        stream = self.layout.stream
+        return stream is not None and stream.kind is Kind.O1
+
+    def _weights(self, space: Space, readers: Collection[Reader]) -> Weights:
+        """The weights that read a space: [out, copies · dim]."""
+        named = stored(self.twin)
+        for reader, where in places(self.flat, self.layout.own[space.name]):
+            if reader in readers:
+                W = _lines(named[reader[0]], reader[1])
+                for each in where.at:
+                    yield W[torch.from_numpy(each.reshape(-1))].T, None
+
+    # --- Fitting.
+
+    def _fit(self, unit: Unit) -> Basis:
+        seen = self.seen.get(unit.space.name)
+        if seen is not None and not seen.moments:
+            raise InvarianceError(
+                f"space '{unit.space.name}': no matrix product read it on these tokens, so nothing can be measured. "
+                "Calibrate on more tokens, or leave this space out."
+            )
+        readers = [] if seen is None else self._writers_of_stream(seen)
+        moments = Moments() if seen is None else self._moments(unit.space, readers)
+        basis = checked.fitted(unit.rotate, unit.space, moments)
+        if basis.A.picks is not None and not basis.A.within(Group.PERMUTATION):
+            raise InputError(
+                f"{self.plan.recipe.where('steps', unit.step, 'rotate')}: rotator '{unit.rotate.name}' scales coordinates, and "
+                "cuts of a derived layout only choose them. Use `permute`."
+            )
+        if unit.space.kind == "residual" and self._fixes_ones and basis.A.picks is None:
+            basis = fixing_ones(basis)
+        return basis
+
+    def _certify(self) -> Certificate:
+        """All bases at once on tokens that no text is needed for; then one side of each space alone."""
+        g = torch.Generator().manual_seed(self.plan.recipe.seed)
+        vocabulary = self.source.config.get_text_config().vocab_size
+        ids = torch.randint(0, vocabulary, (2, PROBE_TOKENS // 2), generator=g)
+        chosen = {self.layout.own[n]: self._element(n) for n in self.bases}
+        with timed(self.seconds, "verify"):
+            trial = Trial(self.twin, self.description, [tokens(ids)])
+            error = trial.error(self.flat, chosen)
+            controls = []
+            for name, element in chosen.items():
+                moved = 0.0
+                for side in reversed(sides(self.description, name)):
+                    moved = max(moved, trial.error(self.flat, {name: element}, side))
+                    if moved > 1000 * TOLERANCE:
+                        break
+                controls.append(moved)
+        moving = [m for m in controls if m] or [0.0]
+        certificate = Certificate(error, TOLERANCE, min(moving), len(chosen))
+        if certificate.failure is not None and any(not _still(e) for e in chosen.values()):
+            raise CertificateError(f"the certificate failed: {certificate.failure}.")
+        return certificate
+
+    def _element(self, name: str) -> Element:
+        """A basis as an element of the layout's space."""
+        space = self.flat.spaces[self.layout.own[name]]
+        A = self.bases[name].A
+        still = tuple(torch.ones(space.width, dtype=torch.float64) for _ in space.scales)
+        if A.picks is None:
+            return Element(matrices=A.matrix().mT.contiguous(), scales=still)
+        permutation = np.arange(space.width)
+        each = blocks(space)
+        for block, order in zip(each, A.picks.numpy(), strict=True):
+            permutation[block] = block[order]
+        return Element(permutation=permutation, scales=still)
+
+    # --- Cutting.
+
+    def _cut(self, widths: Widths) -> tuple[PreTrainedModel, Cut | None, float]:
+        kept: dict[str, np.ndarray] = {}
+        for unit in self.plan.units:
+            name = unit.space.name
+            own, k = self.layout.own[name], widths[name]
+            basis = self.bases[name]
+            if basis.A.picks is None:
+                turn(self.twin, self.description, {own: self._element(name)})
+                keep = np.arange(k)[None]
+            else:
+                keep = np.sort(basis.A.picks.numpy()[:, :k], axis=-1)
+                if k < unit.space.dim:
+                    self._refit(unit, k)
+            if k < unit.space.dim:
+                each = blocks(self.flat.spaces[own])
+                kept[own] = np.sort(np.take_along_axis(each, keep, -1).reshape(-1))
+        if not kept:
+            return self._finished(self.twin), None, 0.0
+        g = torch.Generator().manual_seed(self.plan.recipe.seed)
+        vocabulary = self.source.config.get_text_config().vocab_size
+        probe = tokens(torch.randint(0, vocabulary, (2, PROBE_TOKENS // 2), generator=g))
+        small, done, error = tried(self.twin, self.description, kept, probe)
+        if not error <= TOLERANCE:
+            raise CertificateError(
+                f"the narrower model differs by {error:.1e} from the one whose coordinates are zero, where rounding explains "
+                f"{TOLERANCE:.0e}. Cut other spaces."
+            )
+        why = differences(small)
+        if why or not done.changes:
+            name, (was, now) = next(iter(why.items()), ("its widths", ("the config's", "others")))
+            raise InputError(
+                f"{self.plan.recipe.where('steps')}: no stock config says what was cut: a model of it has {was} at {name}, and "
+                f"this one {now}. Use other widths, or cut other spaces."
+            )
+        return self._finished(small), done, error
+
+    def _finished(self, small: PreTrainedModel) -> PreTrainedModel:
+        """Tied again, where the head reads the stream as it was."""
+        if self.tied and not self.plan.turns:
+            small.config.get_text_config().tie_word_embeddings = True
+            head, table = small.get_output_embeddings(), small.get_input_embeddings()
+            assert head is not None and table is not None
+            head.weight = table.weight
+        return small
+
+    def _refit(self, unit: Unit, k: int) -> None:
+        """Each reader's columns that stay make up for those that go, by what that reader was given."""
+        assert unit.slice is not None
+        seen = self.seen.get(unit.space.name)
+        if seen is None or not unit.slice.mixes:
+            return
+        named = stored(self.twin)
+        where = {r: p for r, p in places(self.flat, self.layout.own[unit.space.name])}
+        for reader in seen.moments:
+            moments = self._moments(unit.space, [reader])
+            change = checked.cut(unit.slice, unit.space, self.bases[unit.space.name], k, moments)
+            for each in where[reader].at:
+                _read_from_kept(named[reader[0]], reader, each, change)
+
+    def _lost(self, widths: Widths) -> dict[str, float]:
+        """Kind of space → which share of its energy is cut."""
+        kinds: dict[str, list[tuple[float, float]]] = {}
+        for unit in self.plan.units:
+            energy = self.bases[unit.space.name].energy.sum(0)
+            beyond = float(energy[widths[unit.space.name] :].sum())
+            kinds.setdefault(str(unit.space.kind), []).append((beyond, float(energy.sum())))
+        return {
+            kind: sum(b for b, _ in found) / (sum(t for _, t in found) or 1.0)
+            for kind, found in kinds.items()
+        }
+
+
+def _steadied(moment: Moment) -> Moment:
+    """Copies that few rows reached (experts) as if each had seen, besides, one row of the mean energy a channel."""
+    copies, d, _ = moment.total.shape
+    if copies == 1:
+        return moment
+    mean = moment.total.diagonal(dim1=1, dim2=2).sum() / (copies * d)
+    rows = max(1.0, moment.count / copies)
+    return Moment(moment.total + torch.eye(d, dtype=torch.float64) * mean / rows, moment.count)
+
+
+def _still(element: Element) -> bool:
+    """Whether an element changes nothing."""
+    p = element.permutation
+    return element.matrices is None and p is not None and bool((p == np.arange(len(p))).all())
+
+
+def _lines(value: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """A parameter with the positions of one axis first: [positions, rest]."""
+    rest = [d for d in range(value.dim()) if d not in dims]
+    moved = value.permute(*dims, *rest)
+    return moved.reshape(int(np.prod(moved.shape[: len(dims)])), -1)
+
+
+@torch.no_grad()
+def _read_from_kept(p: Tensor, reader: Reader, at: np.ndarray, change: Change) -> None:
+    """W ← W D on the coordinates that stay, and zero on the others, copy by copy."""
+    dims = reader[1]
+    rest = [d for d in range(p.dim()) if d not in dims]
+    moved = p.permute(*dims, *rest)
+    W = moved.reshape(int(np.prod(moved.shape[: len(dims)])), -1).clone()
+    D, picks = change.decode.matrix(), change.encode.picks
+    assert picks is not None
+    for c, index in enumerate(torch.from_numpy(at)):
+        new = D[c].mT @ W[index]
+        W[index] = 0
+        W[index[picks[c]]] = new
+    back = np.argsort([*dims, *rest]).tolist()
+    p.copy_(W.reshape(moved.shape).permute(*back))

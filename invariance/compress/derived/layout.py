@@ -1,0 +1,195 @@
+"""The spaces of a derived layout that a recipe can cut, and what widths of them store."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+import numpy as np
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ...core.group import Group
+from ...core.kind import Kind
+from ...core.space import Space
+from ...model.described import description as d
+from ...model.described.elements import blocks
+from ...model.described.pattern import RIGID, expand
+from ...model.described.weightless import on_meta
+from ...model.layout import Parameters
+
+STREAM = "x"
+Widths = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One stored parameter: its size, what it counts towards, and of each axis how many positions which space has."""
+
+    size: int
+    part: str
+    axes: tuple[tuple[int, Mapping[str, int]], ...]
+
+
+@dataclass(frozen=True)
+class DerivedLayout:
+    """What a plan reads of a layout. ``own``: the layout's name of each space by the name that recipes use."""
+
+    description: d.Description = field(repr=False)
+    spaces: Mapping[str, Space]
+    own: Mapping[str, str]
+    costs: tuple[Cost, ...] = field(repr=False)
+    tied: int  # numbers of a head that is the table of tokens too
+    model: PreTrainedModel = field(repr=False)  # on meta
+
+    branches: Mapping[str, str] = field(default_factory=dict)  # none vanishes
+    windows: Mapping[str, int | None] = field(default_factory=dict)
+
+    @property
+    def stream(self) -> d.Space | None:
+        """The one global space of the stream."""
+        return self.description.flat().spaces.get(self.own.get(STREAM, ""))
+
+    def counting(self, widths: Widths) -> list[str]:
+        """No attention goes, so none has to stay."""
+        return []
+
+    def factored(self, widths: Widths) -> list[str]:
+        """No matrix becomes two."""
+        return []
+
+    def select(self, patterns: Iterable[str]) -> list[str]:
+        """The names of the spaces that any of the patterns means: a kind, a name, or a glob on names."""
+        wanted = list(patterns)
+        return [
+            n
+            for n, s in self.spaces.items()
+            if any(p == s.kind or fnmatchcase(n, p) for p in wanted)
+        ]
+
+    def kept(self, widths: Widths) -> dict[str, np.ndarray]:
+        """For shapes alone: of each narrower space its first coordinates, by the layout's names."""
+        flat = self.description.flat()
+        return {
+            self.own[n]: np.sort(blocks(flat.spaces[self.own[n]])[:, :k].reshape(-1))
+            for n, k in widths.items()
+            if k < self.spaces[n].dim
+        }
+
+    def parameters(self, widths: Widths, untied: bool = False) -> Parameters:
+        """What a choice of widths stores; a head that is turned apart from the table counts for itself."""
+        count = dict.fromkeys(("embedding", "blocks", "head"), 0)
+        for cost in self.costs:
+            count[cost.part] += self._size(cost, widths)
+        if self.tied and untied:
+            k = widths.get(STREAM)
+            whole = self.spaces[STREAM].dim
+            count["head"] += self.tied if k is None else self.tied // whole * k
+        return Parameters(**count)
+
+    def _size(self, cost: Cost, widths: Widths) -> int:
+        size = cost.size
+        for total, places in cost.axes:
+            gone = sum(
+                n * (self.spaces[s].dim - widths[s]) // self.spaces[s].dim
+                for s, n in places.items()
+                if s in widths
+            )
+            size = size * (total - gone) // total
+        return size
+
+    def flops(self, widths: Widths) -> None:
+        """Not counted: which weights a token meets is not in the layout."""
+
+    def kv_entries(self, widths: Widths) -> None:
+        """Not counted."""
+
+
+def derived_spaces(config: PretrainedConfig, description: d.Description) -> DerivedLayout:
+    """The stream, channels behind which a matrix writes the stream, and whole experts."""
+    flat = description.flat()
+    found: dict[str, tuple[str, Space]] = {}
+    if (stream := flat.spaces.get("residual")) is not None and not stream.local:
+        group = _group(stream)
+        found[STREAM] = (
+            "residual",
+            Space(STREAM, Kind.RESIDUAL, stream.width, group, block=0, stage=0),
+        )
+    channels = [(n, s, p) for n, s in flat.spaces.items() if (p := _writes(flat, n, s)) is not None]
+    several = Counter(_block(n) for n, _, _ in channels)
+    for own, s, part in channels:
+        block = _block(own)
+        name = f"{Kind.MLP}.{block}" + (f".{part}" if several[block] > 1 else "")
+        dim = s.width // s.copies
+        space = Space(name, Kind.MLP, dim, Group.PERMUTATION, s.copies, block=block, part=part)
+        found[name] = own, space
+    model = on_meta(config)
+    own_names = {o: n for n, (o, _) in found.items()}
+    return DerivedLayout(
+        description,
+        {n: s for n, (_, s) in found.items()},
+        {n: o for n, (o, _) in found.items()},
+        tuple(_costs(model, flat, own_names)),
+        _tied(model),
+        model,
+    )
+
+
+def _group(stream: d.Space) -> Group:
+    return Group.ORTHOGONAL if stream.kind in (d.Kind.O, d.Kind.O1) else Group.SIGNED_PERMUTATION
+
+
+def _block(own: str) -> int:
+    numbers = re.findall(r"\d+", own.partition("@")[2])
+    return int(numbers[-1]) if numbers else 0
+
+
+def _writes(flat: d.Flat, name: str, space: d.Space) -> str | None:
+    """The matrix behind channels that writes the stream; None where the space is no such channels, or of heads."""
+    if space.kind is not d.Kind.PERM or "@" not in name:
+        return None
+    part = None
+    for a in flat.carrying(name):
+        if any(s.space.startswith("heads") for label in a.axis.labels for s, _ in expand(label)):
+            return None
+        others = [o for o in flat.of[a.parameter] if o.axis.dims != a.axis.dims]
+        if part is None and any(p.writes for o in others for p in o.axis.points):
+            part = a.axis.parameter.removesuffix(".weight")
+    return part
+
+
+def _costs(model: PreTrainedModel, flat: d.Flat, names: Mapping[str, str]) -> Iterable[Cost]:
+    """Every parameter, a tied one once; outside of the layers, what writes the stream first is the embedding."""
+    layers = tuple(_stems(flat))
+    for name, p in model.named_parameters():
+        described = flat.of.get(name, [])
+        axes = []
+        for a in described:
+            places = Counter[str]()
+            for label in a.axis.labels:
+                for symbol, codes in expand(label):
+                    own = None if symbol == RIGID else names.get(a.space(symbol))
+                    if own is not None:
+                        places[own] += len(codes)
+            if places:
+                axes.append((math.prod(p.shape[k] for k in a.axis.dims), places))
+        first = any(pt.writes and pt.number == 0 for a in described for pt in a.axis.points)
+        inside = name.startswith(layers)
+        part = "blocks" if inside else "embedding" if first else "head"
+        yield Cost(p.numel(), part, tuple(axes))
+
+
+def _stems(flat: d.Flat) -> set[str]:
+    """What the names of parameters in layers begin with."""
+    return {a.stem for a in flat.axes.values() if a.stem}
+
+
+def _tied(model: PreTrainedModel) -> int:
+    """How many numbers the head has that are the table's."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if table is None or head is None or head.weight is not table.weight:
+        return 0
+    return sum(p.numel() for p in head.parameters())
