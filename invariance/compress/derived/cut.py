@@ -22,6 +22,7 @@ from ...core.progress import Progress, quiet
 from ...core.space import Space
 from ...io.data import Tokens
 from ...method import checked
+from ...method.interfaces import Rotator
 from ...model.derive.certify import TOLERANCE
 from ...model.described.accept import Trial
 from ...model.described.description import Kind
@@ -169,6 +170,11 @@ class _Run:
             )
         readers = [] if seen is None else self._writers_of_stream(seen)
         moments = Moments() if seen is None else self._moments(unit.space, readers)
+        if not isinstance(unit.rotate, Rotator):
+            raise InputError(
+                f"{self.plan.recipe.where('steps', unit.step, 'rotate')}: '{unit.rotate.name}' fits several spaces together, which "
+                "a derived layout does not give. Use `permute` or `pca`."
+            )
         basis = checked.fitted(unit.rotate, unit.space, moments)
         if basis.A.picks is not None and not basis.A.within(Group.PERMUTATION):
             raise InputError(
