@@ -17,8 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from invariance.core.cache import cache_dir
 from invariance.core.files import write_json
-from invariance.io.hub import cache_dir
 
 ROTATORS = ["identity", "hadamard", {"pca": {"of": "raw"}}, {"pca": {"of": "normed"}}]
 WIDTHS = [549, 513, 477, 441, 405]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect as inspection
 import json
-import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +28,8 @@ from .terminal import (
     Trust,
     TrustTasks,
     device_named,
-    load_plugins,
+    library,
+    out,
     progress,
     say,
 )
@@ -50,23 +51,22 @@ app = typer.Typer(
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A command of the program, in which transformers keeps quiet. Each takes `--plugin`."""
+    return app.command()(_with_plugins(function, ready=True))
+
+
+def answering(function: Callable[..., None]) -> Callable[..., None]:
+    """A command that may know its answer; where it does not, it gets the library ready itself."""
+    return app.command()(_with_plugins(function, ready=False))
+
+
+def _with_plugins(function: Callable[..., None], ready: bool) -> Callable[..., None]:
     own = inspection.signature(function, eval_str=True)
     takes = "plugin" in own.parameters  # for what it hands on to other processes
 
     @functools.wraps(function)
-    def quietly(plugin: list[str], **kwargs: Any) -> None:
-        for name in (
-            "torchao",
-            "torch.utils._pytree",
-        ):  # on import, of kernels that this machine cannot load
-            logging.getLogger(name).setLevel(logging.ERROR)
-        from .. import publish
-        from ..io.hub import quiet
-        from ..measure.trust import trusting
-
-        publish()
-        load_plugins(plugin)
-        with quiet(), trusting(kwargs.get("trust_task_code", False)):
+    def called(plugin: list[str], **kwargs: Any) -> None:
+        trust = kwargs.get("trust_task_code", False)
+        with library(plugin, trust) if ready else nullcontext():
             function(**kwargs, **({"plugin": plugin} if takes else {}))
 
     option = inspection.Parameter(
@@ -74,9 +74,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     )
     others = [p for name, p in own.parameters.items() if name != "plugin"]
     told = own.replace(parameters=[p.replace(kind=option.kind) for p in (*others, option)])
-    quietly.__signature__ = told  # type: ignore[attr-defined]
-    quietly.__annotations__ = {p.name: p.annotation for p in told.parameters.values()}
-    return app.command()(quietly)
+    called.__signature__ = told  # type: ignore[attr-defined]
+    called.__annotations__ = {p.name: p.annotation for p in told.parameters.values()}
+    return called
 
 
 @command
@@ -116,79 +116,26 @@ def run(
     say(report, as_json, *([] if as_json else [table(checked(Report, report, "report"))]))
 
 
-@command
+@answering
 def plan(
     recipe: RecipeArgument,
     set_: Set = [],
     trust_remote_code: Trust = False,
     as_json: Json = False,
+    plugin: list[str] = [],
 ) -> None:
     """Show what a recipe would do: spaces, groups, widths and costs. Reads no weights."""
-    import torch
-
-    from ..compress.needs import needs
-    from ..compress.plan import plan as make
-    from ..io.models import load_config
-    from ..recipe.recipe import load_recipe
     from ..report.plans import plan as tables
-    from ..run.document import stored_dtype
+    from .answers import Question, answer
 
-    asked = load_recipe(recipe, set_)
-    chart = make(
-        asked, load_config(asked.model, trust_remote_code=trust_remote_code), progress=progress
-    )
-    widths = chart.allocate(None)
-    calibrate = asked.calibrate
-    count = (calibrate.sequences or 64) * (calibrate.tokens or 512) if calibrate else 0
-    needed = needs(chart, count, stored_dtype(chart.config) or torch.float32)
-    document = {
-        "model": asked.model,
-        "order": asked.order,
-        "units": [
-            {
-                "spaces": list(u.members),
-                "group": u.space.group.value,
-                "dim": u.space.dim,
-                "width": None if widths is None else widths[u.space.name],
-                "step": u.step,
-                "rank": u.rank,
-                **{
-                    kind: m.spec()
-                    for kind in ("rotate", "select", "slice")
-                    if (m := getattr(u, kind)) is not None
-                },
-                "measures": sorted(s.value for s in u.needs),
-            }
-            for u in (
-                *chart.depth,
-                *(u for u in chart.units if u.step not in {d.step for d in chart.depth}),
-            )
-        ],
-        "parameters": {
-            "dense": chart.dense.parameters({}).to_dict(),
-            "sliced": None if widths is None else chart.parameters(widths).to_dict(),
-        },
-        "flops_per_token": {
-            "dense": chart.dense.flops({}),
-            "sliced": None if widths is None else chart.flops(widths),
-        },
-        "kv_entries_per_token": {
-            "dense": chart.dense.kv_entries({}),
-            "sliced": None if widths is None else chart.layout.kv_entries(widths),
-        },
-        "predicted_seconds": {
-            "dense": chart.seconds({}),
-            "sliced": None if widths is None else chart.seconds(widths),
-        },
-        "budget": asked.budget and asked.budget.limits,
-        "nested": {
-            repr(share): None if found is None else chart.parameters(found).to_dict()
-            for share, found in chart.nested(widths).items()
-        },
-        "needs": {"memory_bytes": needed.memory, "disk_bytes": needed.disk, "whole": needed.whole},
-        "stock": None if widths is None else chart.why_not_stock(widths) is None,
-        "why_not_stock": None if widths is None else chart.why_not_stock(widths),
-    }
+    def find() -> dict[str, Any]:
+        with library(plugin):
+            from ..run.planned import planned
+
+            return planned(recipe, set_, trust_remote_code=trust_remote_code, progress=progress)
+
+    asked = Question("plan", recipe, set_)
+    document = find() if plugin or trust_remote_code else answer(asked, find)
     say(document, as_json, *([] if as_json else tables(document)))
 
 
@@ -241,7 +188,7 @@ def verify(
         raise CertificateError(f"{model}: {certificate.failure}.")
 
 
-@command
+@answering
 def inspect(
     model: ModelArgument,
     layout: Annotated[
@@ -252,37 +199,29 @@ def inspect(
     ] = False,
     trust_remote_code: Trust = False,
     as_json: Json = False,
+    plugin: list[str] = [],
 ) -> None:
     """List a model's spaces, groups and widths, its parameters, FLOPs and KV bytes. Reads no weights.
 
     With `--layout`, or for a type that is not declared, they are derived from one pass of a few layers at full width.
     """
-    from ..io.checkpoint import layout_of_config
-    from ..io.layouts import declared
-    from ..io.models import load_config
-    from ..report.plans import inspection
-    from .derived import inspect as inspect_derived
+    from ..report.plans import derived_spaces, inspection
+    from .answers import Question, answer
 
-    config = load_config(model, trust_remote_code=trust_remote_code)
-    if layout or not declared(config):
-        inspect_derived(model, config, layout, as_json)
-        return
-    whole, folded = layout_of_config(config), layout_of_config(config, fold=True)
-    size = {"float64": 8, "float32": 4}.get(str(config.dtype).removeprefix("torch."), 2)
-    document: dict[str, Any] = {
-        "model": model,
-        "family": config.model_type,
-        "spaces": {
-            n: {"kind": s.kind, "dim": s.dim, "copies": s.copies, "group": s.group.value}
-            for n, s in folded.spaces.items()
-        },
-        "shortcuts": sorted(whole.shortcuts),
-        "tied": whole.tied,
-        "parameters": whole.parameters({}).to_dict(),
-        "flops_per_token": whole.flops({}),
-        "kv_bytes_per_token": size * whole.kv_entries({}),
-    }
-    say(document, as_json, *inspection(document, size))
+    def find() -> dict[str, Any]:
+        with library(plugin):
+            from ..run.planned import inspected
+
+            return inspected(model, layout, trust_remote_code=trust_remote_code)
+
+    asked = Question("inspect", None, [model, *(["--layout"] if layout else [])])
+    document = find() if plugin or trust_remote_code else answer(asked, find)
+    if "layout" not in document:
+        say(document, as_json, *([] if as_json else inspection(document)))
+    elif layout and not as_json:
+        out.print(document["layout"], markup=False, highlight=False, soft_wrap=True)
+    else:
+        say(document, as_json, *([] if as_json else [derived_spaces(document)]))
 
 
 command(cli_measure.evaluate)

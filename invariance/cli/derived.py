@@ -1,40 +1,13 @@
-"""What `inspect` and `verify` do with a model whose layout is derived."""
+"""What `verify` does with a model whose layout is derived."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .terminal import out, say
+from .terminal import say
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-
-def inspect(model: str, config: PretrainedConfig, as_text: bool, as_json: bool) -> None:
-    """The derived layout: as its text, or its spaces as a table."""
-    from ..io.layouts import derived_layout
-    from ..model.described import text
-    from ..report.plans import derived_spaces
-
-    found = derived_layout(config)
-    document = {
-        "model": model,
-        "family": config.model_type,
-        "spaces": {
-            name: {
-                "kind": name.partition("@")[0],
-                "dim": s.width // s.copies,
-                "copies": s.copies,
-                "group": f"{s.kind.value}{s.scales}",
-            }
-            for name, s in found.flat().spaces.items()
-        },
-        "layout": text.write(found),
-    }
-    if as_text and not as_json:
-        out.print(document["layout"], markup=False, highlight=False, soft_wrap=True)
-        return
-    say(document, as_json, *([] if as_json else [derived_spaces(document)]))
 
 
 def verify(

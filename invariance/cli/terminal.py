@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,8 +99,17 @@ def say(document: Any, as_json: bool, *readable: Any) -> None:
         out.print(*readable)
 
 
-def load_plugins(modules: list[str]) -> None:
+@contextmanager
+def library(plugin: list[str], trust_task_code: bool = False) -> Iterator[None]:
+    """The library with its public names, its methods and those of plugins; transformers keeps quiet meanwhile."""
+    from .. import publish
+
+    publish()
+    from ..io.hub import quiet
+    from ..measure.trust import trusting
     from ..method.interfaces import load_plugin
 
-    for module in modules:
+    for module in plugin:
         load_plugin(module)
+    with quiet(), trusting(trust_task_code):
+        yield

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..calibrate.moment import Known, Moment
 from ..calibrate.moments import Key, Moments
+from ..core.cache import cache_dir
 from ..core.errors import InputError
 from ..io.data import Tokens
-from ..io.hub import cache_dir, quiet
+from ..io.hub import quiet
 from ..io.models import load_model
 from ..method.interfaces import begin
 from ..recipe.recipe import Recipe

@@ -12,12 +12,12 @@ from transformers import PretrainedConfig
 
 from ..calibrate.moments import Key
 from ..calibrate.statistic import Statistic
+from ..core.cache import cache_dir
 from ..core.errors import InputError
 from ..core.group import Group
 from ..core.progress import Progress, quiet
 from ..core.shortcuts import enough
 from ..io.export import config_obstacle, obstacle
-from ..io.hub import cache_dir
 from ..measure.latency import Latency, table
 from ..method.interfaces import Joint, Method, Selector
 from ..model.canonical import layout_of

@@ -14,12 +14,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import save_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from .locks import Lock, Taken, uninterrupted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PART = ".part"  # how folders end that something is being written in
 LOCK, NEW, OLD = "lock", "new", "old"  # what such a folder holds
@@ -122,5 +122,9 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
+    from safetensors.torch import (
+        save_file,  # which imports torch; commands that answer at once do not
+    )
+
     with replacing(path) as temporary:
         save_file({n: t.contiguous() for n, t in tensors.items()}, temporary, metadata)

@@ -9,13 +9,14 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from .files import finite, write_json, write_tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUM = "sha256"
 
@@ -57,6 +58,8 @@ def _begun(path: Path) -> Any:
 
 
 def _of_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    import torch  # whoever keeps plain data alone needs none
+
     made = _begun(path)
     for name, value in sorted(tensors.items()):
         made.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

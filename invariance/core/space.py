@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float64, Int
-from scipy.stats import ortho_group
 from torch import Tensor
 
 from .dense import Dense, in_group
@@ -136,6 +135,8 @@ def haar(d: int, g: torch.Generator) -> Float64[Tensor, "d d"]:
     """An orthogonal matrix from Haar measure."""
     if d == 1:
         return torch.ones(1, 1, dtype=torch.float64)
+    from scipy.stats import ortho_group  # a second to import, and few commands draw one
+
     seed = int(torch.randint(2**31, (), generator=g))
     return torch.from_numpy(ortho_group.rvs(d, random_state=seed)).double()
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from transformers.utils.hub import cached_file
 
-from .hub import cache_dir, reading
+from ..core.cache import cache_dir
+from .hub import reading
 from .kept import file_digest, keep
 from .models import is_rounded, load_model, locate
 from .shards import INDEX, SINGLE, files_of

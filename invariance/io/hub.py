@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -15,24 +14,12 @@ import torch
 import transformers
 from rich.console import Console
 
+from ..core.cache import cache_dir
 from ..core.errors import InputError
 from ..core.paths import expanded
 from .packaged import PACKAGED
 
 FORMS = "Give a hub id (owner/name), a folder that save_pretrained wrote, a .gguf file, or packaged:NAME."
-
-
-def cache_dir(*parts: str) -> Path:
-    """A folder below ``$INVARIANCE_CACHE`` (``~/.cache/invariance`` if unset), made if it is not there."""
-    root = os.environ.get("INVARIANCE_CACHE") or Path.home() / ".cache" / "invariance"
-    folder = Path(root).expanduser().joinpath(*parts)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(
-            f"cache {folder}: {line(e)}. Set INVARIANCE_CACHE to a folder that can be written."
-        ) from e
-    return folder
 
 
 def converted(name: str) -> Path:

@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from ..core.cache import cache_dir
 from ..core.files import replacing, write_json
 from ..core.sealed import read_kept_json, write_kept_json
-from .hub import cache_dir
 
 SUMS = "checksums.json"
 

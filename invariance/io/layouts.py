@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
+from ..core.cache import cache_dir
 from ..core.errors import InputError
 from ..model.described.cache import kept
 from ..model.described.description import Description
 from ..model.described.real import layout_text
 from ..model.described.weightless import on_meta
 from ..model.families import FAMILIES, family_of
-from .hub import cache_dir, line, progress, quiet
+from .hub import line, progress, quiet
 
 
 def declared(config: PretrainedConfig) -> bool:

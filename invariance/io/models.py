@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import torch
 import transformers
-from gguf import GGUFReader
 from torch import Tensor
 
 from ..core.errors import InputError, did_you_mean
@@ -176,6 +175,8 @@ def licence(model: str) -> str | None:
     source = locate(model)
     folder = Path(source["pretrained_model_name_or_path"])
     if "gguf_file" in source:
+        from gguf import GGUFReader  # half a second to import
+
         field = GGUFReader(folder / source["gguf_file"]).get_field("general.license")
         return None if field is None else str(field.contents())
     local = folder.is_dir()

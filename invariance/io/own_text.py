@@ -18,9 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..core.cache import cache_dir
 from ..core.files import write_tensors
 from ..core.progress import Progress, quiet
-from .hub import cache_dir
 from .models import weights_digest
 from .tokens import Shape
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..core.cache import cache_dir
 from ..core.errors import InputError
 from ..core.sealed import read_kept_json, write_kept_json
 from ..model.entry import check_model
 from . import shards
 from .folder import float_folder
-from .hub import cache_dir
 from .keys import Part, accounted, parts
 from .models import is_rounded, load_config, memory
 from .shards import Stored

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from ..core.cache import cache_dir
 from ..core.errors import InputError, did_you_mean
 from ..core.sealed import read_kept_json, write_kept_json
-from .hub import cache_dir
 from .packaged import Wheel, fetch
 
 TEXTS = "packaged:texts"  # all of them, one evaluation each

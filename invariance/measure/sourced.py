@@ -18,7 +18,7 @@ from ..io.data import Tokens
 from ..io.models import load_config, load_model
 from ..io.source import open_source
 from ..model.families import FAMILIES
-from ..model.source import Source
+from ..model.source import Source, filled
 from ..model.streamed import Streamed
 
 DTYPE = torch.float32
@@ -26,12 +26,10 @@ DTYPE = torch.float32
 
 @dataclass(frozen=True)
 class Sourced:
-    """``name`` is what ``load_model`` reads whole, for what generates text."""
+    """Losses read a layer at a time; what generates text asks for the ``whole``."""
 
-    name: str
     source: Source
     device: str = "cpu"
-    trust_remote_code: bool = False
 
     @property
     def config(self) -> PretrainedConfig:
@@ -46,8 +44,7 @@ class Sourced:
 
     def whole(self) -> PreTrainedModel:
         """In the dtype that is stored."""
-        trust, dtype = self.trust_remote_code, self.source.stored
-        return load_model(self.name, dtype=dtype, device=self.device, trust_remote_code=trust)
+        return filled(self.source, self.device)
 
 
 Model = PreTrainedModel | Sourced
@@ -58,7 +55,7 @@ def opened(name: str, device: str, *, trust_remote_code: bool = False) -> Model:
     config = load_config(name, trust_remote_code=trust_remote_code)
     if config.model_type in (*FAMILIES, "invariance"):
         source = open_source(name, trust_remote_code=trust_remote_code)
-        return Sourced(name, source, device, trust_remote_code)
+        return Sourced(source, device)
     return load_model(name, device=device, trust_remote_code=trust_remote_code)
 
 

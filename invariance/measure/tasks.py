@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from transformers import PreTrainedModel
 
 from ..core.errors import InputError, did_you_mean
@@ -221,6 +220,8 @@ def of_all(before: Mapping[str, float | None], after: Mapping[str, float | None]
 def paired(before: Mapping[Any, float], after: Mapping[Any, float]) -> Difference | None:
     """The mean difference on the questions that both have: sign test where all are 0 or 1, else a paired t-test. None
     where there are no such questions."""
+    from scipy import stats  # a second to import
+
     both = sorted(before.keys() & after.keys())
     a, b = (np.array([values[n] for n in both]) for values in (before, after))
     d = b - a

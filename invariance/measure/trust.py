@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from ..core.errors import InputError
 
 _TRUSTED: ContextVar[bool] = ContextVar("trusted", default=False)
@@ -35,6 +33,7 @@ def check_trusted(name: str, where: str) -> None:
 @contextmanager
 def sandboxed() -> Iterator[None]:
     """Templates of lm-eval's tasks see their row and nothing else: no attributes that lead to Python's own objects."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from lm_eval import utils
 
     whole = utils.env

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -42,6 +43,20 @@ def on_meta(parameter: nn.Parameter, dtype: torch.dtype | None = None) -> nn.Par
     """A parameter of the same shape and no content."""
     empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device="meta")
     return nn.Parameter(empty, requires_grad=parameter.requires_grad)
+
+
+def filled(source: Source, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """A model with all the weights of a source, in the dtype that most are stored in; one tensor is read at a time."""
+    model = copy.deepcopy(source.skeleton)
+    read: dict[int, nn.Parameter] = {}
+    for name, blank in model.named_parameters():
+        value = source.read([name])[name].to(device, source.stored)
+        read[id(blank)] = nn.Parameter(value, requires_grad=blank.requires_grad)
+    for module in model.modules():
+        for leaf, blank in module._parameters.items():
+            if blank is not None:
+                module._parameters[leaf] = read[id(blank)]
+    return model.to(device)
 
 
 def placed(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..compress.nested import Members
+from ..core.cache import cache_dir
 from ..core.errors import InputError, InvarianceError
 from ..core.files import replacing
 from ..core.progress import Progress, quiet
 from ..io.basis_file import Basis
 from ..io.data import Tokens
-from ..io.hub import cache_dir
 from ..measure.evaluate import perplexity
 from ..measure.losses import scored
 from ..model.labels import label

@@ -15,12 +15,12 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..core.cache import cache_dir
 from ..core.errors import InputError
 from ..core.progress import Progress
 from ..core.sealed import read_kept, write_kept
 from ..io.basis_file import Basis
 from ..io.data import Tokens
-from ..io.hub import cache_dir
 from ..io.models import weights_digest
 from ..model.canonical import canonicalize
 from ..model.layout import Layout

@@ -52,7 +52,7 @@ def _costs(document: Mapping[str, Any]) -> list[list[str]]:
     ]
 
 
-def inspection(document: Mapping[str, Any], number_bytes: int) -> list[Any]:
+def inspection(document: Mapping[str, Any]) -> list[Any]:
     """The document of `invariance inspect`, to read."""
     spaces = [
         [name, s["kind"], str(s["dim"]), str(s["copies"]), s["group"]]
@@ -60,7 +60,7 @@ def inspection(document: Mapping[str, Any], number_bytes: int) -> list[Any]:
     ]
     costs = [[f"parameters, {part}", f"{n:,}"] for part, n in document["parameters"].items()]
     costs.append(["FLOPs per token", f"{document['flops_per_token']:,}"])
-    kv = f"KV bytes per token, {number_bytes} bytes a number"
+    kv = f"KV bytes per token, {document['number_bytes']} bytes a number"
     costs.append([kv, f"{document['kv_bytes_per_token']:,}"])
     title = f"{document['model']} ({document['family']})"
     columns = ["space", "kind", "width", "copies", "group"]

@@ -18,6 +18,7 @@ from ..compress.needs import needs
 from ..compress.nested import Members
 from ..compress.pipeline import Sliced, slice_model
 from ..compress.plan import Plan, plan
+from ..core.cache import cache_dir
 from ..core.change import Basis as SpaceBasis
 from ..core.errors import InputError
 from ..core.outputs import Claim, check_room, claimed
@@ -27,7 +28,6 @@ from ..io.checkpoint import InvarianceForCausalLM, wrap
 from ..io.clients import save_tokenizer
 from ..io.data import Making, Tokens, load_tokens
 from ..io.export import cast, stock
-from ..io.hub import cache_dir
 from ..io.memo import Memo
 from ..io.models import (
     licence,

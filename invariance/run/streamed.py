@@ -14,12 +14,12 @@ from ..compress.calibration import timed
 from ..compress.pipeline import Sliced, slice_model
 from ..compress.plan import Plan
 from ..compress.writer import Writer
+from ..core.cache import cache_dir
 from ..core.errors import InvarianceError
 from ..core.memory import trim
 from ..core.outputs import MODEL, Claim
 from ..core.progress import Progress
 from ..io.basis_file import Basis
-from ..io.hub import cache_dir
 from ..io.memo import Memo
 from ..io.models import licence, origin
 from ..io.sink import Folder, open_folder
@@ -110,11 +110,9 @@ def _measure(
     data: Data,
     setting: Setting,
 ) -> None:
-    name = report["recipe"]["model"]
-    trust, device = setting.trust_remote_code, setting.device
     models: Models = {
-        "dense": Sourced(name, source, device, trust),
-        "sliced": Sourced(made, open_source(made), device, trust),
+        "dense": Sourced(source, setting.device),
+        "sliced": Sourced(open_source(made), setting.device),
     }
     measured(report, sliced.seconds, models, data, setting.progress, Memo(limit=0))
     if source.nbytes <= SHOWN:

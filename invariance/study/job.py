@@ -18,10 +18,10 @@ import torch
 from ..compress import calibration
 from ..compress.plan import plan
 from ..compress.setting import Setting
+from ..core.cache import cache_dir
 from ..core.errors import InvarianceError
 from ..core.progress import Progress, quiet
 from ..io.data import Tokens
-from ..io.hub import cache_dir
 from ..io.memo import Memo
 from ..io.models import load_config, load_model, load_tokenizer
 from ..measure.evaluate import Perplexity, perplexity

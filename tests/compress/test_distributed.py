@@ -13,9 +13,9 @@ from invariance.calibrate.moments import Moments, Store
 from invariance.compress import calibration, distributed
 from invariance.compress.plan import Plan, plan
 from invariance.compress.setting import Setting
+from invariance.core.cache import cache_dir
 from invariance.core.errors import InputError
 from invariance.io.data import load_tokens
-from invariance.io.hub import cache_dir
 from invariance.io.models import load_model
 from invariance.recipe.recipe import Recipe
 

@@ -19,9 +19,10 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from invariance.core.cache import cache_dir
 from invariance.core.errors import InputError
 from invariance.io import kept, models, packaged
-from invariance.io.hub import cache_dir, hub
+from invariance.io.hub import hub
 from invariance.io.models import load_config, load_model, load_tokenizer, weights_digest
 from invariance.io.source import open_source
 
