@@ -18,6 +18,8 @@ IMPORTS = 500_000_000  # what Python, torch and transformers take
 LOGITS = 512 * 20  # bytes a word of the vocabulary, where labels are drawn for so many tokens
 FITS = 3  # matrices as large as a space's moment that a method makes at a time
 WIDE = 8  # bytes of a float64
+SHOWN = 2**30  # bytes of weights up to which a run shows texts and speeds that no recipe asks for
+WINDOW = 256  # tokens whose logits are in memory when a model shows its speed, in float32 and as they come
 COPIES = 4  # of a model in float32 that recovery, quantisation and measured selectors hold
 
 
@@ -61,11 +63,13 @@ def needs(chart: Plan, tokens: int, stored: torch.dtype) -> Needs:
     ]
     if chart.follows:
         phases.append(stage * WIDE + 4 * _features(chart) ** 2 * WIDE + hidden)
+    widths, dense = chart.allocate(None), sum(sizes.values())
+    numbers = dense if widths is None else chart.parameters(widths).total
+    if dense * stored.itemsize <= SHOWN:
+        phases.append(max(dense, numbers) * stored.itemsize + 2 * 4 * WINDOW * vocabulary)
     memory, why = IMPORTS + max(phases), _whole(chart)
     if why is not None:
-        memory += COPIES * 4 * sum(sizes.values())
-    widths = chart.allocate(None)
-    numbers = sum(sizes.values()) if widths is None else chart.parameters(widths).total
+        memory += COPIES * 4 * dense
     return Needs(memory, numbers * stored.itemsize + sum(of_space.values()), why)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Float32, Float64, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +24,7 @@ from ..calibrate.statistic import Statistic
 from ..core.change import Basis, Change
 from ..core.errors import CertificateError
 from ..core.progress import Progress, quiet
+from ..core.spill import Shared
 from ..io.data import Tokens
 from ..io.memo import Memo, digest
 from ..io.source import live
@@ -78,7 +79,7 @@ class Sliced:
         default_factory=dict
     )  # kind of space → which share of its energy is cut
     search: dict[str, float] | None = None  # what a selector that measures asked for
-    encodes: dict[str, Float64[Tensor, "d k"]] = field(
+    encodes: Mapping[str, Float32[Tensor, "d k"]] = field(
         default_factory=dict
     )  # of the points of the stream that changed
     narrower: dict[float, Widths] = field(
@@ -135,7 +136,7 @@ class _Run:
             assert tokens is not None
             tokens, self.held = split(tokens, plan.recipe.where("calibrate"))
         self.tokens = tokens
-        self.encodes: dict[str, Tensor] = {}
+        self.encodes = Shared()
         self.gradients: predict.Gradients | None = None
         self.calibration = Calibration(
             source, plan, tokens, means.store, means.memo, means.progress, device=means.device
@@ -331,8 +332,7 @@ class _Run:
                     self.lost.add(name, change)
                 if self.layout.spaces[name].kind == "residual":
                     first = self.bases.unit_of[name].space.name  # spaces with one basis share it
-                    there = self.encodes.get(first)
-                    self.encodes[name] = change.encode.matrix()[0] if there is None else there
+                    self.encodes.add(name, first, change.encode.matrix()[0].float)
 
     def _finish(self, edge: Edge) -> None:
         join(self.parts.hold(edge))

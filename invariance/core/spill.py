@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Hashable, Iterator, MutableMapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 import torch
@@ -56,3 +56,25 @@ class Spill(MutableMapping[Hashable, Tensor]):
 
     def __len__(self) -> int:
         return len(self.kept)
+
+
+class Shared(Mapping[str, Tensor]):
+    """Tensors by their names, of which several may stand for one; kept as by ``Spill``."""
+
+    def __init__(self) -> None:
+        self.kept, self.of = Spill(), dict[str, str]()
+
+    def add(self, name: str, owner: str, make: Callable[[], Tensor]) -> None:
+        """A name for the tensor of an owner, made when it is named first."""
+        if owner not in self.kept:
+            self.kept[owner] = make()
+        self.of[name] = owner
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.kept[self.of[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.of)
+
+    def __len__(self) -> int:
+        return len(self.of)

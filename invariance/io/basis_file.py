@@ -6,16 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..core.errors import InputError
-from ..core.files import beside, write_tensors
+from ..core.files import beside, replacing, write_tensors
 from ..core.kind import Kind, space_name
 from ..core.space import Space
 from ..model.layout import Layout
+from .join import join
+from .memo import digest
 
 NAME = "basis.safetensors"
 
@@ -48,18 +51,21 @@ class Basis:
         """Beside a checkpoint that has these blocks of the dense model; nothing where all of that is as it was."""
         if not self.encode and list(blocks) == list(range(self.depth)):
             return
-        first: dict[int, str] = {}  # points that share one basis share one tensor
-        for point, E in self.encode.items():
-            first.setdefault(E.data_ptr(), point)
-        shared = {point: first[E.data_ptr()] for point, E in self.encode.items()}
-        tensors = {point: self.encode[point].float().cpu() for point in first.values()}
-        told = {
-            "points": json.dumps(shared),
-            "blocks": json.dumps(list(blocks)),
-            "depth": json.dumps(self.depth),
-            "folded": json.dumps(self.folded),
-        }
-        write_tensors(folder / NAME, tensors, told)
+        first = dict[str, str]()  # points that share one basis share one tensor
+        shared = dict[str, str]()
+        with TemporaryDirectory(dir=folder) as scratch:
+            for point, E in self.encode.items():
+                shared[point] = first.setdefault(digest("", [E]), point)
+                if shared[point] == point:
+                    write_tensors(Path(scratch) / point, {point: E.float().cpu()})
+            told = {
+                "points": json.dumps(shared),
+                "blocks": json.dumps(list(blocks)),
+                "depth": json.dumps(self.depth),
+                "folded": json.dumps(self.folded),
+            }
+            with replacing(folder / NAME) as made:
+                join([Path(scratch) / point for point in first.values()], made, told)
 
 
 def read_basis(model: str, layout: Layout) -> Basis:

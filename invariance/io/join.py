@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .shards import DTYPES
 
 
-def join(parts: Sequence[Path], path: Path) -> None:
+def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str] = {}) -> None:
     """One file with all tensors of several: their bytes one after the other, behind one header.
 
     The format: 8 bytes of length (little endian), a header in JSON that says of each tensor where its bytes begin and
@@ -24,7 +24,7 @@ def join(parts: Sequence[Path], path: Path) -> None:
     found.sort(
         key=lambda each: -DTYPES[each[3]["dtype"]].itemsize
     )  # so each lies at a multiple of its size
-    whole: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    whole: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     at = 0
     for _, _, name, about in found:
         if name in whole:

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..compress.calibration import timed
+from ..compress.needs import SHOWN
 from ..compress.pipeline import Sliced, slice_model
 from ..compress.plan import Plan
 from ..compress.writer import Writer
@@ -28,8 +29,6 @@ from ..measure.evaluate import Models, peak_memory
 from ..measure.sourced import Sourced
 from ..model.source import Source
 from .document import Data, Made, document, fill, measured, shown, stored_dtype
-
-SHOWN = 2**30  # bytes of weights up to which a run shows texts and speeds that no recipe asks for
 
 
 @dataclass(frozen=True)
