@@ -53,10 +53,10 @@ def filled(source: Source, device: str | torch.device = "cpu") -> PreTrainedMode
         value = source.read([name])[name].to(device, source.stored)
         read[id(blank)] = nn.Parameter(value, requires_grad=blank.requires_grad)
     for module in model.modules():
-        for leaf, blank in module._parameters.items():
-            if blank is not None:
-                module._parameters[leaf] = read[id(blank)]
-    return model.to(device)
+        for leaf, empty in module._parameters.items():
+            if empty is not None:
+                module._parameters[leaf] = read[id(empty)]
+    return model.to(device=device)  # type: ignore[call-arg]
 
 
 def placed(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
