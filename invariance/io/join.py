@@ -10,8 +10,10 @@ from typing import Any, BinaryIO
 
 from .shards import DTYPES
 
+CHECKPOINT = {"format": "pt"}  # what transformers wants to read in a file of weights
 
-def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str] = {}) -> None:
+
+def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str] = CHECKPOINT) -> None:
     """One file with all tensors of several: their bytes one after the other, behind one header.
 
     The format: 8 bytes of length (little endian), a header in JSON that says of each tensor where its bytes begin and
@@ -24,7 +26,7 @@ def join(parts: Sequence[Path], path: Path, metadata: Mapping[str, str] = {}) ->
     found.sort(
         key=lambda each: -DTYPES[each[3]["dtype"]].itemsize
     )  # so each lies at a multiple of its size
-    whole: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    whole: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
     for _, _, name, about in found:
         if name in whole:
