@@ -134,7 +134,10 @@ def architecture(config: PretrainedConfig) -> Architecture:
 
 
 def positions(config: PretrainedConfig) -> int | None:
-    """The most tokens that a model of a known family takes; None where rotary positions set no limit."""
+    """The most tokens that a model takes; None where rotary positions set no limit. Of a type that is not declared, as
+    many as its config names."""
+    if family_of(config) not in FAMILIES:
+        return getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if architecture(config).rotary else config.max_position_embeddings
 
 

@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..compress.calibration import timed
+from ..compress.derived.plan import DerivedPlan
 from ..compress.pipeline import Sliced
 from ..compress.plan import Plan
 from ..core.files import write_json, write_text
@@ -61,7 +62,7 @@ class Made:
     shortcuts: int
 
 
-def document(chart: Plan, sliced: Sliced, made: Made, data: Data) -> dict[str, Any]:
+def document(chart: Plan | DerivedPlan, sliced: Sliced, made: Made, data: Data) -> dict[str, Any]:
     """The report of a run, before anything is measured."""
     recipe, layout, widths, stored = chart.recipe, chart.layout, sliced.widths, made.stored
     dense, after = chart.dense.parameters({}), chart.parameters(widths, stock=made.stock)
@@ -84,8 +85,8 @@ def document(chart: Plan, sliced: Sliced, made: Made, data: Data) -> dict[str, A
         "parameters": {"dense": dense.to_dict(), "sliced": after.to_dict()},
         "flops_per_token": {"dense": chart.dense.flops({}), "sliced": chart.flops(widths)},
         "kv_bytes_per_token": {
-            "dense": stored.itemsize * chart.dense.kv_entries({}),
-            "sliced": stored.itemsize * layout.kv_entries(widths),
+            "dense": _bytes(stored, chart.dense.kv_entries({})),
+            "sliced": _bytes(stored, layout.kv_entries(widths)),
         },
         "predicted_seconds": {"dense": chart.seconds({}), "sliced": chart.seconds(widths)},
         "perplexity": {},
@@ -103,7 +104,7 @@ def document(chart: Plan, sliced: Sliced, made: Made, data: Data) -> dict[str, A
             "energy": sliced.energy,
         },
         "search": sliced.search,
-        "nested": costs(recipe, chart, sliced, made.stored),
+        "nested": costs(recipe, chart, sliced, made.stored) if isinstance(chart, Plan) else None,
         "member": None,
         "recover": None,
         "quantize": None,
@@ -117,6 +118,10 @@ def document(chart: Plan, sliced: Sliced, made: Made, data: Data) -> dict[str, A
         "peak_memory_bytes": 0,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }
+
+
+def _bytes(stored: torch.dtype, numbers: int | None) -> int | None:
+    return None if numbers is None else stored.itemsize * numbers
 
 
 def measured(

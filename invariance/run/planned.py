@@ -8,14 +8,16 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from ..compress.derived.plan import DerivedPlan
 from ..compress.needs import needs
-from ..compress.plan import plan
+from ..compress.plan import Plan, plan
 from ..core.progress import Progress, quiet
 from ..io.checkpoint import layout_of_config
 from ..io.layouts import declared, derived_layout
 from ..io.models import load_config
 from ..model.described import text
 from ..recipe.recipe import load_recipe
+from .derived import chart_of
 from .document import stored_dtype
 
 
@@ -28,13 +30,18 @@ def planned(
 ) -> dict[str, Any]:
     """What `invariance plan` tells. Raises InputError, with the recipe's line."""
     asked = load_recipe(recipe, overrides)
-    chart = plan(
-        asked, load_config(asked.model, trust_remote_code=trust_remote_code), progress=progress
-    )
-    widths = chart.allocate(None)
+    config = load_config(asked.model, trust_remote_code=trust_remote_code)
+    stored = stored_dtype(config) or torch.float32
     calibrate = asked.calibrate
     count = (calibrate.sequences or 64) * (calibrate.tokens or 512) if calibrate else 0
-    needed = needs(chart, count, stored_dtype(chart.config) or torch.float32)
+    chart: Plan | DerivedPlan
+    if declared(config):
+        chart = plan(asked, config, progress=progress)
+        needed = needs(chart, count, stored)
+    else:
+        chart = chart_of(asked, config)
+        needed = chart.needs(stored)
+    widths = chart.allocate(None)
     return {
         "model": asked.model,
         "order": asked.order,

@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..compress.calibration import timed
+from ..compress.derived.plan import DerivedPlan
 from ..compress.needs import needs
 from ..compress.nested import Members
 from ..compress.pipeline import Sliced, slice_model
@@ -28,6 +29,7 @@ from ..io.checkpoint import InvarianceForCausalLM, wrap
 from ..io.clients import save_tokenizer
 from ..io.data import Making, Tokens, load_tokens
 from ..io.export import cast, stock
+from ..io.layouts import declared
 from ..io.memo import Memo
 from ..io.models import (
     licence,
@@ -47,7 +49,7 @@ from ..model.entry import check_model
 from ..model.families import check_positions
 from ..model.verify import Certificate, copy_in
 from ..recipe.recipe import Recipe, load_recipe
-from . import streamed
+from . import derived, streamed
 from .document import Data, Made, document, fill, measured, shown, stored_dtype
 from .nested_report import measure_members, members_of
 from .quantize_run import quantize_both
@@ -64,7 +66,7 @@ class Outcome:
     report: dict[str, Any]
     spectra: dict[str, list[float]]
     stored: torch.dtype  # what the checkpoint holds; the model's numbers are rounded to it already
-    basis: Basis  # of its residual stream
+    basis: Basis | None  # of its residual stream; None where the layout is derived
     blocks: list[int]  # those that the checkpoint has, of the dense model's
     bases: Mapping[str, SpaceBasis]  # of every space that a step names
     certificate: Certificate
@@ -87,6 +89,13 @@ def compress(
     Raises InputError for a recipe, model or data that cannot be, CertificateError for a rotation that is not exact.
     """
     note_ties(check_model(model))
+    if not declared(model.config):
+        asked = as_recipe(recipe)
+        chart = derived.chart_of(asked, model.config)
+        if tokenizer is None and asked.calibrate and needs_tokenizer(asked.calibrate.data):
+            tokenizer = load_tokenizer(asked.model)
+        data = read_data(asked, model.config, tokenizer, False, lambda: model, progress)
+        return derived.finish(model, chart, data, model.dtype, tokenizer, progress, False).model
     return outcome(
         model,
         as_recipe(recipe),
@@ -309,7 +318,8 @@ def write(output: Claim, result: Outcome, recipe: Recipe, tokenizer: Any) -> Non
             save_tokenizer(tokenizer, folder / "model")
         if result.report["quantize"] is not None:
             result.report["quantize"]["file_bytes"] = stored_bytes(str(folder / "model"))
-        result.basis.write(folder, result.blocks)
+        if result.basis is not None:
+            result.basis.write(folder, result.blocks)
         if result.logs is not None:
             shutil.copytree(result.logs, folder / "recover")
         fill(folder, result.report, result.spectra, recipe)
@@ -339,7 +349,12 @@ def _run(
     """The run itself, its output folder claimed."""
     try:
         config = load_config(recipe.model, trust_remote_code=trust_remote_code)
-        chart = plan(recipe, config, device=device, progress=progress)
+        known = declared(config)
+        chart = (
+            plan(recipe, config, device=device, progress=progress)
+            if known
+            else derived.chart_of(recipe, config)
+        )
         check_room(output.folder, _bytes(chart, stored_dtype(config) or torch.float32))
         tokenizer = load_tokenizer(recipe.model, trust_remote_code=trust_remote_code)
     except InputError as e:
@@ -354,7 +369,18 @@ def _run(
 
     data = read_data(recipe, config, tokenizer, model=loaded, progress=progress)
     count = 0 if data.calibration is None else data.calibration.ids.numel()
-    needs(chart, count, stored_dtype(config) or torch.float32).check(recipe.where("model"))
+    stored = stored_dtype(config) or torch.float32
+    if isinstance(chart, DerivedPlan):
+        chart.needs(stored).check(recipe.where("model"))
+        model = loaded()
+        found = derived.finish(model, chart, data, stored, tokenizer, progress)
+        made = Outcome(
+            found.model, found.report, found.spectra, stored, None, [], {}, found.certificate
+        )
+        made.report["model"] |= {"origin": origin(recipe.model), "licence": licence(recipe.model)}
+        write(output, made, recipe, tokenizer)
+        return made.report
+    needs(chart, count, stored).check(recipe.where("model"))
     if streamed.possible(chart):
         loaded.cache_clear()  # where the model wrote text
         setting = streamed.Setting(tokenizer, device, trust_remote_code, progress)
@@ -384,7 +410,7 @@ def _run(
     return result.report
 
 
-def _bytes(chart: Plan, stored: torch.dtype) -> int:
+def _bytes(chart: Plan | DerivedPlan, stored: torch.dtype) -> int:
     """How large the checkpoint will be at least, as far as it can be told before calibration."""
     widths = chart.allocate(None)
     return 0 if widths is None else stored.itemsize * chart.parameters(widths).total

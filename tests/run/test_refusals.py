@@ -329,9 +329,10 @@ CASES = [
     # models
     Case("no such folder", "there is no such file or folder", **model("nowhere")),
     Case(
-        "an unknown family",
-        "'gpt2' is not a known family.*known: gemma3_text, llama, mistral",
-        **model("gpt2"),
+        "a stream under LayerNorms of a type that nobody declared",
+        "type 'gpt2' lies under LayerNorms",
+        edits=(("ROOT/llama", "ROOT/gpt2"),),
+        at="4",
     ),
     Case("no config", "no config.json", **model("bare")),
     Case("a config that is no JSON", "not valid JSON", **model("nonsense")),

@@ -53,6 +53,32 @@ def test_vit_keeps_rotations_that_fix_the_ones_and_gl_in_heads() -> None:
     }
 
 
+def test_a_vit_that_has_learnt_digits_is_certified_on_what_it_learnt() -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    values, labels = datasets.load_digits(return_X_y=True)
+    images = torch.from_numpy(values).float().reshape(-1, 1, 8, 8) / 8 - 1
+    labels = torch.from_numpy(labels)
+    torch.manual_seed(0)
+    shape = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
+    model = ViTForImageClassification(ViTConfig(**MLP, **shape))
+    model.set_attn_implementation("eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(80):
+        batch = torch.randint(0, 1500, (64,))
+        optimizer.zero_grad()
+        model(pixel_values=images[batch], labels=labels[batch]).loss.backward()
+        optimizer.step()
+    model.eval().requires_grad_(False)
+    right = model(pixel_values=images[1500:]).logits.argmax(-1) == labels[1500:]
+    assert right.float().mean() > 0.6  # a tenth by chance
+    seen = images.double()
+    _, certificate = check(
+        model.double(), lambda seed: {"pixel_values": seen[2 * seed : 2 * seed + 2]}
+    )
+    assert certificate.passed and not certificate.refuted
+    assert ("residual", Kind.O1, 32) in found(certificate)
+
+
 def test_dinov2_has_scales_on_what_layers_write_so_its_stream_is_permuted() -> None:
     torch.manual_seed(0)
     model = ready(Dinov2ForImageClassification(Dinov2Config(**SHAPE, **IMAGE, mlp_ratio=2)))
