@@ -62,8 +62,9 @@ def test_an_inspection_folds_spaces_too() -> None:
         "spaces": {f"mlp.{n}": kinds for n in range(12)} | {"x.0": kinds | {"dim": 32}},
         "parameters": {"total": 19904},
         "flops_per_token": 10,
+        "number_bytes": 4,
         "kv_bytes_per_token": 256,
     }
-    said = shown(inspection(found, 4))
+    said = shown(inspection(found))
     assert "mlp.0–11" in said and "mlp.11 " not in said and "[red]m (llama)" in said
     assert "19,904" in said and "4 bytes a number" in said
