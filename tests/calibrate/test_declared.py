@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig
 
+from invariance.calibrate import declared
 from invariance.calibrate.declared import check_declared
 from invariance.core.errors import CertificateError
 from invariance.model.families import FAMILIES, SHIPPED
@@ -27,5 +28,5 @@ def test_honest_declarations_pass(kind: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_ships_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("invariance.calibrate.declared.built", None)
+    monkeypatch.setattr(declared, "built", None)
     check_declared(AutoConfig.for_model("llama"))

@@ -20,7 +20,6 @@ from invariance.calibrate.moments import Moment, Moments, Store
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import slice_model
 from invariance.compress.plan import plan
-from invariance.core import files
 from invariance.core.group import Group
 from invariance.core.space import Space
 from invariance.io.data import load_tokens
@@ -180,7 +179,7 @@ def test_an_interrupted_save_leaves_no_half_file(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "save_file", stopped)
+        patch.setattr("safetensors.torch.save_file", stopped)
         with pytest.raises(KeyboardInterrupt):
             store.save(moments)
     assert list(store.folder.iterdir()) == []
