@@ -16,6 +16,7 @@ from ..core.sealed import read_kept_json, write_kept_json
 from ..io.packaged import PACKAGED
 
 PACKAGES = ("torch", "transformers")
+LARGEST = 2**20  # bytes of a recipe
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,11 @@ class Question:
     others: Sequence[str]
 
     def kept(self) -> Path:
-        """Where the answer lies. Raises OSError where the file cannot be read."""
+        """Where the answer lies. Raises OSError where the file is none that can be read, or too large for a recipe."""
         digest = None
         if self.file is not None:
+            if not self.file.is_file() or self.file.stat().st_size > LARGEST:
+                raise OSError
             digest = hashlib.sha256(self.file.read_bytes()).hexdigest()
         name = hashed(self.command, str(self.file), digest, self.others, _program())
         return cache_dir("answers") / f"{name}.json"
