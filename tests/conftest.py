@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, Phase, settings
 from transformers.utils import logging
 
 from invariance.method import interfaces
+from invariance.report import figures
 
 _SLOW_IS_FINE = [
     HealthCheck.too_slow,
@@ -38,6 +39,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 torch.set_num_threads(1)  # at these sizes two threads mostly wait for each other
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def quick_fonts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures embed fonts of a kind that takes a sixth of the time; tests read no fonts."""
+    monkeypatch.setitem(figures.STYLE, "pdf.fonttype", 3)
 
 
 @pytest.fixture(autouse=True)
