@@ -86,7 +86,7 @@ def installed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interfaces, "_loaded", False)  # entry points are looked up again
 
 
-def tested(file: Path) -> int:
+def run_tests_of(file: Path) -> int:
     """How many tests of a file were called, as pytest calls them."""
     tests = [f for n, f in runpy.run_path(str(file)).items() if n.startswith("test_")]
     for test in tests:
@@ -116,7 +116,7 @@ def test_the_tutorial_leads_from_an_empty_folder_to_a_figure_in_a_pdf(
         if program == "pip":
             installed(sandbox, monkeypatch)
         elif program == "pytest":
-            assert tested(sandbox / "test_mean_free.py") == 2
+            assert run_tests_of(sandbox / "test_mean_free.py") == 2
         elif program == "python":
             runpy.run_path(str(sandbox / words[0]), run_name="__main__")
         else:
