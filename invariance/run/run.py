@@ -129,19 +129,7 @@ def read_data(
     making = Making(recipe.seed, model, progress)
 
     def read(spec: Any, *where: str | int) -> Tokens:
-        place = recipe.where(*where)
-        found = load_tokens(
-            spec.data,
-            tokenizer,
-            vocab_size=config.vocab_size,
-            split=spec.split,
-            sequences=spec.sequences,
-            tokens=spec.tokens,
-            where=place,
-            making=making,
-        )
-        check_positions(config, found.ids.shape[1], place)
-        return found
+        return read_tokens(spec, config, tokenizer, recipe.where(*where), making)
 
     calibration = read(recipe.calibrate, "calibrate", "data") if recipe.calibrate else None
     _check_skip(recipe, calibration)
@@ -157,6 +145,24 @@ def read_data(
     )
     training = read(recipe.recover.text(recipe.calibrate), *where) if recipe.recover else None
     return Data(calibration, evaluations, training)
+
+
+def read_tokens(
+    spec: Any, config: PretrainedConfig, tokenizer: Any, where: str, making: Making
+) -> Tokens:
+    """The windows that a part of a recipe with ``data`` names, no longer than the model takes. Raises InputError."""
+    found = load_tokens(
+        spec.data,
+        tokenizer,
+        vocab_size=config.vocab_size,
+        split=spec.split,
+        sequences=spec.sequences,
+        tokens=spec.tokens,
+        where=where,
+        making=making,
+    )
+    check_positions(config, found.ids.shape[1], where)
+    return found
 
 
 def _check_skip(recipe: Recipe, tokens: Tokens | None) -> None:
