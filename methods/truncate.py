@@ -19,7 +19,7 @@ class Truncate(Slicer, name="truncate"):
     Source: Ashkboos et al. 2024, arXiv:2401.15024, section 3.4.
     """
 
-    kinds = Slicer.kinds | {"heads"}
+    kinds = Slicer.kinds | {"heads", "experts"}
     prefix = True
 
     def cut(self, space: Space, basis: Basis, k: int, moments: Moments) -> Change:

@@ -21,6 +21,7 @@ class Statistic(Enum):
         "queries"  # E[q qᵀ] of the queries that meet a KV head's keys, before positions turn them
     )
     READERS = "readers"  # Σ WᵀW over the weights that read the space, heads that share a copy averaged; needs no tokens
+    EXPERTS = "experts"  # on the diagonal, of each expert E[g‖f‖] over the tokens that chose it, g the router's weight
     COSINE = "cosine"  # mean cosine of the stream into a block and out of it; for selectors, in ``Bill.influence``
 
     def on(self, space: Space) -> Statistic:

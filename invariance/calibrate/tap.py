@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -150,8 +151,12 @@ def tapped(
     once: frozenset[str],
     batches: Iterator[tuple[Tensor, Tensor]],
     skip: int = 0,
+    beside: AbstractContextManager[Any] = nullcontext(),
 ) -> Mapping[str, Seen]:
-    """What is read of spaces while batches of (ids, mask) pass a model; the first ``skip`` tokens pass unmeasured."""
+    """What is read of spaces while batches of (ids, mask) pass a model; the first ``skip`` tokens pass unmeasured.
+
+    ``beside``: another mode that watches the same passes.
+    """
     tap = Tap(model, flat, spaces, once)
     device = next(model.parameters()).device
     for ids, mask in batches:
@@ -159,6 +164,6 @@ def tapped(
         keep[:, :skip] = False
         tap.rows = None if bool(keep.all()) else keep.flatten().to(device)
         padded = {} if bool(mask.all()) else {"attention_mask": mask.to(device).long()}
-        with torch.no_grad(), tap:
+        with torch.no_grad(), tap, beside:
             model(input_ids=ids.to(device), use_cache=False, **padded)
     return tap.seen

@@ -14,6 +14,7 @@ class Kind(StrEnum):
     QK = "qk"  # what a head's queries and keys share
     HEADS = "heads"  # KV groups
     EDGE = "edge"  # between the two factors of a matrix
+    EXPERTS = "experts"  # whole ones, behind a router
 
 
 def space_name(kind: Kind, block: int, stage: int | None = None, part: str | None = None) -> str:

@@ -13,7 +13,7 @@ from ..core.kind import Kind, space_name
 from ..core.space import Space
 from .architecture import Architecture
 
-KINDS = tuple(kind for kind in Kind if kind != Kind.EDGE)  # that every model has
+KINDS = tuple(kind for kind in Kind if kind not in (Kind.EDGE, Kind.EXPERTS))  # all families' ways
 
 
 class Role(Enum):

@@ -38,6 +38,7 @@ SPACES = {
     "qk": "qk",
     "heads": "heads",
     "edge": "edge",
+    "experts": "experts",
 }  # a kind, and how names of its spaces begin
 
 # The comment that ends a field's line is its description, in messages and in the JSON Schema.

@@ -17,6 +17,7 @@ KINDS = {
     "qk": "query/key heads",
     "heads": "KV groups",
     "edge": "matrices in two factors",
+    "experts": "experts",
 }
 FORETOLD = {
     "selector": " by the selector, when it chose the widths",

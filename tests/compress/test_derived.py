@@ -238,3 +238,10 @@ def test_the_model_that_is_given_stays_as_it_was() -> None:
     assert isinstance(model, nn.Module)
     made("llama", STREAM)
     assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
+
+
+def test_a_method_of_many_spaces_is_refused_before_anything_is_measured() -> None:
+    model, layout = model_of("llama")
+    step = {**CHANNELS, "rotate": "learned_rotation", "spaces": "residual", "slice": "truncate"}
+    with pytest.raises(InputError, match="'learned_rotation' fits several"):
+        derived_plan(recipe(step), model.config, layout)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...calibrate.experts import Added
 from ...calibrate.moment import Gram, Moment, Weights
 from ...calibrate.moments import Moments, check_finite
 from ...calibrate.statistic import Statistic
@@ -120,8 +121,14 @@ class _Run:
             model = copy.deepcopy(self.twin).float()
             steps = iter(self.progress(batches, "calibrate", len(batches)))
             once = frozenset({own[STREAM]} if STREAM in own else ())
-            seen = tapped(model, self.flat, list(own.values()), once, steps, calibrate.skip)
-        self.seen = {name: seen[o] for name, o in own.items()}
+            whole = [n for n in own if self.layout.spaces[n].kind == "experts"]
+            signals = {n: o for n, o in own.items() if n not in whole}
+            added = Added(model, self.flat, [own[n] for n in whole])
+            seen = tapped(
+                model, self.flat, list(signals.values()), once, steps, calibrate.skip, added
+            )
+        self.seen = {name: seen[o] for name, o in signals.items()}
+        self.experts = added.moments()
 
     def _writers_of_stream(self, seen: Seen) -> list[Reader]:
         """The readers behind which the stream is written: what they are given counts when channels are chosen."""
@@ -145,6 +152,29 @@ class _Run:
         gram = Gram(space.copies, space.dim, lambda: self._weights(space, seen.readers))
         return found.merge(Moments({(space.name, Statistic.READERS): gram}))
 
+    def _known(self, space: Space) -> Moments:
+        """What a rotator is given."""
+        if space.kind == "experts":
+            return self._of_experts(space)
+        seen = self.seen.get(space.name)
+        if seen is None:
+            return Moments()
+        if not seen.moments:
+            raise InvarianceError(
+                f"space '{space.name}': no matrix product read it on these tokens, so nothing can be measured. "
+                "Calibrate on more tokens, or leave this space out."
+            )
+        return self._moments(space, self._writers_of_stream(seen))
+
+    def _of_experts(self, space: Space) -> Moments:
+        moment = self.experts[self.layout.own[space.name]]
+        if not moment.total.any():
+            raise InvarianceError(
+                f"space '{space.name}': no output of an expert met a router's weight, so nothing can be measured. This type "
+                "weighs experts in another way; leave this space out."
+            )
+        return Moments({(space.name, Statistic.EXPERTS): moment})
+
     @property
     def _fixes_ones(self) -> bool:
         stream = self.layout.stream
@@ -162,20 +192,8 @@ class _Run:
     # --- Fitting.
 
     def _fit(self, unit: Unit) -> Basis:
-        seen = self.seen.get(unit.space.name)
-        if seen is not None and not seen.moments:
-            raise InvarianceError(
-                f"space '{unit.space.name}': no matrix product read it on these tokens, so nothing can be measured. "
-                "Calibrate on more tokens, or leave this space out."
-            )
-        readers = [] if seen is None else self._writers_of_stream(seen)
-        moments = Moments() if seen is None else self._moments(unit.space, readers)
-        if not isinstance(unit.rotate, Rotator):
-            raise InputError(
-                f"{self.plan.recipe.where('steps', unit.step, 'rotate')}: '{unit.rotate.name}' fits several spaces together, which "
-                "a derived layout does not give. Use `permute` or `pca`."
-            )
-        basis = checked.fitted(unit.rotate, unit.space, moments)
+        assert isinstance(unit.rotate, Rotator)  # a plan refuses others
+        basis = checked.fitted(unit.rotate, unit.space, self._known(unit.space))
         if basis.A.picks is not None and not basis.A.within(Group.PERMUTATION):
             raise InputError(
                 f"{self.plan.recipe.where('steps', unit.step, 'rotate')}: rotator '{unit.rotate.name}' scales coordinates, and "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,9 +12,10 @@ from transformers import PretrainedConfig
 
 from ...calibrate.statistic import Statistic
 from ...core.errors import InputError
-from ...method.interfaces import Selector, Slicer
+from ...method.interfaces import Joint, Selector, Slicer
 from ...model.described.description import Kind
 from ...model.layout import Parameters
+from ...model.narrow.experts import chosen
 from ...model.narrow.positions import narrowings, shapes
 from ...model.narrow.spoken import search
 from ...recipe.recipe import Recipe, Step
@@ -29,6 +31,7 @@ MEASURED = {
     Statistic.WEIGHTED,
     Statistic.RAW,
     Statistic.READERS,
+    Statistic.EXPERTS,
 }
 COPIES = 32  # bytes a number: the model in float32, its copy in float64, one with zeros, the narrower one
 ROW = 8  # numbers in 16 bytes, stored in two bytes each
@@ -101,8 +104,9 @@ class DerivedPlan:
         return allocate(self, spectra, loss, influence, within)
 
     def check_widths(self, widths: Widths) -> None:
-        """Raises InputError where no config of the family says these widths."""
+        """Raises InputError where no config of the family says these widths, or a token takes more experts than stay."""
         self._check_stacks(widths)
+        self._check_experts(widths)
         kept = self.layout.kept(widths)
         asked = tuple(sorted(widths.items()))
         if not kept or asked in self.said:
@@ -119,6 +123,24 @@ class DerivedPlan:
                 "what the config divides by), or leave this space whole."
             )
         self.said.add(asked)
+
+    def _check_experts(self, widths: Widths) -> None:
+        """Raises InputError where fewer experts would stay than a token takes."""
+        for name, k in widths.items():
+            space = self.layout.spaces[name]
+            if space.kind != "experts" or k == space.dim:
+                continue
+            taken = self.chosen.get(space.dim, 1)
+            if k < taken:
+                step = next(u.step for u in self.units if name in u.members)
+                raise InputError(
+                    f"{self.recipe.where('steps', step, 'select')}: {k} of {space.dim} experts would stay in '{name}', and the "
+                    f"model takes {taken} experts a token. Keep {taken} at least (`widths: {{min: {taken}}}`)."
+                )
+
+    @cached_property
+    def chosen(self) -> dict[int, int]:
+        return chosen(self.layout.model)
 
     def _check_stacks(self, widths: Widths) -> None:
         """Raises InputError for widths in stacks of experts that products of groups do not take: rows of 16 bytes."""
@@ -230,6 +252,11 @@ def _check_step(recipe: Recipe, n: int, step: Step, kind: str) -> None:
     for method in (step.rotate, step.select, step.slice):
         if method is None:
             continue
+        if isinstance(method, Joint):
+            raise InputError(
+                f"{recipe.where('steps', n, 'rotate')}: '{method.name}' fits several spaces together, which a derived layout does "
+                "not give. Use `permute` or `pca`."
+            )
         asked = sorted(s.value for s in method.needs - MEASURED)
         if isinstance(method, Selector) and (method.measures or method.depth):
             asked = ["held-out losses" if method.measures else "blocks to let go"]

@@ -1,4 +1,5 @@
-"""A cut against the model whose coordinates are zero: both compute the same, or the cut does not count."""
+"""A cut against the model whose coordinates are zero, and whose experts are never chosen: both compute the same, or the
+cut does not count."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from ..derive.certify import TOLERANCE, distance, outputs
 from ..derive.trace import Example
 from ..described.description import Description
 from .cut import Cut, cut, plan, zero
+from .experts import NeverChosen
 from .positions import Kept
 
 
@@ -24,7 +26,8 @@ def tried(
     """
     reference = copy.deepcopy(model)
     zero(reference, description, kept)
-    wanted = outputs(reference, example)
+    with NeverChosen(reference, description.flat(), kept):
+        wanted = outputs(reference, example)
     todo = plan(model, description, kept, example)
     best: tuple[PreTrainedModel, Cut, float] | None = None
     last: Exception | None = None
