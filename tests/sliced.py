@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from invariance.calibrate import walk
+from invariance.calibrate.batch import Batch
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import Sliced, slice_model
@@ -63,7 +64,7 @@ def sliced(
     return slice_model(model, plan(asked, model.config), tokens(), store=store)
 
 
-def taken(parts: Stages, batches: list[walk.Batch], wanted: Any, dtype: torch.dtype) -> Moments:
+def taken(parts: Stages, batches: list[Batch], wanted: Any, dtype: torch.dtype) -> Moments:
     """The moments of a oneshot walk."""
     found = [Moments()]
     walk.oneshot(parts, batches, wanted, dtype, leave=lambda _, m: found.append(found[-1].merge(m)))

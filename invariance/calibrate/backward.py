@@ -17,8 +17,8 @@ from ..model.layout import Edge
 from ..model.modules import Stage
 from ..model.working import Stages
 from .batch import Batch
+from .enter import enter
 from .moments import real_tokens
-from .walk import enter
 
 DTYPE = torch.float32  # bfloat16's gradients are slow on CPUs
 Taps = Callable[[Edge, Stage], AbstractContextManager[dict[str, Tensor]]]

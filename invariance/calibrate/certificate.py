@@ -20,7 +20,7 @@ from ..model.verify import Certificate, half, tolerance
 from ..model.working import Working
 from .batch import Batch
 from .declared import check_declared
-from .walk import enter, inside
+from .enter import enter
 
 
 class Rotations(Mapping[str, Change]):
@@ -53,7 +53,7 @@ class Rotations(Mapping[str, Change]):
 
 def spaces_of(layout: Layout, edge: Edge) -> list[str]:
     """The spaces that a stage's weights lie in: the points at its two ends, and those inside it."""
-    return [edge.source, edge.target, *inside(layout, edge)]
+    return [edge.source, edge.target, *layout.inside(edge)]
 
 
 @torch.no_grad()

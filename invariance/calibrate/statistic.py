@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import Enum
 
 from ..core.space import Space
@@ -30,3 +31,12 @@ class Statistic(Enum):
             return self
         added = Statistic.WEIGHTED if space.kind in ("mlp", "vo", "heads") else Statistic.RAW
         return Statistic.NORMED if space.kind == "residual" else added
+
+
+Wanted = Mapping[str, frozenset[Statistic]]
+"""Which statistics to measure of which spaces, by name."""
+
+
+def together(*asked: Wanted) -> Wanted:
+    """What any of several asks for."""
+    return {n: frozenset().union(*(a.get(n, frozenset()) for a in asked)) for a in asked for n in a}

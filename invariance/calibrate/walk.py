@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,99 +11,16 @@ from transformers import PreTrainedModel
 from ..core.change import Change, bridge
 from ..core.memory import trim
 from ..core.progress import Progress, quiet
-from ..core.space import Space
-from ..model.families import architecture
 from ..model.layout import Edge, Layout
-from ..model.modules import Factored, Stage
 from ..model.working import Stages
 from .batch import Batch, Left
-from .moments import Moments, real_tokens, weights
+from .moments import Moments, real_tokens
+from .probes import add_stream, probes
 from .refit import Follower, refit_readers
-from .statistic import Statistic
+from .statistic import Statistic, Wanted
 from .streams import Streams
 
-Wanted = Mapping[str, frozenset[Statistic]]
-"""Which statistics to measure of which spaces, by name."""
 Leave = Callable[[Edge | None, Moments], None]
-
-
-def together(*asked: Wanted) -> Wanted:
-    """What any of several asks for."""
-    return {n: frozenset().union(*(a.get(n, frozenset()) for a in asked)) for a in asked for n in a}
-
-
-class Enterable(Protocol):
-    """A model that looks tokens up: all of it, or the rows that they need."""
-
-    @property
-    def model(self) -> PreTrainedModel: ...
-    @property
-    def device(self) -> torch.device: ...
-    def embedding(self, ids: Tensor) -> AbstractContextManager[Tensor]: ...
-
-
-class _Entered(Exception):
-    """Raised where the last block would begin: what every block is called with is known then."""
-
-
-class _Recorder(nn.Module):
-    """Stands in a block's place, passes the stream on, and keeps what the block would have been called with."""
-
-    def __init__(self, last: bool) -> None:
-        super().__init__()
-        self.last = last
-        self.called: tuple[Tensor, dict[str, Any]] | None = None
-
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.called = hidden_states, {k: v for k, v in kwargs.items() if k != "past_key_values"}
-        if self.last:
-            raise _Entered
-        return hidden_states
-
-
-@torch.no_grad()
-def enter(
-    parts: Enterable,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    dtype: torch.dtype,
-    stream: torch.dtype | None = None,
-) -> list[Batch]:
-    """Carry token batches (ids, mask) through the embedding, up to the first block; the model's own code does it.
-
-    Branches compute in ``dtype``; the residual stream is kept in ``stream``, by default the same.
-    """
-    entered: list[Batch] = []
-    model, path = parts.model, architecture(parts.model.config).blocks
-    blocks = model.get_submodule(path)
-    assert isinstance(blocks, nn.ModuleList)
-    recorders = [_Recorder(last=n == len(blocks) - 1) for n in range(len(blocks))]
-    model.set_submodule(path, nn.ModuleList(recorders))
-    try:
-        for ids, found in batches:
-            mask = None if bool(found.all()) else found
-            padded = None if mask is None else mask.long().to(parts.device)
-            with parts.embedding(ids) as places, suppress(_Entered):
-                model(input_ids=places, attention_mask=padded, use_cache=False)
-            casts: dict[int, Tensor] = {}  # blocks share masks and angles; their casts too
-            contexts = [_cast(r.called[1], dtype, casts) for r in recorders if r.called]
-            assert recorders[0].called is not None
-            entered.append(Batch(recorders[0].called[0].to(stream or dtype), contexts, mask))
-    finally:
-        model.set_submodule(path, blocks)
-    return entered
-
-
-def _cast(value: Any, dtype: torch.dtype, casts: dict[int, Tensor]) -> Any:
-    """Floating-point tensors, wherever they lie in a value, in a dtype; each of them cast once."""
-    if isinstance(value, Tensor):
-        return casts.setdefault(id(value), value.to(dtype)) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return {k: _cast(v, dtype, casts) for k, v in value.items()}
-    return (
-        type(value)(_cast(v, dtype, casts) for v in value)
-        if isinstance(value, (tuple, list))
-        else value
-    )
 
 
 @torch.no_grad()
@@ -136,7 +50,7 @@ def oneshot(
         compared = Statistic.COSINE in wanted.get(edge.entry, ())
         if compared and edge.source == edge.entry:
             entered = [batch.x for batch in batches]
-        with _probes(moments, layout, [edge.source, *inside(layout, edge)], stage, wanted) as probe:
+        with probes(moments, layout, [edge.source, *layout.inside(edge)], stage, wanted) as probe:
             for batch in batches:
                 probe.mask = batch.mask
                 left = batch.left(batch.x, stage, edge)
@@ -206,7 +120,7 @@ def sequential(
         if i:
             finish(layout.edges[i - 1])
         before = [batch.x for batch in batches] if edge.target in joined else []
-        inner = [n for n in inside(layout, edge) if n in wanted]
+        inner = [n for n in layout.inside(edge) if n in wanted]
         if follow:
             if uncut and readers:
                 refit_readers(
@@ -259,7 +173,7 @@ def _measured(
     moments = Moments()
     if any(wanted.values()):
         stage = parts.stage(edge, dtype)
-        with _probes(moments, parts.layout, list(wanted), stage, wanted) as probe:
+        with probes(moments, parts.layout, list(wanted), stage, wanted) as probe:
             for batch in batches:
                 probe.mask = batch.mask
                 probe.leave(batch.left(batch.x, stage, edge)[1])
@@ -320,24 +234,7 @@ def _measure_stream(
     norm = norm_at(parts.model, parts.layout, point)
     for batch in batches if statistics else ():
         normed = norm(batch.x) if Statistic.NORMED in statistics else batch.x
-        _add_stream(moments, point, statistics, batch.x, normed, batch.mask)
-
-
-def _add_stream(
-    moments: Moments,
-    point: str,
-    statistics: frozenset[Statistic],
-    x: Tensor,
-    normed: Tensor,
-    mask: Tensor | None,
-) -> None:
-    for statistic, signal in ((Statistic.RAW, x), (Statistic.MEAN, x), (Statistic.NORMED, normed)):
-        if statistic in statistics:
-            moments.add((point, statistic), real_tokens(signal, mask))
-    if Statistic.WEIGHTED in statistics:
-        moments.add(
-            (point, Statistic.WEIGHTED), real_tokens(x, mask), weights=real_tokens(weights(x), mask)
-        )
+        add_stream(moments, point, statistics, batch.x, normed, batch.mask)
 
 
 def norm_at(model: PreTrainedModel, layout: Layout, point: str) -> nn.Module:
@@ -347,105 +244,3 @@ def norm_at(model: PreTrainedModel, layout: Layout, point: str) -> nn.Module:
     )
     norm = model.get_submodule(found)
     return norm[0] if isinstance(norm, nn.Sequential) else norm
-
-
-def inside(layout: Layout, edge: Edge) -> list[str]:
-    """The spaces that lie inside a stage."""
-    return layout.inside(edge)
-
-
-@dataclass
-class _Probe:
-    """Measures a batch while it passes a stage."""
-
-    moments: Moments
-    mask: Tensor | None = None  # of the batch that passes now
-    seen: list[tuple[Space, Tensor, int]] = field(
-        default_factory=list
-    )  # what waits for its tokens' weights
-
-    def add(
-        self, space: Space, statistics: frozenset[Statistic], signal: Tensor, heads: int
-    ) -> None:
-        for statistic in statistics:
-            if statistic is Statistic.WEIGHTED:
-                self.seen.append((space, signal, heads))
-            else:
-                x = real_tokens(signal, self.mask)
-                self.moments.add((space.name, statistic), x, space.copies, heads)
-
-    def leave(self, given: Tensor) -> None:
-        """The batch has left the stage, and its tokens weigh by what was ``given`` there (``Left``)."""
-        w = real_tokens(weights(given), self.mask)
-        for space, signal, heads in self.seen:
-            x = real_tokens(signal, self.mask)
-            self.moments.add((space.name, Statistic.WEIGHTED), x, space.copies, heads, w)
-        self.seen.clear()
-
-
-def tap(stage: Stage, space: Space) -> tuple[nn.Module, bool]:
-    """The module inside a stage that a space's signal enters, as what it reads (True), or leaves."""
-    if space.kind == "edge":
-        assert space.part is not None
-        factored = stage.linears()[space.part]
-        assert isinstance(factored, Factored)
-        return factored.first, False
-    if space.kind == "mlp":
-        assert stage.mlp is not None
-        return stage.mlp.down, True
-    assert stage.attention is not None
-    return (stage.attention.k, False) if space.kind == "qk" else (stage.attention.out, True)
-
-
-@contextmanager
-def _probes(
-    moments: Moments, layout: Layout, spaces: list[str], stage: Stage, wanted: Wanted
-) -> Iterator[_Probe]:
-    """Measure signals inside a stage while it runs: the stream at its norm, outputs of q, k, first factors, what readers read."""
-    probe = _Probe(moments)
-    handles = []
-    for name in spaces:
-        statistics = wanted.get(name, frozenset())
-        if not statistics:
-            continue
-        space = layout.spaces[name]
-
-        def stream(
-            _: Any, args: Any, out: Tensor, name: str = name, which: Any = statistics
-        ) -> None:
-            _add_stream(moments, name, which, args[0], out, probe.mask)
-
-        def add(
-            signal: Tensor,
-            space: Any = space,
-            heads: int = space.copies,
-            which: Any = statistics,
-            queries: bool = False,
-        ) -> None:
-            asked = {Statistic.QUERIES} & which if queries else which - {Statistic.QUERIES}
-            probe.add(space, asked, signal, heads)
-
-        if space.kind == "residual":
-            assert stage.norm is not None
-            handles.append(stage.norm.register_forward_hook(stream))
-            continue
-        module, before = tap(stage, space)
-        if before:
-            attention = stage.attention
-            heads = (
-                attention.heads if space.kind == "vo" and attention is not None else space.copies
-            )
-            hook = lambda _m, a, add=add, heads=heads: add(a[0], heads=heads)  # noqa: E731
-            handles.append(module.register_forward_pre_hook(hook))
-        else:
-            handles.append(module.register_forward_hook(lambda _m, _a, y, add=add: add(y)))
-        if space.kind == "qk":
-            assert stage.attention is not None
-            heads = stage.attention.heads
-            ask = lambda _m, _a, y, add=add, heads=heads: add(y, heads=heads, queries=True)  # noqa: E731
-            handles.append(stage.attention.q.register_forward_hook(ask))
-    try:
-        yield probe
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -15,11 +15,14 @@ import transformers
 from transformers import PreTrainedModel
 
 from ..calibrate import fisher, walk
+from ..calibrate.batch import Batch
+from ..calibrate.enter import enter
 from ..calibrate.fisher import SEQUENCES
 from ..calibrate.moment import Known
 from ..calibrate.moments import Key, Moments, Shelf, Store, reader_moment
 from ..calibrate.refit import HELD_OUT
-from ..calibrate.statistic import Statistic
+from ..calibrate.statistic import Statistic, Wanted, together
+from ..calibrate.streams import Streams
 from ..core.errors import InputError
 from ..core.progress import Progress, quiet
 from ..io.data import Tokens
@@ -95,7 +98,7 @@ class Calibration:
     share: Share | None = None
     device: str | torch.device = "cpu"
     seconds: dict[str, float] = field(default_factory=dict)
-    streams: walk.Streams = field(default_factory=walk.Streams)  # left over for a walk beside it
+    streams: Streams = field(default_factory=Streams)  # left over for a walk beside it
     curved: Moments = field(default_factory=Moments)  # of gradients
 
     def __post_init__(self) -> None:
@@ -116,7 +119,7 @@ class Calibration:
                 self.shelf.put(self._gradients(missing))
             self.curved = self.shelf.get(keys)
 
-    def measure(self, wanted: walk.Wanted) -> None:
+    def measure(self, wanted: Wanted) -> None:
         """Have the moments of the dense model on the shelf: those that are not there, from one walk."""
         keys = [(name, s) for name, statistics in wanted.items() for s in statistics]
         with timed(self.seconds, "calibrate"):
@@ -129,7 +132,7 @@ class Calibration:
             keys = list(dict.fromkeys(key for plan in plans for key in plan.gradients))
             if missing := self.shelf.missing(keys):
                 self.shelf.put(self._gradients(missing))
-        self.measure(walk.together(*(plan.of_dense() for plan in plans)))
+        self.measure(together(*(plan.of_dense() for plan in plans)))
 
     def room(self, keys: Iterable[Key]) -> bool:
         """Whether the moments of these keys take a quarter of what is free on the store's disk at most."""
@@ -166,7 +169,7 @@ class Calibration:
             moments = moments.merge(Moments({key: self.curved.known[key] for key in keys}))
         return unit.together(moments)
 
-    def batches(self) -> tuple[list[walk.Batch], torch.dtype]:
+    def batches(self) -> tuple[list[Batch], torch.dtype]:
         """The tokens in front of the first block, and what branches compute in."""
         calibrate = self.plan.recipe.calibrate
         assert calibrate is not None and self.tokens is not None
@@ -174,7 +177,7 @@ class Calibration:
         tokens = list(self.tokens.batches(calibrate.batch))
         if self.share:
             tokens = tokens[self.share.rank :: self.share.of]
-        batches = walk.enter(self.parts, tokens, dtype, stream)
+        batches = enter(self.parts, tokens, dtype, stream)
         for batch, (_, mask) in zip(batches, tokens, strict=True):
             if calibrate.skip:  # the tokens pass the model, and no moment sees them
                 batch.mask = mask.clone()
@@ -248,7 +251,7 @@ class Calibration:
 
         walk.oneshot(self.parts, batches, wanted, dtype, self.progress, leave=left, streams=kept)
 
-    def _streams_fit(self, batches: list[walk.Batch]) -> bool:
+    def _streams_fit(self, batches: list[Batch]) -> bool:
         """Whether all that leaves the dense model's stages fits into a quarter of the disk that is free for it."""
         kept = sum(2 if edge.post else 1 for edge in self.layout.edges)
         free = shutil.disk_usage(tempfile.gettempdir()).free

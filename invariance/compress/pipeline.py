@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibrate import walk
+from ..calibrate.batch import Batch
 from ..calibrate.certificate import Rotations, certify, spaces_of
 from ..calibrate.moments import Moments, check_finite
 from ..calibrate.statistic import Statistic
@@ -223,7 +224,7 @@ class _Run:
                 return
             start = time.perf_counter()
             shelf.put(moments) if kept else check_finite(moments)
-            for name in walk.inside(self.layout, edge):
+            for name in self.layout.inside(edge):
                 if (unit := self.bases.unit_of.get(name)) is None:
                     continue
                 known = self.calibration.known(unit, unit.needs, moments)
@@ -290,7 +291,7 @@ class _Run:
             m: frozenset() if self.plan.stands(u) else u.needs & MEASURED
             for m, u in self.bases.unit_of.items()
         }
-        batches: list[walk.Batch] = []
+        batches: list[Batch] = []
         start = time.perf_counter()
         before = self.seconds.get("fit", 0.0)
         dtype = torch.float32

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..calibrate.backward import backward
 from ..calibrate.fisher import SEED
 from ..calibrate.moments import real_tokens
-from ..calibrate.walk import inside, tap
+from ..calibrate.probes import tap
 from ..core.change import Change
 from ..core.progress import Progress, quiet
 from ..core.space import Space
@@ -145,7 +145,7 @@ def measure(
         read: dict[str, Tensor] = {}
         handles = [
             _tap(read, stage, layout.spaces[n])
-            for n in (edge.source, *inside(layout, edge))
+            for n in (edge.source, *layout.inside(edge))
             if n in names and stage.branches
         ]
         try:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from ..calibrate.walk import Batch, enter
+from ..calibrate.batch import Batch
+from ..calibrate.enter import enter
 from ..core.errors import InvarianceError
 from ..io.checkpoint import described
 from ..io.clients import add_older_keys

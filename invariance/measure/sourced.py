@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..calibrate.walk import enter
+from ..calibrate.enter import enter
 from ..core.memory import trim
 from ..core.progress import Progress
 from ..core.spill import Spill

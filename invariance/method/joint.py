@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from ..calibrate.moments import Moments
-from ..calibrate.walk import tap
+from ..calibrate.probes import tap
 from ..core.space import Space
 from ..io.data import Tokens
 from ..model.layout import Edge, Layout

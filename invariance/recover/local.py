@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibrate.walk import Batch, enter
+from ..calibrate.batch import Batch
+from ..calibrate.enter import enter
 from ..core.progress import Progress
 from ..io.data import Tokens
 from ..model.layout import Edge, Layout

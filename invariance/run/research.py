@@ -10,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..calibrate import certificate, fisher, walk
 from ..calibrate.certificate import Rotations, certify_random
+from ..calibrate.enter import enter
 from ..calibrate.moments import Moments, check_finite, reader_moment
 from ..calibrate.statistic import Statistic
 from ..compress import bases as fitting
@@ -120,7 +121,7 @@ def calibrate(
         wide = calibration_dtype(
             word("dtype", dtype, ("auto", "float32", "bfloat16")), dense.device
         )
-        batches = walk.enter(parts, read.batches(batch), wide)
+        batches = enter(parts, read.batches(batch), wide)
         each: list[Moments] = []
         walk.oneshot(
             parts, batches, walked, wide, progress, leave=lambda _, moments: each.append(moments)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibrate import fisher, walk
+from ..calibrate.enter import enter
 from ..calibrate.moments import Moments, reader_moment
 from ..calibrate.statistic import Statistic
 from ..core.group import Group
@@ -51,7 +52,7 @@ def ready(family: str, split: tuple[str, ...] = SPLIT) -> Ready:
     ids = torch.randint(1, WORDS, (8, 24), generator=torch.Generator().manual_seed(1))
     text = Tokens.full(ids)
     parts = Whole(model, layout)
-    batches = walk.enter(parts, text.batches(len(ids)), torch.float64)
+    batches = enter(parts, text.batches(len(ids)), torch.float64)
     also = {"residual": [Statistic.NORMED], "qk": [Statistic.QUERIES]}
     wanted = {
         n: frozenset({Statistic.RAW, Statistic.WEIGHTED, Statistic.MEAN, *also.get(s.kind, [])})

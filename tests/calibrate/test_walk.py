@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from invariance.calibrate import walk
+from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.core.change import Change
@@ -37,7 +38,7 @@ def measured(
 ) -> Moments:
     model, layout = exact(family)
     parts = Whole(model, layout)
-    return taken(parts, walk.enter(parts, batches, dtype), everything(layout), dtype)
+    return taken(parts, enter(parts, batches, dtype), everything(layout), dtype)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "phi"])
@@ -56,7 +57,7 @@ def test_the_walk_ends_where_the_model_does(model: PreTrainedModel) -> None:
     layout = label(twin)
     ids = torch.randint(1, 31, (2, 12), generator=torch.Generator().manual_seed(0))
     parts = Whole(twin, layout)
-    batches = walk.enter(parts, [real(ids)], torch.float64)
+    batches = enter(parts, [real(ids)], torch.float64)
     walk.oneshot(parts, batches, {}, torch.float64)
     kept: list[Tensor] = []
     last = twin.get_submodule(layout.architecture.final_norm)
@@ -70,7 +71,7 @@ def test_a_walk_that_gives_every_block_what_the_first_is_given_is_caught() -> No
     options = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
     twin = verify.exact_copy(tiny("qwen2", **options))
     parts = Whole(twin, label(twin))
-    batches = walk.enter(parts, [real(torch.arange(1, 13)[None])], torch.float64)
+    batches = enter(parts, [real(torch.arange(1, 13)[None])], torch.float64)
     masks = [c["attention_mask"] for c in batches[0].contexts]
     assert not torch.equal(*(torch.zeros(1) if m is None else m.double() for m in masks))
 
@@ -212,7 +213,7 @@ def cut_walk(inner: bool) -> tuple[PreTrainedModel, dict[str, Moments]]:
         return None if k is None else Change(eye[..., :k].contiguous(), eye[..., :k].contiguous())
 
     parts = Whole(model, layout)
-    batches = walk.enter(parts, [real(tokens().ids[:6])], torch.float64)
+    batches = enter(parts, [real(tokens().ids[:6])], torch.float64)
     walk.sequential(parts, batches, everything(layout), torch.float64, decide)
     return model, seen
 

@@ -14,6 +14,7 @@ from sliced import data as data
 from torch import Tensor, nn
 
 from invariance.calibrate import walk
+from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments
 from invariance.compress import calibration
 from invariance.compress.pipeline import slice_model
@@ -73,7 +74,7 @@ def test_the_stream_that_is_carried_is_the_refit_models_own(family: str) -> None
     ids = tokens().ids
     inner = {n: frozenset({RAW}) for n, s in layout.spaces.items() if s.kind != "residual"}
     parts = Whole(model, layout)
-    batches = walk.enter(parts, [real(part) for part in ids.split(8)], torch.float64)
+    batches = enter(parts, [real(part) for part in ids.split(8)], torch.float64)
     walk.sequential(parts, batches, inner, torch.float64, decide, follow=True)
     carried = torch.cat([b.x for b in batches])
     assert close(stream(model, ids), carried, bound=1e-9)

@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from invariance.calibrate import walk
+from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments, reader_moment
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.plan import plan
@@ -266,7 +267,7 @@ def test_least_squares_makes_the_groups_that_stay_stand_for_all() -> None:
     ids = torch.randint(1, VOCABULARY, (16, 24), generator=torch.Generator().manual_seed(1))
     space = layout.spaces["heads.1"]
     parts = Whole(model, layout)
-    batches = walk.enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
+    batches = enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
     moments = taken(
         parts, batches, {space.name: frozenset({Statistic.SEEN.on(space)})}, torch.float64
     )
@@ -326,7 +327,7 @@ def test_the_last_writer_before_a_gap_is_refit_to_the_dense_stream_behind_it() -
         parts = Whole(cut, layout)
         walk.sequential(
             parts,
-            walk.enter(parts, batch, torch.float64),
+            enter(parts, batch, torch.float64),
             names,
             torch.float64,
             lambda n, _: Change.empty(layout.spaces[n], 0),

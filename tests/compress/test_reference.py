@@ -13,6 +13,7 @@ from folders import VOCABULARY, model_of
 from numpy.typing import NDArray
 
 from invariance.calibrate import walk
+from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments
 from invariance.compress.pipeline import Sliced, slice_model
 from invariance.compress.plan import plan
@@ -171,7 +172,7 @@ def walked(slice_head: bool) -> tuple[torch.nn.Module, list[Array]]:
     model.model.rotary_emb = Rotary()
     ids = torch.from_numpy(IDS)
     parts = Whole(model, layout)
-    batches = walk.enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
+    batches = enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
     rotator, slicer = find("rotate", "pca")(), find("slice", "truncate")()
     spectra: list[Array] = []
 

@@ -17,7 +17,7 @@ from sliced import taken, tokens
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from invariance.calibrate import walk
+from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress import heldout
@@ -58,7 +58,7 @@ def test_the_influence_of_a_block_is_that_of_its_streams(family: str) -> None:
 
     def found(batches: list[Tensor]) -> Moments:
         parts = Whole(model, layout)
-        entered = walk.enter(
+        entered = enter(
             parts,
             [(b, torch.ones_like(b, dtype=torch.bool)) for b in batches],
             torch.float64,

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from invariance.calibrate import walk
+from invariance.calibrate.batch import Batch
 from invariance.calibrate.statistic import Statistic
 from invariance.compress import pipeline
 from invariance.compress.pipeline import Sliced, slice_model
@@ -195,10 +196,10 @@ def test_full_rank_is_exact_and_error_falls_with_rank(family: str, order: str) -
 @pytest.mark.parametrize("order", ["sequential", "dense_target"])
 def test_a_walk_sees_what_shortcuts_leave_out(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stream that a walk carries to the end is that of the model that it leaves."""
-    walked: list[walk.Batch] = []
+    walked: list[Batch] = []
     real = walk.sequential
 
-    def watched(parts: Any, batches: list[walk.Batch], *args: Any, **options: Any) -> None:
+    def watched(parts: Any, batches: list[Batch], *args: Any, **options: Any) -> None:
         walked.extend(batches)
         real(parts, batches, *args, **options)
 

@@ -29,7 +29,7 @@ from tiny import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from invariance.calibrate import walk
+from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moment, Moments, reader_moment
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import slice_model
@@ -452,7 +452,7 @@ def test_an_edge_is_measured_where_its_first_factor_writes_and_weighs_what_its_s
     ids = tokens(batch=4)
     read = inputs(twin, paths, ids)
     parts = Whole(twin, layout)
-    batches = walk.enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
+    batches = enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
     found = taken(parts, batches, {n: frozenset({Statistic.RAW}) for n in names}, torch.float64)
     plain, whole = folded(model, [])
     for name in names:

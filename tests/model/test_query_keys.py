@@ -22,7 +22,7 @@ from tiny import canonical_copy, cut, elements, rotations, seeds, tiny, tokens
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from invariance.calibrate import walk
+from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import Sliced, slice_model
@@ -228,7 +228,7 @@ def measured(model: PreTrainedModel) -> tuple[Any, Moments, dict[str, Tensor], d
         )
     ids = tokens(3, batch=4, length=12)
     parts = Whole(model, layout)
-    batches = walk.enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
+    batches = enter(parts, [(ids, torch.ones_like(ids, dtype=torch.bool))], torch.float64)
     wanted = dict.fromkeys(layout.select(["qk"]), frozenset({Statistic.RAW, Statistic.QUERIES}))
     moments = taken(parts, batches, wanted, torch.float64)
     logits(model, ids)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from invariance.calibrate import walk
 from invariance.calibrate.certificate import certify_random
+from invariance.compress import calibration
 from invariance.compress.plan import plan
 from invariance.core.errors import CertificateError
 from invariance.io.models import weights_digest
@@ -37,7 +38,7 @@ def test_bases_that_need_no_moments_need_no_tokens_and_no_walk(
         raise AssertionError("a walk over tokens")
 
     monkeypatch.setattr(walk, "oneshot", never)
-    monkeypatch.setattr(walk, "enter", never)
+    monkeypatch.setattr(calibration, "enter", never)
     keys = {"spaces": "residual", "rotate": rotator, "select": {"uniform": {"width": 28}}}
     asked = Recipe.from_dict(
         {"model": "m", "order": order, "steps": [keys, {"spaces": "vo", "rotate": "identity"}]}
