@@ -23,7 +23,7 @@ import torch
 from invariance.cli.terminal import device_named
 from invariance.compress.calibration import calibration_dtype
 from invariance.compress.pipeline import slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.io.data import load_tokens
 from invariance.io.models import load_model, load_tokenizer
 from invariance.measure.evaluate import peak_memory

@@ -27,7 +27,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.io.skeleton import skeleton, tensors
 from invariance.recipe.recipe import load_recipe
 

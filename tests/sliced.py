@@ -18,7 +18,7 @@ from invariance.calibrate.batch import Batch
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import Sliced, slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.io.data import Tokens, load_tokens
 from invariance.model.canonical import canonicalize
 from invariance.model.layout import Layout

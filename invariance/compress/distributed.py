@@ -19,7 +19,8 @@ from ..io.models import load_model
 from ..method.interfaces import begin
 from ..recipe.recipe import Recipe
 from . import calibration
-from .plan import Plan, plan
+from .plan import Plan
+from .planner import plan
 
 if TYPE_CHECKING:
     from .setting import Setting

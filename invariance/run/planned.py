@@ -10,7 +10,8 @@ from transformers import PretrainedConfig
 
 from ..compress.derived.plan import DerivedPlan
 from ..compress.needs import needs
-from ..compress.plan import Plan, plan
+from ..compress.plan import Plan
+from ..compress.planner import plan
 from ..core.progress import Progress, quiet
 from ..io.checkpoint import layout_of_config
 from ..io.layouts import declared, derived_layout

@@ -14,7 +14,7 @@ from ..calibrate.enter import enter
 from ..calibrate.moments import Moments, check_finite, reader_moment
 from ..calibrate.statistic import Statistic
 from ..compress import bases as fitting
-from ..compress import plan
+from ..compress import units
 from ..compress.calibration import calibration_dtype
 from ..compress.demand import Unit
 from ..compress.fitting import check_rotator
@@ -175,7 +175,7 @@ def bases(
     layout = moments.layout
     if layout is None:
         raise InputError("moments: they name no model's layout. Take those of `calibrate`.")
-    made: Rotator = plan.seeded(method("rotate", rotator, "rotator"), seed)
+    made: Rotator = units.seeded(method("rotate", rotator, "rotator"), seed)
     measured = [n for n in layout.spaces if any(n == name for name, _ in moments.known)]
     names = measured if spaces is None else chosen(layout, spaces)
     by: Any = segments
@@ -185,7 +185,7 @@ def bases(
         word("segments", segments, ("global", "block", "stage"))
     step = Step.model_construct(rotate=made, segments=by, slice_head=True)
     found: dict[str, Basis] = {}
-    for members in plan.segments(layout, step, names):
+    for members in units.segments(layout, step, names):
         blocks = tuple(layout.spaces[m].block or 0 for m in members)
         unit = Unit(tuple(members), blocks, layout.spaces[members[0]], 0, made, None, None)
         check_rotator(unit, layout, "rotator")

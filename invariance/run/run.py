@@ -18,7 +18,8 @@ from ..compress.derived.plan import DerivedPlan
 from ..compress.needs import needs
 from ..compress.nested import Members
 from ..compress.pipeline import Sliced, slice_model
-from ..compress.plan import Plan, plan
+from ..compress.plan import Plan
+from ..compress.planner import plan
 from ..core.cache import cache_dir
 from ..core.change import Basis as SpaceBasis
 from ..core.errors import InputError

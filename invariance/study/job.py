@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..compress import calibration
-from ..compress.plan import plan
+from ..compress.planner import plan
 from ..compress.setting import Setting
 from ..core.cache import cache_dir
 from ..core.errors import InvarianceError

@@ -13,7 +13,8 @@ import torch
 from transformers import PretrainedConfig
 
 from ..compress.heldout import HELD_OUT
-from ..compress.plan import MEASURED, Plan, plan
+from ..compress.plan import MEASURED, Plan
+from ..compress.planner import plan
 from ..compress.setting import Setting
 from ..core.errors import InputError
 from ..core.group import Group

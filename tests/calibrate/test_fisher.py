@@ -17,7 +17,7 @@ from invariance.calibrate import backward, fisher
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.io.data import Tokens, load_tokens
 from invariance.model.layout import Layout
 from invariance.model.verify import copy_in, exact_copy, tolerance

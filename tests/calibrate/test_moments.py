@@ -19,7 +19,7 @@ from invariance.calibrate import walk
 from invariance.calibrate.moments import Moment, Moments, Store
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.group import Group
 from invariance.core.space import Space
 from invariance.io.data import load_tokens

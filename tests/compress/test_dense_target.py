@@ -18,7 +18,7 @@ from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments
 from invariance.compress import calibration
 from invariance.compress.pipeline import slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.change import Change
 from invariance.core.errors import InputError
 from invariance.io.data import Tokens

@@ -22,7 +22,7 @@ from invariance.calibrate import walk
 from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments, reader_moment
 from invariance.calibrate.statistic import Statistic
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.change import Change
 from invariance.core.errors import InputError
 from invariance.core.group import Group

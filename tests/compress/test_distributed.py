@@ -11,7 +11,8 @@ from folders import save_model, save_tokens
 
 from invariance.calibrate.moments import Moments, Store
 from invariance.compress import calibration, distributed
-from invariance.compress.plan import Plan, plan
+from invariance.compress.plan import Plan
+from invariance.compress.planner import plan
 from invariance.compress.setting import Setting
 from invariance.core.cache import cache_dir
 from invariance.core.errors import InputError

@@ -12,7 +12,7 @@ from sliced import HEADS, MLP, RESIDUAL, recipe
 from sliced import data as data
 
 from invariance.compress.needs import Needs, needs
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.errors import InputError
 
 

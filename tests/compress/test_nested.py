@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.nested import extract, first
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.change import Basis, Change
 from invariance.core.errors import InputError
 from invariance.core.space import Space

@@ -21,7 +21,7 @@ from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress import predict
 from invariance.compress.pipeline import slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.change import Change
 from invariance.core.space import Space
 from invariance.io.data import Tokens

@@ -16,7 +16,7 @@ from invariance.calibrate import walk
 from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments
 from invariance.compress.pipeline import Sliced, slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.change import Basis, Change
 from invariance.method.interfaces import find
 from invariance.model.canonical import canonicalize

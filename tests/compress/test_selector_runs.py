@@ -22,7 +22,7 @@ from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress import heldout
 from invariance.compress.pipeline import Sliced, slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.change import Basis
 from invariance.core.errors import InputError
 from invariance.core.group import Group

@@ -25,7 +25,7 @@ from invariance.calibrate.batch import Batch
 from invariance.calibrate.statistic import Statistic
 from invariance.compress import pipeline
 from invariance.compress.pipeline import Sliced, slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.change import Change
 from invariance.core.errors import InputError
 from invariance.core.progress import quiet

@@ -13,7 +13,7 @@ from sliced import data as data
 
 from invariance.compress import writer
 from invariance.compress.pipeline import slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.compress.writer import Writer
 from invariance.core.errors import InvarianceError
 from invariance.io.sink import Memory, open_folder

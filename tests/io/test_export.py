@@ -14,7 +14,7 @@ from folders import VOCABULARY, model_of, save_tokens, stored_numbers
 from tiny import tiny
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.io.checkpoint import InvarianceForCausalLM
 from invariance.model.verify import logits, relative_error, tolerance
 from invariance.recipe.recipe import Recipe

@@ -12,13 +12,13 @@ from folders import model_of
 from sliced import data as data
 from sliced import dense, recipe, tokens
 
+from invariance.compress import plan as planning
 from invariance.compress.pipeline import slice_model
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.errors import InputError
 from invariance.recipe.recipe import Recipe
 from invariance.run.run import outcome
 
-planning = sys.modules[plan.__module__]  # the package gives its name to the function
 PROGRAMME = {"dynamic_programming": {"of": "absolute"}}
 
 

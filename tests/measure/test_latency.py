@@ -10,7 +10,7 @@ import pytest
 import torch
 from folders import model_of
 
-from invariance.compress import plan as plans
+from invariance.compress import planner
 from invariance.core.errors import InputError
 from invariance.measure import latency
 from invariance.measure.latency import Latency, table
@@ -126,14 +126,14 @@ def test_a_table_has_all_parts_and_is_measured_once(
 def test_a_budget_of_latency_is_kept_and_spent(
     select: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plans, "table", lambda *_: FAKE)
+    monkeypatch.setattr(planner, "table", lambda *_: FAKE)
     recipe = {
         "model": "m",
         "calibrate": {"data": "tokens.npy"},
         "budget": {"latency": 0.8},
         "steps": [MLP | {"select": select}],
     }
-    chart = plans.plan(Recipe.from_dict(recipe), model_of("llama").config)
+    chart = planner.plan(Recipe.from_dict(recipe), model_of("llama").config)
     energies = {u.space.name: torch.arange(64.0).flip(0)[None] + 1 for u in chart.units}
     widths = chart.allocate(energies)
     assert widths is not None
@@ -144,21 +144,21 @@ def test_a_budget_of_latency_is_kept_and_spent(
 
 
 def test_a_latency_that_no_width_reaches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "table", lambda *_: replace(FAKE))
+    monkeypatch.setattr(planner, "table", lambda *_: replace(FAKE))
     recipe = {
         "model": "m",
         "budget": {"latency": 0.3},
         "steps": [{"spaces": "mlp", "select": "uniform"}],
     }
     with pytest.raises(InputError, match="nanoseconds of latency cannot be met"):
-        plans.plan(Recipe.from_dict(recipe), model_of("llama").config)
+        planner.plan(Recipe.from_dict(recipe), model_of("llama").config)
 
 
 def test_other_budgets_time_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "table", lambda *_: pytest.fail("a table was asked for"))
+    monkeypatch.setattr(planner, "table", lambda *_: pytest.fail("a table was asked for"))
     recipe = {
         "model": "m",
         "budget": {"flops": 0.9},
         "steps": [{"spaces": "mlp", "select": "uniform"}],
     }
-    assert plans.plan(Recipe.from_dict(recipe), model_of("llama").config).seconds({}) is None
+    assert planner.plan(Recipe.from_dict(recipe), model_of("llama").config).seconds({}) is None

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from invariance.methods import _spend
 
 from invariance.compress.demand import Demand
-from invariance.compress.plan import Plan, plan
+from invariance.compress.plan import Plan
+from invariance.compress.planner import plan
 from invariance.core.errors import InputError
 from invariance.core.space import Space
 from invariance.method.budget import Bill, spendable

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.change import Basis, Change
 from invariance.core.dense import in_group
 from invariance.core.errors import InputError

@@ -33,7 +33,8 @@ from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moment, Moments, reader_moment
 from invariance.calibrate.statistic import Statistic
 from invariance.compress.pipeline import slice_model
-from invariance.compress.plan import Plan, plan
+from invariance.compress.plan import Plan
+from invariance.compress.planner import plan
 from invariance.core.change import Change
 from invariance.core.errors import InputError
 from invariance.core.group import Group

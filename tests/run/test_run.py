@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from invariance.calibrate import walk
 from invariance.calibrate.certificate import certify_random
 from invariance.compress import calibration
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.errors import CertificateError
 from invariance.io.models import weights_digest
 from invariance.io.source import open_source

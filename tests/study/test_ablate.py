@@ -25,7 +25,7 @@ from invariance.calibrate import fisher, walk
 from invariance.calibrate.moments import Moment, Moments, Store
 from invariance.calibrate.statistic import Statistic
 from invariance.compress import calibration, pipeline
-from invariance.compress.plan import plan
+from invariance.compress.planner import plan
 from invariance.core.errors import InputError
 from invariance.core.group import Group
 from invariance.core.space import Space
