@@ -22,6 +22,7 @@ import torch
 
 from invariance.cli.terminal import device_named
 from invariance.compress.calibration import calibration_dtype
+from invariance.compress.means import Means
 from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
 from invariance.io.data import load_tokens
@@ -100,7 +101,7 @@ def main() -> None:
             for name, asked in recipes.items():
                 recipe = Recipe.from_dict(asked | {"model": args.model, "calibrate": calibrate})
                 chart = plan(recipe, model.config)
-                found[name].append(slice_model(model, chart, tokens, store=Path(store)).seconds)
+                found[name].append(slice_model(model, chart, tokens, Means(Path(store))).seconds)
     unit = median(forward)
     rows = {"one forward pass of the blocks": {"seconds": unit}}
     for name, runs in found.items():

@@ -17,8 +17,10 @@ from invariance.calibrate import walk
 from invariance.calibrate.batch import Batch
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.compress.pipeline import Sliced, slice_model
+from invariance.compress.means import Means
+from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
+from invariance.compress.sliced import Sliced
 from invariance.io.data import Tokens, load_tokens
 from invariance.model.canonical import canonicalize
 from invariance.model.layout import Layout
@@ -61,7 +63,7 @@ def sliced(
     asked: Recipe, model: PreTrainedModel | None = None, store: Path | None = None
 ) -> Sliced:
     model = dense() if model is None else model
-    return slice_model(model, plan(asked, model.config), tokens(), store=store)
+    return slice_model(model, plan(asked, model.config), tokens(), Means(store))
 
 
 def taken(parts: Stages, batches: list[Batch], wanted: Any, dtype: torch.dtype) -> Moments:

@@ -12,7 +12,7 @@ from ..compress.derived.cut import Made as Carried
 from ..compress.derived.cut import carry_out
 from ..compress.derived.layout import derived_spaces
 from ..compress.derived.plan import DerivedPlan, derived_plan
-from ..compress.pipeline import Sliced
+from ..compress.sliced import Sliced
 from ..core.progress import Progress
 from ..io.layouts import derived_layout
 from ..io.memo import Memo

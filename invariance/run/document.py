@@ -15,8 +15,8 @@ from transformers import PretrainedConfig
 
 from ..compress.calibration import timed
 from ..compress.derived.plan import DerivedPlan
-from ..compress.pipeline import Sliced
 from ..compress.plan import Plan
+from ..compress.sliced import Sliced
 from ..core.files import write_json, write_text
 from ..core.progress import Progress
 from ..io.data import Tokens

@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..compress.nested import Members, extract, members
-from ..compress.pipeline import Sliced
 from ..compress.plan import Plan
+from ..compress.sliced import Sliced
 from ..core.progress import Progress
 from ..io.export import cast
 from ..io.memo import Memo

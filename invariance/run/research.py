@@ -17,8 +17,8 @@ from ..compress import bases as fitting
 from ..compress import units
 from ..compress.calibration import calibration_dtype
 from ..compress.demand import Unit
+from ..compress.exactness import probe
 from ..compress.fitting import check_rotator
-from ..compress.pipeline import probe
 from ..core.change import Basis, Change
 from ..core.errors import InputError, InvarianceError
 from ..core.parts import Part

@@ -15,11 +15,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..compress.calibration import timed
 from ..compress.derived.plan import DerivedPlan
+from ..compress.means import Means
 from ..compress.needs import needs
 from ..compress.nested import Members
-from ..compress.pipeline import Sliced, slice_model
+from ..compress.pipeline import slice_model
 from ..compress.plan import Plan
 from ..compress.planner import plan
+from ..compress.sliced import Sliced
 from ..core.cache import cache_dir
 from ..core.change import Basis as SpaceBasis
 from ..core.errors import InputError
@@ -207,9 +209,8 @@ def outcome(
         check(recipe.recover, data.training, model.device, recipe.where("recover"))
     if recipe.quantize is not None:
         check_installed(recipe.where("quantize"))
-    sliced = slice_model(
-        model, chart, data.calibration, store=cache_dir("moments"), progress=progress, memo=memo
-    )
+    means = Means(cache_dir("moments"), memo, progress)
+    sliced = slice_model(model, chart, data.calibration, means)
     stored = stored or model.dtype
     basis = Basis.of(sliced.layout, sliced.encodes)
     before, recovered = None, None

@@ -11,9 +11,11 @@ from importlib.metadata import version
 from typing import Any
 
 from ..compress.calibration import timed
+from ..compress.means import Means
 from ..compress.needs import SHOWN
-from ..compress.pipeline import Sliced, slice_model
+from ..compress.pipeline import slice_model
 from ..compress.plan import Plan
+from ..compress.sliced import Sliced
 from ..compress.writer import Writer
 from ..core.cache import cache_dir
 from ..core.errors import InvarianceError
@@ -54,16 +56,8 @@ def run(chart: Plan, source: Source, data: Data, output: Claim, setting: Setting
     sink = _sink(chart, source, data, output)
     writer = Writer(sink, chart, stored)
     try:
-        sliced = slice_model(
-            source,
-            chart,
-            data.calibration,
-            store=cache_dir("moments"),
-            progress=setting.progress,
-            memo=memo,
-            receiver=writer,
-            device=setting.device,
-        )
+        means = Means(cache_dir("moments"), memo, setting.progress, writer, setting.device)
+        sliced = slice_model(source, chart, data.calibration, means)
         if writer.config is None:
             raise InvarianceError("a run ended before its checkpoint was whole")
         with timed(sliced.seconds, "export"):

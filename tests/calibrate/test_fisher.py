@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from invariance.calibrate import backward, fisher
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
+from invariance.compress.means import Means
 from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
 from invariance.io.data import Tokens, load_tokens
@@ -317,8 +318,8 @@ def test_a_run_measures_the_dense_model_once_and_the_store_keeps_it(
 
     monkeypatch.setattr(fisher, "measure", counted)
     text = load_tokens(data, None, vocab_size=VOCABULARY)
-    first = slice_model(model, chart, text, store=tmp_path / "store")
-    again = slice_model(model, chart, text, store=tmp_path / "store")
+    first = slice_model(model, chart, text, Means(tmp_path / "store"))
+    again = slice_model(model, chart, text, Means(tmp_path / "store"))
     assert calls == [(chart.fisher_points, ["qk.0", "qk.1"])]
     assert first.certificate.passed
     for name, p in first.model.named_parameters():

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from invariance.calibrate import walk
 from invariance.calibrate.moments import Moment, Moments, Store
 from invariance.calibrate.statistic import Statistic
+from invariance.compress.means import Means
 from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
 from invariance.core.group import Group
@@ -142,7 +143,7 @@ def test_other_weights_tokens_or_numbers_are_measured_anew(
     found = load_tokens(
         "tokens.npy", None, vocab_size=VOCABULARY, sequences=asked.calibrate.sequences
     )
-    slice_model(model, plan(asked, model.config), found, store=tmp_path)
+    slice_model(model, plan(asked, model.config), found, Means(tmp_path))
     assert len(walks) == 2 and len(list(tmp_path.iterdir())) == 2
 
 

@@ -14,7 +14,7 @@ from folders import invoke, save_model, save_tokens
 from ruamel.yaml import YAML
 
 from invariance.calibrate import certificate
-from invariance.compress import pipeline
+from invariance.compress import exactness
 from invariance.method.interfaces import registry
 from invariance.model.verify import Certificate
 
@@ -295,7 +295,7 @@ def test_the_recipe_that_a_run_writes_runs_again_to_the_same_model(root: Path, m
 def test_a_failed_certificate_exits_with_1_and_writes_nothing(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "certify", lambda *a, **k: FAILED)
+    monkeypatch.setattr(exactness, "certify", lambda *a, **k: FAILED)
     status, out, err = invoke("run", "recipe.yaml", "--output", "failed", "--json")
     assert status == 1 and out == "" and "Traceback" not in err and "Nothing is written" in err
     assert not Path("failed").exists()

@@ -20,6 +20,7 @@ from invariance.calibrate.fisher import SEED
 from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress import predict
+from invariance.compress.means import Means
 from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
 from invariance.core.change import Change
@@ -285,7 +286,7 @@ def test_runs_on_one_model_measure_gradients_once() -> None:
     memo, model = Memo(), model_of("llama")
     first, second = (recipe(MLP | {"select": {"uniform": {"width": k}}}) for k in (48, 40))
     losses = [
-        slice_model(model, plan(r, model.config), tokens(), memo=memo).foretold.loss
+        slice_model(model, plan(r, model.config), tokens(), Means(memo=memo)).foretold.loss
         for r in (first, second)
     ]
     assert sum(key[0] == "gradients" for key in memo.computed if isinstance(key, tuple)) == 1
@@ -296,7 +297,7 @@ def test_runs_that_leave_out_other_tokens_measure_them_again() -> None:
     memo, model = Memo(), model_of("llama")
     for skip in (0, 3):
         found = recipe(MLP, calibrate={"skip": skip})
-        slice_model(model, plan(found, model.config), tokens(), memo=memo)
+        slice_model(model, plan(found, model.config), tokens(), Means(memo=memo))
     assert sum(key[0] == "gradients" for key in memo.computed if isinstance(key, tuple)) == 2
 
 

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from invariance.calibrate import walk
 from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments
-from invariance.compress.pipeline import Sliced, slice_model
+from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
+from invariance.compress.sliced import Sliced
 from invariance.core.change import Basis, Change
 from invariance.method.interfaces import find
 from invariance.model.canonical import canonicalize

@@ -21,8 +21,10 @@ from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments
 from invariance.calibrate.statistic import Statistic
 from invariance.compress import heldout
-from invariance.compress.pipeline import Sliced, slice_model
+from invariance.compress.means import Means
+from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
+from invariance.compress.sliced import Sliced
 from invariance.core.change import Basis
 from invariance.core.errors import InputError
 from invariance.core.group import Group
@@ -105,7 +107,7 @@ def sliced(
     asked: Recipe, store: Path | None = None, model: PreTrainedModel | None = None
 ) -> Sliced:
     model = model or model_of("llama")
-    return slice_model(model, plan(asked, model.config), tokens(), store=store)
+    return slice_model(model, plan(asked, model.config), tokens(), Means(store))
 
 
 @pytest.mark.parametrize("order", ["oneshot", "sequential", "dense_target"])

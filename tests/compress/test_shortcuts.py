@@ -24,8 +24,10 @@ from invariance.calibrate import walk
 from invariance.calibrate.batch import Batch
 from invariance.calibrate.statistic import Statistic
 from invariance.compress import pipeline
-from invariance.compress.pipeline import Sliced, slice_model
+from invariance.compress.means import Means
+from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
+from invariance.compress.sliced import Sliced
 from invariance.core.change import Change
 from invariance.core.errors import InputError
 from invariance.core.progress import quiet
@@ -315,12 +317,12 @@ def test_a_model_with_shortcuts_of_low_rank_can_change_basis_again() -> None:
 def test_a_held_out_loss_is_that_of_the_model_that_comes_out() -> None:
     asked = recipe(of_rank(4), MLP)
     chart = plan(asked, dense().config)
-    run = pipeline._Run(live(dense()), chart, tokens(), pipeline.Means())
+    run = pipeline._Run(live(dense()), chart, tokens(), Means())
     run.calibration.measure(chart.of_dense())
     run._fit(chart.units)
     widths = chart.allocate(None)
     assert widths is not None
-    measured = run._held_out(tokens())(widths)
+    measured = run.choosing.held_out(tokens())(widths)
     losses = [
         math.log(perplexity(copy_in(torch.float32, sliced(asked).model), tokens(), 8, quiet, ""))
         for asked in (recipe(of_rank(4), MLP), recipe(STAGES, MLP))

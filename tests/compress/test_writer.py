@@ -12,6 +12,7 @@ from sliced import HEADS, MLP, RESIDUAL, recipe, tokens
 from sliced import data as data
 
 from invariance.compress import writer
+from invariance.compress.means import Means
 from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
 from invariance.compress.writer import Writer
@@ -71,7 +72,7 @@ def test_parts_make_up_the_model_that_is_cut_in_memory(
     asked = recipe(*STEPS[steps], order=order, tie=tie)
     chart, sink = plan(asked, model.config), Memory()
     hand = Writer(sink, chart, torch.float32)
-    found = slice_model(model, chart, tokens(), receiver=hand)
+    found = slice_model(model, chart, tokens(), Means(receiver=hand))
     assert all(p.is_meta for e in found.layout.edges for p in stage_of(found.model, e.stage))
     assert hand.config is not None
     sink.finish(hand.config)
@@ -99,7 +100,7 @@ def test_parts_that_the_familys_own_code_computes_otherwise_are_refused(
 
     monkeypatch.setattr(writer, "placed", faulty)
     with pytest.raises(InvarianceError, match="logits differ"):
-        slice_model(model, chart, tokens(), receiver=Writer(Memory(), chart, torch.float32))
+        slice_model(model, chart, tokens(), Means(receiver=Writer(Memory(), chart, torch.float32)))
 
 
 @pytest.mark.parametrize("order", ["oneshot", "dense_target"])
@@ -119,7 +120,7 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bytes(order: str, tmp_path: Pa
 
         hand.stage = stopping  # type: ignore[method-assign]
         try:
-            slice_model(model, chart, tokens(), store=tmp_path / "store", receiver=hand)
+            slice_model(model, chart, tokens(), Means(tmp_path / "store", receiver=hand))
         except KeyboardInterrupt:
             sink.lock.release()
             return sink.finished

@@ -25,8 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moment, Moments
 from invariance.calibrate.statistic import Statistic
-from invariance.compress.pipeline import Sliced, slice_model
+from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
+from invariance.compress.sliced import Sliced
 from invariance.core.change import Change
 from invariance.core.dense import compose
 from invariance.core.errors import InputError, InvarianceError

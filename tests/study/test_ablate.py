@@ -24,7 +24,7 @@ from studies import BASE, ablate, no_model_in_memory, root, write
 from invariance.calibrate import fisher, walk
 from invariance.calibrate.moments import Moment, Moments, Store
 from invariance.calibrate.statistic import Statistic
-from invariance.compress import calibration, pipeline
+from invariance.compress import calibration, exactness
 from invariance.compress.planner import plan
 from invariance.core.errors import InputError
 from invariance.core.group import Group
@@ -70,7 +70,7 @@ def done(root: Path) -> tuple[list[dict[str, Any]], dict[str, int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(walk, "oneshot", counted("calibration", walk.oneshot))
-        patch.setattr(pipeline, "certify", counted("certificate", pipeline.certify))
+        patch.setattr(exactness, "certify", counted("certificate", exactness.certify))
         patch.setattr(evaluate, "token_losses", counted("evaluation", evaluate.token_losses))
         pca = find("rotate", "pca")
         patch.setattr(pca, "fit", counted("eigendecomposition", pca.fit))
