@@ -23,7 +23,8 @@ from invariance.core.files import write_json
 from invariance.io.models import load_model, load_tokenizer
 from invariance.measure.evaluate import Evaluation, measure
 from invariance.recipe.recipe import Recipe, load_recipe
-from invariance.run.run import outcome, read_data
+from invariance.run.outcome import Loaded, outcome
+from invariance.run.reading import read_data
 
 
 def main() -> None:
@@ -80,9 +81,8 @@ def measured(
     recipe: Recipe = load_recipe(path, sets)
     model, tokenizer = load_model(recipe.model, device=args.device), load_tokenizer(recipe.model)
     found = read_data(recipe, model.config, tokenizer)
-    result = outcome(
-        model, recipe, tokenizer=tokenizer, data=found, evaluate=False, progress=progress
-    )
+    loaded = Loaded(model, tokenizer)
+    result = outcome(loaded, recipe, data=found, evaluate=False, progress=progress)
     same = (recipe.model, recipe.evaluate)
     if same not in dense:
         dense[same] = perplexities(found.evaluations, model, "dense")

@@ -35,7 +35,9 @@ from invariance.core.files import write_json
 from invariance.io.models import load_model, load_tokenizer
 from invariance.recipe.quantize import Quantize
 from invariance.recipe.recipe import load_recipe
-from invariance.run.run import Data, outcome, read_data
+from invariance.run.document import Data
+from invariance.run.outcome import Loaded, outcome
+from invariance.run.reading import read_data
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 GROUPS = (
@@ -80,9 +82,8 @@ class Base:
         model, tokenizer = load_model(recipe.model), load_tokenizer(recipe.model)
         data = read_data(recipe, model.config, tokenizer)
         print(f"{self.name} …", flush=True)
-        small = outcome(
-            model, recipe, tokenizer=tokenizer, data=data, evaluate=False, progress=progress
-        ).model
+        loaded = Loaded(model, tokenizer)
+        small = outcome(loaded, recipe, data=data, evaluate=False, progress=progress).model
         return small, data
 
     def row(self, asked: Quantize | None) -> Row:

@@ -21,7 +21,7 @@ from invariance.io.hub import cache_dir
 from invariance.io.memo import Memo
 from invariance.io.models import load_model, load_tokenizer
 from invariance.recipe.recipe import load_recipe
-from invariance.run.run import outcome
+from invariance.run.outcome import Loaded, outcome
 
 ALL = "evaluate=[{perplexity: {data: packaged:texts}}]"
 
@@ -53,9 +53,8 @@ def measured(path: Path, budget: float | None, args: argparse.Namespace) -> list
     recipe = load_recipe(path, sets + ([f"budget.parameters={budget}"] if budget else []))
     model, tokenizer = load_model(recipe.model, device=args.device), load_tokenizer(recipe.model)
     memo = Memo(cache_dir("losses"), limit=0)  # the dense model's losses are computed once
-    report = outcome(
-        model, recipe, tokenizer=tokenizer, progress=progress, memo=memo, extras=False
-    ).report
+    loaded = Loaded(model, tokenizer, memo=memo)
+    report = outcome(loaded, recipe, progress=progress, extras=False).report
     texts, sizes = report["texts"], report["parameters"]
     share = sizes["sliced"]["total"] / sizes["dense"]["total"]
     packed = (report["quantize"] or {}).get("bytes", {})

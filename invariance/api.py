@@ -15,6 +15,7 @@ from invariance.method.joint import Scene
 from invariance.model.layout import Layout
 from invariance.model.verify import Certificate, tolerance
 from invariance.recipe.recipe import Recipe, load_recipe
+from invariance.run.compress import compress, load
 from invariance.run.research import (
     apply,
     bases,
@@ -26,7 +27,6 @@ from invariance.run.research import (
     rotate,
 )
 from invariance.run.result import Result, compression
-from invariance.run.run import compress, load
 
 __all__ = [
     "Basis",

@@ -26,8 +26,8 @@ from ..report.grid import Grid
 from ..report.page import figures, page
 from ..report.reading import checked, load, read_spectra
 from .document import stored_dtype
+from .folder import RECOVERED, SLICED
 from .nested_report import of_member
-from .run import RECOVERED, SLICED
 
 DOCUMENT = "extract.json"
 

@@ -44,7 +44,8 @@ from ..report.card import recovered
 from ..report.document import Report
 from ..report.reading import checked
 from .document import stored_dtype
-from .run import RECOVERED, SLICED, read_tokens
+from .folder import RECOVERED, SLICED
+from .reading import read_tokens
 
 PACKAGES = ("invariance", "torch", "transformers", "lightning", "peft")
 

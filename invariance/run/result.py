@@ -18,7 +18,9 @@ from ..io.ties import note_ties
 from ..model.entry import check_model
 from ..model.verify import Certificate
 from ..recipe.recipe import Recipe
-from .run import Outcome, as_recipe, outcome, write
+from .compress import as_recipe
+from .folder import write
+from .outcome import Loaded, Outcome, outcome
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +71,6 @@ def compression(
     """
     note_ties(check_model(model))
     asked = as_recipe(recipe)
-    made = outcome(
-        model, asked, tokenizer=tokenizer, evaluate=evaluate, extras=False, progress=progress
-    )
+    loaded = Loaded(model, tokenizer)
+    made = outcome(loaded, asked, evaluate=evaluate, extras=False, progress=progress)
     return Result(made.model, made.report, made.bases, made.certificate, asked, made, tokenizer)

@@ -29,7 +29,8 @@ from ..measure.trust import trusting
 from ..method.interfaces import begin
 from ..recipe.recipe import Recipe
 from ..run.document import Data, speed, stored_dtype
-from ..run.run import outcome, read_data
+from ..run.outcome import Loaded, outcome
+from ..run.reading import read_data
 from . import identity
 
 EARLY = 4  # a run that may be stopped early is measured on one in so many windows first
@@ -143,13 +144,10 @@ class Bench:
                 raise Pruned(f"{PRUNED}: perplexity {value:.2f} on the first {n} windows")
 
         made = outcome(
-            self.model,
+            Loaded(self.model, self.tokenizer, stored_dtype(self.config), self.memo),
             recipe,
-            tokenizer=self.tokenizer,
             data=data,
-            stored=stored_dtype(self.config),
             progress=self.progress,
-            memo=self.memo,
             extras=False,
             early=early if judge and measured else None,
         )

@@ -25,7 +25,7 @@ from invariance.io.data import Tokens
 from invariance.model.families import architecture
 from invariance.model.verify import logits, relative_error
 from invariance.model.working import Whole
-from invariance.run.run import compress
+from invariance.run.compress import compress
 
 
 def stream(model: nn.Module, ids: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import exact_copy, logits, relative_error, tolerance
 from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import Outcome, outcome
+from invariance.run.outcome import Outcome, outcome
 
 IDS = torch.arange(1, 25)[None] % VOCABULARY
 DEPTH = {"spaces": ["heads", "mlp"], "widths": {"min": 0}}

@@ -46,7 +46,7 @@ from invariance.model.layout import Layout
 from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import logits, relative_error, tolerance
 from invariance.recipe.recipe import Recipe, parse_recipe
-from invariance.run.run import Outcome, outcome
+from invariance.run.outcome import Outcome, outcome
 
 F32, F64 = torch.float32, torch.float64
 FAMILIES = ("llama", "opt", "phi")

@@ -34,7 +34,7 @@ from invariance.method.interfaces import Rotator, find
 from invariance.model.canonical import canonicalize
 from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import outcome
+from invariance.run.outcome import outcome
 
 # --- Influence, measured.
 

@@ -43,7 +43,7 @@ from invariance.model.modules import Stage
 from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import copy_in, logits, relative_error, tolerance
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import Outcome, outcome
+from invariance.run.outcome import Outcome, outcome
 
 WIDTH = 24
 ENOUGH = 8  # of 32 dims: the rank at which shortcuts are exact

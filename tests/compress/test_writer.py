@@ -18,7 +18,7 @@ from invariance.compress.planner import plan
 from invariance.compress.writer import Writer
 from invariance.core.errors import InvarianceError
 from invariance.io.sink import Memory, open_folder
-from invariance.run.run import compress
+from invariance.run.compress import compress
 
 PAIRS = {
     "spaces": "qk",

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from invariance.io.clients import OLDER, save_tokenizer
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import compress, run
+from invariance.run.compress import compress
+from invariance.run.run import run
 
 IDS = torch.arange(1, 101)[None] % 41
 THETA = {"rope_type": "default", "rope_theta": 123.0}

@@ -18,7 +18,7 @@ from invariance.compress.planner import plan
 from invariance.io.checkpoint import InvarianceForCausalLM
 from invariance.model.verify import logits, relative_error, tolerance
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import Outcome, outcome
+from invariance.run.outcome import Outcome, outcome
 
 IDS = torch.arange(1, 25)[None] % VOCABULARY
 GLOBAL = {"spaces": "residual", "rotate": "pca", "select": {"uniform": {"width": 24}}}

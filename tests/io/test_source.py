@@ -23,7 +23,7 @@ from invariance.io.models import load_config, load_model
 from invariance.io.source import Source, live, open_source
 from invariance.model.families import FAMILIES
 from invariance.recipe.quantize import Quantize
-from invariance.run.run import compress
+from invariance.run.compress import compress
 
 INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"

@@ -17,7 +17,7 @@ from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
 from invariance.core.errors import InputError
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import outcome
+from invariance.run.outcome import outcome
 
 PROGRAMME = {"dynamic_programming": {"of": "absolute"}}
 

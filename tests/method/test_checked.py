@@ -17,7 +17,7 @@ from invariance.core.group import Group
 from invariance.core.space import Space
 from invariance.method.checked import cut, fitted
 from invariance.method.interfaces import Rotator, Selector, Slicer
-from invariance.run.run import compress
+from invariance.run.compress import compress
 
 SPACES = {
     g: Space(f"space of {g.value}", "residual", 8, g, rotary=4 if g is Group.ROTARY else 0)

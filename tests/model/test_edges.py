@@ -50,7 +50,7 @@ from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import certify, logits, relative_error, tolerance
 from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import outcome
+from invariance.run.outcome import outcome
 
 MOVED = 1e-3
 SVD = {"spaces": "edge", "rotate": "weight_svd", "select": {"uniform": {"keep": 0.4}}}

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from invariance.core.errors import InputError
 from invariance.model.entry import check_model
-from invariance.run.run import compress
+from invariance.run.compress import compress
 
 RECIPE = {"model": "m", "steps": [{"spaces": "mlp", "select": {"uniform": {"width": 16}}}]}
 LORA = {"r": 2, "target_modules": ["q_proj"]}

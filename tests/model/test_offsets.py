@@ -31,7 +31,7 @@ from invariance.model.layout import Layout
 from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import logits, relative_error, tolerance
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import Outcome, outcome
+from invariance.run.outcome import Outcome, outcome
 
 FAR = 1e5  # times the tolerance; what a fault must reach
 IDS = torch.arange(1, 25)[None] % VOCABULARY

@@ -45,7 +45,7 @@ from invariance.model.reparametrize import attention_of, reparametrize
 from invariance.model.verify import logits, relative_error, tolerance
 from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import Outcome, outcome
+from invariance.run.outcome import Outcome, outcome
 
 FAR = 1e5  # times the tolerance
 IDS = torch.arange(1, 25)[None] % VOCABULARY

@@ -40,7 +40,8 @@ from invariance.recover.module import HELD_OUT, Order, hidden_loss, kl_loss, nex
 from invariance.recover.recover import Recovered, recover
 from invariance.recover.recover import check as recover_check
 from invariance.recover.teacher import Teacher, predictions
-from invariance.run.run import outcome, run
+from invariance.run.outcome import outcome
+from invariance.run.run import run
 
 FAMILIES = ["llama", "opt", "phi"]
 RESIDUAL = {"spaces": "residual", "rotate": "pca", "select": {"uniform": {"width": 24}}}

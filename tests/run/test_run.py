@@ -26,7 +26,9 @@ from invariance.model.labels import label
 from invariance.model.layout import Layout
 from invariance.model.verify import logits, relative_error, tolerance
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import compress, outcome, run
+from invariance.run.compress import compress
+from invariance.run.outcome import outcome
+from invariance.run.run import run
 
 
 @pytest.mark.parametrize("rotator", ["random_orthogonal", "hadamard", "identity"])

@@ -8,7 +8,7 @@ from tiny import LENGTH, VOCABULARY, tiny
 
 from invariance.core.errors import InputError
 from invariance.recipe.recipe import Recipe
-from invariance.run.run import outcome
+from invariance.run.outcome import outcome
 
 
 @pytest.fixture
