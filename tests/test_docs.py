@@ -18,9 +18,12 @@ from invariance.cli import commands as cli
 from invariance.method import interfaces, manual
 from invariance.method.interfaces import ENTRY_POINTS
 from invariance.model import families
+from invariance.recipe.budget import Budget
+from invariance.recipe.calibrate import Calibrate
 from invariance.recipe.evaluate import Divergence, Perplexity, Samples, Tasks
-from invariance.recipe.recipe import Budget, Calibrate, Recipe, Step, parse_recipe
+from invariance.recipe.recipe import Recipe, parse_recipe
 from invariance.recipe.recover import Local, Lora, Loss, Recover, Text
+from invariance.recipe.step import Step
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])

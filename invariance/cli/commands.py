@@ -374,7 +374,7 @@ def methods(
 @command
 def schema(as_json: Json = True) -> None:
     """Print the JSON Schema of recipes, for editors and other programs: always one JSON document."""
-    from ..recipe.recipe import json_schema
+    from ..recipe.schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 

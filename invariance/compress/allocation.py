@@ -12,7 +12,8 @@ from ..core.space import Space
 from ..method.budget import Bill, Predicted, spendable
 from ..method.checked import allocated
 from ..method.interfaces import Selector
-from ..recipe.recipe import Constraints, Recipe
+from ..recipe.budget import Constraints
+from ..recipe.recipe import Recipe
 from .demand import Demand, Loss, Spectra, Unit, Widths
 
 HEADS = ("vo", "qk")  # a stock config has one width of heads

@@ -15,7 +15,7 @@ from ..calibrate.statistic import Statistic
 from ..core.errors import InputError
 from ..core.space import Space
 from ..method.interfaces import Joint, Rotator, Selector, Slicer
-from ..recipe.recipe import Constraints
+from ..recipe.budget import Constraints
 
 
 @dataclass(frozen=True)

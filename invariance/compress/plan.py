@@ -17,7 +17,8 @@ from ..io.export import config_obstacle, obstacle
 from ..measure.latency import Latency
 from ..method.interfaces import Joint, Selector
 from ..model.layout import Layout, Parameters
-from ..recipe.recipe import Budget, Recipe
+from ..recipe.budget import Budget
+from ..recipe.recipe import Recipe
 from .allocation import allocate
 from .demand import Loss, Spectra, Unit, Widths
 from .rounding.scheme import check_groups

@@ -8,7 +8,8 @@ from typing import TypeVar
 from ..core.errors import InputError
 from ..method.interfaces import Method
 from ..model.layout import Layout
-from ..recipe.recipe import Recipe, Step
+from ..recipe.recipe import Recipe
+from ..recipe.step import Step
 from .demand import Unit
 
 M = TypeVar("M", bound=Method | None)

@@ -27,8 +27,8 @@ from ..method.interfaces import Method
 from ..model.entry import check_model
 from ..model.families import FAMILIES, check_dense, check_positions
 from ..model.layout import Layout
+from ..recipe.calibrate import Calibrate
 from ..recipe.complaints import validate
-from ..recipe.recipe import Calibrate
 from ..recipe.yaml_text import located
 
 Data = str | Path | Tensor | np.ndarray | Tokens | Mapping[str, Any]

@@ -40,7 +40,7 @@ from ..model.working import Working
 from ..recipe.complaints import validate
 from ..recipe.evaluate import Evaluations
 from ..recipe.named_methods import method
-from ..recipe.recipe import Every, Step
+from ..recipe.step import Every, Step
 from ..recipe.yaml_text import located
 from .given import (
     Bases,

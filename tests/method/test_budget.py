@@ -21,7 +21,8 @@ from invariance.core.errors import InputError
 from invariance.core.space import Space
 from invariance.method.budget import Bill, spendable
 from invariance.method.interfaces import Selector, find
-from invariance.recipe.recipe import Constraints, Recipe
+from invariance.recipe.budget import Constraints
+from invariance.recipe.recipe import Recipe
 
 
 def bilinear(widths: Mapping[Space, int]) -> int:

@@ -12,7 +12,8 @@ from texts import GOOD, edited, refused
 
 from invariance.core.errors import InputError
 from invariance.method.interfaces import find
-from invariance.recipe.recipe import Every, parse_recipe
+from invariance.recipe.recipe import parse_recipe
+from invariance.recipe.step import Every
 
 
 def test_every_key_is_read() -> None:

@@ -10,7 +10,8 @@ from texts import GOOD, edited, refused
 
 from invariance.core.errors import InputError
 from invariance.method.interfaces import find
-from invariance.recipe.recipe import Every, Recipe, Step, load_recipe, parse_recipe
+from invariance.recipe.recipe import Recipe, load_recipe, parse_recipe
+from invariance.recipe.step import Every, Step
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from texts import refused
 from invariance.core.errors import InputError
 from invariance.method.interfaces import Method, Selector, registry
 from invariance.recipe.named_methods import PLACES
-from invariance.recipe.recipe import Recipe, json_schema, parse_recipe
+from invariance.recipe.recipe import Recipe, parse_recipe
+from invariance.recipe.schema import json_schema
 
 
 class _Own(Selector):
