@@ -13,7 +13,7 @@ from ..core.memory import trim
 from ..core.progress import Progress
 from ..core.spill import Spill
 from ..io.data import Tokens
-from ..model.layout import Edge
+from ..model.axes import Edge
 from ..model.modules import Stage
 from ..model.working import Stages
 from .batch import Batch

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..model.layout import Edge
+from ..model.axes import Edge
 from ..model.modules import Stage
 
 Left = tuple[Tensor, Tensor]

@@ -13,7 +13,8 @@ from ..core.change import Change
 from ..core.memory import trim
 from ..core.operator import Operator
 from ..core.progress import Progress, quiet
-from ..model.layout import Edge, Layout
+from ..model.axes import Edge
+from ..model.layout import Layout
 from ..model.source import Source
 from ..model.streamed import Streamed
 from ..model.verify import Certificate, half, tolerance

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from ..core.change import Change, bridge
 from ..core.memory import trim
 from ..core.progress import Progress, quiet
-from ..model.layout import Edge, Layout
+from ..model.axes import Edge
+from ..model.layout import Layout
 from ..model.working import Stages
 from .batch import Batch, Left
 from .moments import Moments, real_tokens

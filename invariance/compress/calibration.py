@@ -29,7 +29,8 @@ from ..io.data import Tokens
 from ..io.memo import Memo
 from ..io.own_text import fastest
 from ..io.source import live
-from ..model.layout import Edge, Layout
+from ..model.axes import Edge
+from ..model.layout import Layout
 from ..model.source import Source
 from ..model.working import Working
 from .demand import Unit

@@ -10,7 +10,7 @@ import torch
 
 from ..core.progress import Progress, quiet
 from ..io.memo import Memo
-from ..model.layout import Edge
+from ..model.axes import Edge
 from ..model.working import Working
 from .demand import Widths
 

@@ -11,7 +11,7 @@ import torch
 from ..calibrate.moments import Key
 from ..core.errors import InputError
 from ..core.spill import LIMIT
-from ..model.layout import Edge
+from ..model.axes import Edge
 from .plan import Plan
 
 IMPORTS = 500_000_000  # what Python, torch and transformers take

@@ -18,8 +18,8 @@ from ..core.spill import Shared
 from ..io.data import Tokens
 from ..io.source import live
 from ..method.interfaces import Rotator
+from ..model.axes import Edge
 from ..model.canonical import join
-from ..model.layout import Edge
 from ..model.source import Source
 from .bases import Bases, Cuts
 from .calibration import Calibration, timed

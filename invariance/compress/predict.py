@@ -22,7 +22,8 @@ from ..core.space import Space
 from ..core.spill import Spill
 from ..io.data import Tokens
 from ..method.budget import Predicted
-from ..model.layout import Edge, Layout
+from ..model.axes import Edge
+from ..model.layout import Layout
 from ..model.modules import Stage
 from ..model.working import Stages
 from .demand import Spectra, Unit, Widths

@@ -18,8 +18,8 @@ from ..io.clients import add_older_keys
 from ..io.export import Renaming, longrope, stock_config
 from ..io.sink import Sink
 from ..io.skeleton import skeleton
+from ..model.axes import Edge
 from ..model.families import architecture
-from ..model.layout import Edge
 from ..model.reparametrize import attention_of
 from ..model.source import placed
 from ..model.streamed import chunks, ending, looked_up, own_copy, skeleton_in

@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.initialization import no_init_weights
 
 from ..core.errors import InvarianceError
+from ..core.kind import KINDS
 from ..model.labels import label
-from ..model.layout import KINDS, Layout
+from ..model.layout import Layout
 from ..model.modules import Norm
 from ..model.reparametrize import attention_of
 from ..model.verify import logits, relative_error, tolerance

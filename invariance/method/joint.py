@@ -18,7 +18,8 @@ from ..calibrate.moments import Moments
 from ..calibrate.probes import tap
 from ..core.space import Space
 from ..io.data import Tokens
-from ..model.layout import Edge, Layout
+from ..model.axes import Edge
+from ..model.layout import Layout
 from ..model.modules import Stage
 
 Through = Mapping[str, Callable[[Float[Tensor, "B T w"]], Float[Tensor, "B T w"]]]

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..core.errors import InputError, did_you_mean
+from .axes import Role
 from .families import architecture
 from .labels import label
-from .layout import Layout, Role
+from .layout import Layout
 from .modules import Block, Factored, Linear, Norm, Stage, factors
 
 WRITERS = ("out", "down")  # the linear layers of a branch that write the stream; all others read it

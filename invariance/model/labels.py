@@ -13,8 +13,9 @@ from ..core.kind import Kind, space_name
 from ..core.space import Space
 from . import modules
 from .architecture import Architecture
+from .axes import Axis, Edge, Role
 from .families import architecture
-from .layout import Axis, Edge, Layout, Role
+from .layout import Layout
 
 
 def label(model: PreTrainedModel) -> Layout:

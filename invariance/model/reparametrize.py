@@ -15,8 +15,9 @@ from ..core.change import Change
 from ..core.dense import pairs_kept
 from ..core.errors import InvarianceError
 from ..core.space import Space
+from .axes import Axis, Edge, Role
 from .canonical import assign
-from .layout import Axis, Edge, Layout, Role
+from .layout import Layout
 from .modules import Attention, Stage
 
 _NO_OFFSET = {

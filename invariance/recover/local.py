@@ -12,7 +12,8 @@ from ..calibrate.batch import Batch
 from ..calibrate.enter import enter
 from ..core.progress import Progress
 from ..io.data import Tokens
-from ..model.layout import Edge, Layout
+from ..model.axes import Edge
+from ..model.layout import Layout
 from ..model.modules import Stage
 from ..model.working import Whole
 from ..recipe.recover import Recover

@@ -13,8 +13,8 @@ from torch import nn
 
 from invariance.core.errors import InputError
 from invariance.model import verify
+from invariance.model.axes import Role
 from invariance.model.canonical import canonicalize
-from invariance.model.layout import Role
 from invariance.model.modules import Norm
 from invariance.model.verify import logits, relative_error, tolerance
 

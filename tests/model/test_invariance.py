@@ -36,12 +36,13 @@ from invariance.core.change import Change
 from invariance.core.dense import as_operator, in_group
 from invariance.core.errors import InvarianceError
 from invariance.core.group import Group
+from invariance.core.kind import KINDS
 from invariance.core.operator import Operator
 from invariance.model import verify
 from invariance.model.canonical import canonicalize
 from invariance.model.families import architecture
 from invariance.model.labels import label
-from invariance.model.layout import KINDS, Layout
+from invariance.model.layout import Layout
 from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import logits, relative_error, tolerance
 

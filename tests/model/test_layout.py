@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from invariance.core.errors import InputError
 from invariance.core.group import Group
 from invariance.core.kind import space_name
+from invariance.model.axes import Axis, Edge, Role
 from invariance.model.canonical import canonicalize, layout_of
 from invariance.model.families import FAMILIES, architecture
 from invariance.model.labels import label
-from invariance.model.layout import Axis, Edge, Parameters, Role
+from invariance.model.layout import Parameters
 from invariance.model.modules import Block
 from invariance.model.reparametrize import reparametrize
 

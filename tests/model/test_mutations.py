@@ -22,9 +22,10 @@ from invariance.core.pick import Pick
 from invariance.core.space import haar
 from invariance.model import canonical, verify
 from invariance.model import reparametrize as operator
+from invariance.model.axes import Axis, Role
 from invariance.model.canonical import assign, canonicalize
 from invariance.model.labels import label
-from invariance.model.layout import Axis, Layout, Role
+from invariance.model.layout import Layout
 from invariance.model.modules import Norm, Stage
 from invariance.model.reparametrize import reparametrize
 from invariance.model.verify import certify, logits, relative_error, tolerance
