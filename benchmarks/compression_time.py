@@ -25,7 +25,7 @@ from invariance.compress.calibration import calibration_dtype
 from invariance.compress.means import Means
 from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
-from invariance.io.data import load_tokens
+from invariance.io.data import Amount, load_tokens
 from invariance.io.models import load_model, load_tokenizer
 from invariance.measure.evaluate import peak_memory
 from invariance.recipe.recipe import Recipe, load_recipe
@@ -82,8 +82,7 @@ def main() -> None:
         args.data,
         tokenizer,
         vocab_size=model.config.vocab_size,
-        sequences=args.sequences,
-        tokens=args.tokens,
+        amount=Amount(args.sequences, args.tokens),
     )
     dtype = calibration_dtype(args.dtype, model.device)
     fast = load_model(args.model, device=args.device, dtype=dtype).base_model

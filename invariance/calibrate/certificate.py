@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Int
@@ -22,6 +23,14 @@ from ..model.working import Working
 from .batch import Batch
 from .declared import check_declared
 from .enter import enter
+
+
+@dataclass(frozen=True)
+class Form:
+    """The canonical form that bases are of: whether gains of norms are folded, and whether tied embeddings stay tied."""
+
+    fold: bool
+    tie: str = "untie"
 
 
 class Rotations(Mapping[str, Change]):
@@ -62,9 +71,8 @@ def certify(
     source: Source,
     rotations: Rotations,
     ids: Int[Tensor, "B T"],
+    form: Form,
     *,
-    fold: bool,
-    tie: str = "untie",
     seed: int = 0,
     device: str | torch.device = "cpu",
     progress: Progress = quiet,
@@ -78,7 +86,7 @@ def certify(
     split = [n for n in rotations if n.startswith("edge.")]
     family, plain = Streamed(source, torch.float64, device), Working(source, device=device)
     turned, control = (
-        Working(source, fold=fold, tie=tie, split=split, device=device) for _ in range(2)
+        Working(source, fold=form.fold, tie=form.tie, split=split, device=device) for _ in range(2)
     )
     layout = turned.layout
     halves = half(layout, rotations, seed)
@@ -142,9 +150,8 @@ def certify_random(
 ) -> Certificate:
     """The certificate of random elements of all spaces' groups at once, each point of the stream its own."""
     rotations = Rotations(Elements(Working(source, fold=True).layout, seed), {})
-    return certify(
-        source, rotations, ids, fold=True, seed=seed + 1, device=device, progress=progress
-    )
+    form = Form(fold=True)
+    return certify(source, rotations, ids, form, seed=seed + 1, device=device, progress=progress)
 
 
 def _pass_layer(family: Streamed, batch: Batch, number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,35 @@ from .statistic import Statistic, Wanted
 from .streams import Streams
 
 Leave = Callable[[Edge | None, Moments], None]
+
+
+@dataclass(frozen=True)
+class Cutting:
+    """What is measured of spaces on the way, and what is done to them there.
+
+    ``decide(space, moments)`` gives the change of a space from its own moments. ``joined`` are the points that a shortcut
+    of low rank leads to: what it leaves out is lost there. ``finish`` hears of each stage that will not be changed any more.
+    """
+
+    wanted: Wanted
+    decide: Callable[[str, Moments], Change | None]
+    joined: Container[str] = ()
+    finish: Callable[[Edge], None] = lambda edge: None
+
+
+@dataclass(frozen=True)
+class Following:
+    """How the cut model is made to follow the dense one, which walks beside (refit.py).
+
+    After each stage is cut, what writes the stream is refit to bring it back to the dense one, and, with ``readers``, before
+    it is cut, what reads the stream to make up for what it has become. ``stay`` names the stages that keep a branch; the
+    last one before some that go is refit to the dense stream behind all those, whose work it takes over. Writers with a norm
+    behind them are refit to what they give in the dense model. ``streams``, which are used up, spare the dense model its walk.
+    """
+
+    readers: bool = True
+    stay: Container[str] | None = None
+    streams: Streams | None = None
 
 
 @torch.no_grad()
@@ -78,52 +108,37 @@ def oneshot(
 def sequential(
     parts: Stages,
     batches: list[Batch],
-    wanted: Wanted,
     dtype: torch.dtype,
-    decide: Callable[[str, Moments], Change | None],
+    cutting: Cutting,
     *,
-    follow: bool = False,
-    readers: bool = True,
-    stay: Container[str] | None = None,
-    streams: Streams | None = None,
-    joined: Container[str] = (),
-    finish: Callable[[Edge], None] = lambda edge: None,
+    follow: Following | None = None,
     progress: Progress = quiet,
 ) -> None:
     """Measure, decide and cut one space after the other, so that later bases see earlier cuts. Changes the model.
 
-    ``finish`` hears of each stage that will not be changed any more.
-
-    ``decide(space, moments)`` gives the change of a space from its own moments. A point of the stream is measured
-    on what arrives there, its writers not yet cut; spaces inside a stage on the stage's cut input. A stage whose
-    inner spaces are measured runs twice. With ``follow``, the dense model walks beside, and after each stage is cut, what
-    writes the stream is refit to bring it back to the dense one, and, with ``readers``, before it is cut, what reads
-    the stream to make up for what it has become (refit.py). ``stay`` names the stages that keep a branch; the last one
-    before some that go is refit to the dense stream behind all those, whose work it takes over. Writers with a norm
-    behind them are refit to what they give in the dense model. ``streams``, which are
-    used up, spare the dense model its walk. ``joined`` are the points that a shortcut of low rank leads to: what it
-    leaves out is lost there.
+    A point of the stream is measured on what arrives there, its writers not yet cut; spaces inside a stage on the stage's
+    cut input. A stage whose inner spaces are measured runs twice. With ``follow``, the dense model walks beside.
     """
-    layout = parts.layout
-    dense = [batch.x for batch in batches] if follow else []
+    layout, wanted = parts.layout, cutting.wanted
+    dense = [batch.x for batch in batches] if follow is not None else []
     goals = dense  # what the writers of a stage are refit to
     reached = 0  # how many stages the dense stream has passed
     basis: Change | None = None  # of the point before, in which the stream is now
     before: list[Tensor] = []  # the stream there, where it is still needed
     for i, edge in enumerate(progress(layout.edges, "calibrate and cut", layout.depth)):
-        if follow:
+        if follow is not None:
             reached = max(reached, i)
-            ahead = layout.edges[reached : _behind(layout.edges, i, stay)]
+            ahead = layout.edges[reached : _behind(layout.edges, i, follow.stay)]
             reached += len(ahead)
             uncut = [parts.stage(e, dtype) for e in ahead]
         parts.hold(edge)
-        basis = _cut_stream(parts, edge.source, batches, wanted, decide, basis, before)
+        basis = _cut_stream(parts, edge.source, batches, cutting, basis, before)
         if i:
-            finish(layout.edges[i - 1])
-        before = [batch.x for batch in batches] if edge.target in joined else []
+            cutting.finish(layout.edges[i - 1])
+        before = [batch.x for batch in batches] if edge.target in cutting.joined else []
         inner = [n for n in layout.inside(edge) if n in wanted]
-        if follow:
-            if uncut and readers:
+        if follow is not None:
+            if uncut and follow.readers:
                 refit_readers(
                     parts.model,
                     layout,
@@ -135,8 +150,8 @@ def sequential(
                 )
             for e, stage in zip(ahead, uncut, strict=True):
                 passed = (
-                    streams.popleft()
-                    if streams
+                    follow.streams.popleft()
+                    if follow.streams
                     else [batch.left(x, stage, e) for batch, x in zip(batches, dense, strict=True)]
                 )
                 dense = [behind for behind, _ in passed]
@@ -146,15 +161,17 @@ def sequential(
                 goals = dense
         if inner:
             moments = _measured(parts, edge, batches, {n: wanted[n] for n in inner}, dtype)
-            parts.change({n: c for n in inner if (c := decide(n, moments)) is not None}, [edge])
+            parts.change(
+                {n: c for n in inner if (c := cutting.decide(n, moments)) is not None}, [edge]
+            )
         stage = parts.stage(edge, dtype)
-        if follow:
+        if follow is not None:
             _follow(parts.model, Follower(edge, stage), batches, goals)
         else:
             for batch in batches:
                 batch.x = batch.through(stage, edge)
-    _cut_stream(parts, layout.points[-1], batches, wanted, decide, basis, before)
-    finish(layout.edges[-1])
+    _cut_stream(parts, layout.points[-1], batches, cutting, basis, before)
+    cutting.finish(layout.edges[-1])
 
 
 def _behind(edges: Sequence[Edge], i: int, stay: Container[str] | None) -> int:
@@ -194,18 +211,17 @@ def _cut_stream(
     parts: Stages,
     point: str,
     batches: list[Batch],
-    wanted: Wanted,
-    decide: Callable[[str, Moments], Change | None],
+    cutting: Cutting,
     basis: Change | None,
     before: list[Tensor],
 ) -> Change | None:
     """Measure and change one point of the stream; ``basis`` is the change of the point before, ``before`` the stream
     there, if a shortcut of low rank leads from it."""
-    if point not in wanted:
+    if point not in cutting.wanted:
         return None
     moments = Moments()
-    _measure_stream(moments, parts, point, batches, wanted)
-    change = decide(point, moments.cpu())
+    _measure_stream(moments, parts, point, batches, cutting.wanted)
+    change = cutting.decide(point, moments.cpu())
     if change is not None:
         meeting = [e for e in parts.layout.edges if point in (e.source, e.target)]
         parts.change({point: change}, meeting)

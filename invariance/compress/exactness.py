@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ..calibrate.certificate import Rotations, certify
+from ..calibrate.certificate import Form, Rotations, certify
 from ..core.errors import CertificateError
 from ..io.data import Tokens
 from ..io.memo import digest
@@ -45,8 +45,7 @@ def certify_bases(bases: Bases) -> Certificate:
             source,
             Rotations(bases, shared),
             ids,
-            fold=plan.fold,
-            tie=recipe.tie,
+            Form(plan.fold, recipe.tie),
             seed=recipe.seed,
             device=calibration.device,
             progress=calibration.progress,

@@ -228,20 +228,11 @@ class _Run:
         dtype = torch.float32
         if self.plan.reads_tokens:
             batches, dtype = self.calibration.batches()
-        walk.sequential(
-            self.parts,
-            batches,
-            wanted,
-            dtype,
-            decide,
-            follow=self.plan.follows,
-            readers=self.plan.recipe.refit == "both",
-            stay=self.layout.stages(widths),
-            streams=self.calibration.streams,
-            joined=self.plan.ranks,
-            finish=self._finish,
-            progress=self.progress,
-        )
+        cutting = walk.Cutting(wanted, decide, self.plan.ranks, self._finish)
+        readers, stay = self.plan.recipe.refit == "both", self.layout.stages(widths)
+        beside = walk.Following(readers, stay, self.calibration.streams)
+        follow = beside if self.plan.follows else None
+        walk.sequential(self.parts, batches, dtype, cutting, follow=follow, progress=self.progress)
         spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)
         self.seconds["calibrate"] = self.seconds.get("calibrate", 0.0) + spent
 

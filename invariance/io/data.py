@@ -26,7 +26,7 @@ from .own_text import write
 from .sources import SELF, Source
 from .tokens import Origin, Shape, Tokens, available, check_ids, windows
 
-__all__ = ["DEFAULT_SEQUENCES", "DEFAULT_TOKENS", "Making", "Tokens", "load_tokens"]
+__all__ = ["DEFAULT_SEQUENCES", "DEFAULT_TOKENS", "Amount", "Making", "Tokens", "load_tokens"]
 
 DEFAULT_SEQUENCES, DEFAULT_TOKENS = 64, 512  # of text; token ids in a file are all taken
 POOL = 8  # a mixture draws its windows from so many times as many
@@ -40,6 +40,15 @@ class Making:
     seed: int = 0
     model: Callable[[], PreTrainedModel] | None = None  # asked for only where it writes
     progress: Progress = quiet
+
+
+@dataclass(frozen=True)
+class Amount:
+    """How much of a data set is asked for; None for all of an array, and for what text comes in by default."""
+
+    sequences: int | None = None
+    tokens: int | None = None
+    stride: int | None = None  # from one window of a text to the next; None for no overlap
 
 
 @dataclass(frozen=True)
@@ -62,48 +71,49 @@ def load_tokens(
     *,
     vocab_size: int,
     split: str = "train",
-    sequences: int | None = None,
-    tokens: int | None = None,
-    stride: int | None = None,
+    amount: Amount = Amount(),
     where: str = "data",
     making: Making = Making(),
 ) -> Tokens:
-    """Windows of a data set, ``sequences`` × ``tokens`` ids. Raises InputError.
+    """Windows of a data set, sequences × tokens ids, as many as the ``amount`` says. Raises InputError.
 
     Token ids (``.npy``) are taken as they are, all of them unless told otherwise. Text is tokenized, its
     documents joined by the tokenizer's end-of-sequence token if it has one, and cut into windows, one every
-    ``stride`` tokens, by default without overlap; each starts with the beginning-of-sequence token if the tokenizer
+    ``amount.stride`` tokens, by default without overlap; each starts with the beginning-of-sequence token if the tokenizer
     puts one in front of a text. ``self`` is text that the model writes.
     ``split`` chooses among the splits of a packaged text or of a hub dataset; a file has but one.
     """
-    for name, value in (("sequences", sequences), ("tokens", tokens)):
+    for name, value in (("sequences", amount.sequences), ("tokens", amount.tokens)):
         if value is not None and value < 1:
             raise InputError(f"{where}: {name}: {value} is no number of {name}. Give 1 or more.")
     reading = _Reading(tokenizer, split, where, making)
     if isinstance(data, str):
-        ids = _single(data, reading, (sequences, tokens), stride)
+        ids = _single(data, reading, amount)
         check_ids(ids, vocab_size, f"{where}: {data}")
         return Tokens.full(ids).told(data, data, tokenizer)
-    if stride is not None:
+    if amount.stride is not None:
         raise InputError(
-            f"{where}: stride {stride}: the windows of a mixture are drawn one by one. "
+            f"{where}: stride {amount.stride}: the windows of a mixture are drawn one by one. "
             "Remove `stride`, or give one source."
         )
-    shape = Shape(sequences or DEFAULT_SEQUENCES, tokens or DEFAULT_TOKENS)
-    return _mixture(data, reading, shape, vocab_size)
+    return _mixture(data, reading, _shape(amount), vocab_size)
 
 
-def _single(
-    data: str, reading: _Reading, size: tuple[int | None, int | None], stride: int | None
-) -> np.ndarray:
+def _shape(amount: Amount) -> Shape:
+    """Of windows of text."""
+    sequences, tokens = amount.sequences or DEFAULT_SEQUENCES, amount.tokens or DEFAULT_TOKENS
+    return Shape(sequences, tokens, amount.stride)
+
+
+def _single(data: str, reading: _Reading, amount: Amount) -> np.ndarray:
     where = reading.where
     if data.endswith(".npy"):
-        if stride is not None:
+        if amount.stride is not None:
             raise InputError(
-                f"{where}: stride {stride}: the rows of an .npy are windows already. Remove `stride`, or give text."
+                f"{where}: stride {amount.stride}: the rows of an .npy are windows already. Remove `stride`, or give text."
             )
-        return _array(expanded(data, where), *size, where)
-    shape = Shape(size[0] or DEFAULT_SEQUENCES, size[1] or DEFAULT_TOKENS, stride)
+        return _array(expanded(data, where), amount.sequences, amount.tokens, where)
+    shape = _shape(amount)
     if data == SELF:
         return _own(reading, shape)
     found = documents(data, reading.split, where, reading.tokenizer)

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..core.errors import InputError
 from ..core.progress import Progress, quiet
-from ..io.data import Making, Tokens, load_tokens
+from ..io.data import Amount, Making, Tokens, load_tokens
 from ..io.memo import Memo
 from ..io.source import live
 from ..io.sources import sources
@@ -175,9 +175,7 @@ def prepare(
             tokenizer,
             vocab_size=text.vocab_size,
             split=part.split,
-            stride=overlap,
-            sequences=part.sequences,
-            tokens=part.tokens,
+            amount=Amount(part.sequences, part.tokens, overlap),
             where=where,
             making=making,
         )

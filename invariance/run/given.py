@@ -20,7 +20,7 @@ from ..core.group import Group
 from ..core.operator import Operator
 from ..core.space import Space
 from ..io.checkpoint import layout_of_config
-from ..io.data import Tokens, load_tokens
+from ..io.data import Amount, Tokens, load_tokens
 from ..io.ties import note_ties
 from ..io.tokens import check_ids
 from ..method.interfaces import Method
@@ -127,8 +127,7 @@ def tokens_of(data: Data, config: PretrainedConfig, tokenizer: Any) -> Tokens:
             tokenizer,
             vocab_size=text.vocab_size,
             split=spec.split,
-            sequences=spec.sequences,
-            tokens=spec.tokens,
+            amount=Amount(spec.sequences, spec.tokens),
         )
     if text.model_type in (*FAMILIES, "invariance"):
         check_positions(text, found.ids.shape[1], "data")

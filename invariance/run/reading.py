@@ -9,7 +9,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ..core.errors import InputError
 from ..core.progress import Progress, quiet
-from ..io.data import Making, Tokens, load_tokens
+from ..io.data import Amount, Making, Tokens, load_tokens
 from ..measure.evaluate import prepare_each
 from ..model.families import check_positions
 from ..recipe.recipe import Recipe
@@ -56,8 +56,7 @@ def read_tokens(
         tokenizer,
         vocab_size=config.vocab_size,
         split=spec.split,
-        sequences=spec.sequences,
-        tokens=spec.tokens,
+        amount=Amount(spec.sequences, spec.tokens),
         where=where,
         making=making,
     )

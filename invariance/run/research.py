@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ..calibrate import certificate, fisher, walk
-from ..calibrate.certificate import Rotations, certify_random
+from ..calibrate.certificate import Form, Rotations, certify_random
 from ..calibrate.enter import enter
 from ..calibrate.moments import Moments, check_finite, reader_moment
 from ..calibrate.statistic import Statistic
@@ -249,8 +249,7 @@ def certify(
         source,
         Rotations(own, shared),
         ids,
-        fold=folds(layout, changes),
-        tie=tie,
+        Form(folds(layout, changes), tie),
         seed=seed,
         device=device,
         progress=progress,

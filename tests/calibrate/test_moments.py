@@ -23,7 +23,7 @@ from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
 from invariance.core.group import Group
 from invariance.core.space import Space
-from invariance.io.data import load_tokens
+from invariance.io.data import Amount, load_tokens
 from invariance.io.models import weights_digest
 from invariance.recipe.recipe import Recipe
 
@@ -141,7 +141,7 @@ def test_other_weights_tokens_or_numbers_are_measured_anew(
     asked, model = CHANGES[what]()
     assert asked.calibrate is not None
     found = load_tokens(
-        "tokens.npy", None, vocab_size=VOCABULARY, sequences=asked.calibrate.sequences
+        "tokens.npy", None, vocab_size=VOCABULARY, amount=Amount(asked.calibrate.sequences)
     )
     slice_model(model, plan(asked, model.config), found, Means(tmp_path))
     assert len(walks) == 2 and len(list(tmp_path.iterdir())) == 2

@@ -214,7 +214,7 @@ def cut_walk(inner: bool) -> tuple[PreTrainedModel, dict[str, Moments]]:
 
     parts = Whole(model, layout)
     batches = enter(parts, [real(tokens().ids[:6])], torch.float64)
-    walk.sequential(parts, batches, everything(layout), torch.float64, decide)
+    walk.sequential(parts, batches, torch.float64, walk.Cutting(everything(layout), decide))
     return model, seen
 
 

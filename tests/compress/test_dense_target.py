@@ -75,7 +75,8 @@ def test_the_stream_that_is_carried_is_the_refit_models_own(family: str) -> None
     inner = {n: frozenset({RAW}) for n, s in layout.spaces.items() if s.kind != "residual"}
     parts = Whole(model, layout)
     batches = enter(parts, [real(part) for part in ids.split(8)], torch.float64)
-    walk.sequential(parts, batches, inner, torch.float64, decide, follow=True)
+    cutting = walk.Cutting(inner, decide)
+    walk.sequential(parts, batches, torch.float64, cutting, follow=walk.Following())
     carried = torch.cat([b.x for b in batches])
     assert close(stream(model, ids), carried, bound=1e-9)
     assert not close(stream(exact(family)[0], ids), carried, bound=1e-2)

@@ -328,12 +328,9 @@ def test_the_last_writer_before_a_gap_is_refit_to_the_dense_stream_behind_it() -
         walk.sequential(
             parts,
             enter(parts, batch, torch.float64),
-            names,
             torch.float64,
-            lambda n, _: Change.empty(layout.spaces[n], 0),
-            follow=True,
-            readers=False,
-            stay=stay if lookahead else None,
+            walk.Cutting(names, lambda n, _: Change.empty(layout.spaces[n], 0)),
+            follow=walk.Following(readers=False, stay=stay if lookahead else None),
         )
         arrived = []
         for m in (model, cut):

@@ -185,7 +185,7 @@ def walked(slice_head: bool) -> tuple[torch.nn.Module, list[Array]]:
         return slicer.cut(layout.spaces[name], basis, k, moments)
 
     wanted = {p: rotator.needs for p in layout.points}
-    walk.sequential(parts, batches, wanted, torch.float64, decide)
+    walk.sequential(parts, batches, torch.float64, walk.Cutting(wanted, decide))
     return model, spectra
 
 

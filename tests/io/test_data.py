@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from invariance.core.errors import InputError
-from invariance.io.data import Tokens, load_tokens
+from invariance.io.data import Amount, Tokens, load_tokens
 from invariance.io.texts import TEST_EVERY
 
 WORDS = [
@@ -60,7 +60,9 @@ def document(seed: int, words: int = 60) -> str:
 
 
 def load(data, tokenizer, **options) -> Tokens:
-    return load_tokens(str(data), tokenizer, vocab_size=V, where="recipe.yaml:2", **options)
+    asked = Amount(**{k: options.pop(k) for k in ("sequences", "tokens", "stride") if k in options})
+    said = {"amount": asked, "where": "recipe.yaml:2"} | options
+    return load_tokens(str(data), tokenizer, vocab_size=V, **said)
 
 
 def save(path: Path, array: np.ndarray) -> Path:
@@ -202,7 +204,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path, tokenizer):
     path = tmp_path / "text.txt"
     path.write_text(document(0))
     with pytest.raises(InputError, match="not below the vocabulary size 20"):
-        load_tokens(str(path), tokenizer, vocab_size=20, sequences=1, tokens=10)
+        load_tokens(str(path), tokenizer, vocab_size=20, amount=Amount(1, 10))
     assert "without a tokenizer" in refused(path, None)
 
 
@@ -321,7 +323,7 @@ def test_batches_cover_all_sequences_in_order():
 def test_the_sources_of_python_are_text_in_two_splits_that_share_nothing(tokenizer):
     found = {
         split: load_tokens(
-            "packaged:python", tokenizer, vocab_size=10**6, split=split, sequences=2, tokens=16
+            "packaged:python", tokenizer, vocab_size=10**6, split=split, amount=Amount(2, 16)
         )
         for split in ("train", "test")
     }

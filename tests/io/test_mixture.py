@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from invariance.core.errors import InputError
 from invariance.io import texts
-from invariance.io.data import Making, Tokens, load_tokens
+from invariance.io.data import Amount, Making, Tokens, load_tokens
 from invariance.io.packaged import Wheel
 from invariance.io.sources import Source, are_arrays, named, needs_tokenizer
 from invariance.recipe.evaluate import Perplexity
@@ -46,9 +46,10 @@ def folder(tmp_path, monkeypatch, tokenizer):
 
 
 def load(mixture, tokenizer, seed=0, **options) -> Tokens:
-    said = {"sequences": 20, "tokens": T, "where": "r.yaml:3"} | options
+    asked = {k: options.pop(k) for k in ("sequences", "tokens", "stride") if k in options}
+    said = {"amount": Amount(**({"sequences": 20, "tokens": T} | asked)), "where": "r.yaml:3"}
     found = tuple(Source(**s) for s in mixture)
-    return load_tokens(found, tokenizer, vocab_size=V, making=Making(seed), **said)
+    return load_tokens(found, tokenizer, vocab_size=V, making=Making(seed), **said | options)
 
 
 MIXTURE = [

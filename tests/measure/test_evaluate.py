@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from invariance.core.errors import InputError
-from invariance.io.data import Tokens, load_tokens
+from invariance.io.data import Amount, Tokens, load_tokens
 from invariance.measure import losses, tasks
 from invariance.measure.evaluate import Evaluation, measure, prepare
 from invariance.measure.losses import Mean, buckets, divergence, scored, token_losses
@@ -61,7 +61,8 @@ def some(seed: int = 0, windows: int = 6, length: int = 40) -> Tokens:
 
 
 def of_text(root: Path, **options: Any) -> Tokens:
-    return load_tokens(str(root / "text.txt"), tokenizer(), vocab_size=VOCABULARY, **options)
+    asked = Amount(**options)
+    return load_tokens(str(root / "text.txt"), tokenizer(), vocab_size=VOCABULARY, amount=asked)
 
 
 # --- Windows and strides.
@@ -112,9 +113,9 @@ def test_windows_without_overlap_are_those_without_a_stride(root: Path) -> None:
     ],
 )
 def test_a_stride_that_cannot_be_is_refused(root: Path, data: str, stride: int, told: str) -> None:
-    said = {"sequences": 4, "tokens": 10, "stride": stride}
+    asked = Amount(4, 10, stride)
     with pytest.raises(InputError, match=told):
-        load_tokens(str(root / data), tokenizer(), vocab_size=VOCABULARY, **said)
+        load_tokens(str(root / data), tokenizer(), vocab_size=VOCABULARY, amount=asked)
 
 
 # --- Means and divergences.

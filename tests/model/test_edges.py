@@ -86,9 +86,7 @@ def calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tokens:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("INVARIANCE_CACHE", str(tmp_path / "cache"))
     save_tokens(Path("tokens.npy"))
-    return load_tokens(
-        "tokens.npy", None, vocab_size=41, split="train", sequences=None, tokens=None
-    )
+    return load_tokens("tokens.npy", None, vocab_size=41)
 
 
 # The theorem
