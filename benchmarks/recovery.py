@@ -27,7 +27,8 @@ from invariance.measure.evaluate import prepare
 from invariance.recipe.evaluate import Perplexity
 from invariance.recipe.recover import Recover
 from invariance.recipe.yaml_text import safe_yaml
-from invariance.run.recover import run
+from invariance.recover.training import Training
+from invariance.run.recover import Loading, run
 
 CHOSEN = (
     "steps",
@@ -104,9 +105,9 @@ def main() -> None:
             document = run(
                 args.model,
                 Path(folder) / "out",
-                Recover.model_validate(said),
+                Training(Recover.model_validate(said)),
                 teacher=args.teacher,
-                device=args.device,
+                loading=Loading(args.device),
                 progress=progress,
             )
             spent = {

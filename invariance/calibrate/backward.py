@@ -66,7 +66,11 @@ def backward(
         stage = parts.stage(edge, DTYPE).requires_grad_(False)
         for n in range(len(batches)):
             x = inputs.pop((edge, n)).to(parts.device).requires_grad_()
-            behind[n] = _through(stage, edge, batches[n], x, behind[n], taps, take, seen[n])
+            with taps(edge, stage) as signals:
+                gradients = _through(stage, edge, batches[n], x, behind[n], signals)
+            behind[n] = gradients[0]
+            for name, by_signal in zip(signals, gradients[1:], strict=True):
+                take(name, signals[name].detach(), by_signal, seen[n])
             take(edge.source, x.detach(), behind[n], seen[n])
         del stage
         trim()
@@ -84,17 +88,12 @@ def _through(
     batch: Batch,
     x: Tensor,
     behind: Tensor,
-    taps: Taps,
-    take: Take,
-    seen: Tensor,
-) -> Tensor:
-    """The gradient by the stream before a stage, from that behind it."""
-    with torch.enable_grad(), taps(edge, stage) as signals:
+    signals: dict[str, Tensor],
+) -> tuple[Tensor, ...]:
+    """The gradients by the stream before a stage and by the signals that it fills in, from that behind it."""
+    with torch.enable_grad():
         y = stage(x, **batch.contexts[edge.block])
-        gradient, *found = torch.autograd.grad(y, [x, *signals.values()], behind)
-    for name, by_signal in zip(signals, found, strict=True):
-        take(name, signals[name].detach(), by_signal, seen)
-    return gradient
+        return torch.autograd.grad(y, [x, *signals.values()], behind)
 
 
 def _by_stream(

@@ -49,21 +49,20 @@ def recover(
     interrupted run goes on from its last check when it is given again.
     """
     from ..recipe.recipe import load_recover
+    from ..recover.training import Training
     from ..report.document import Trained
     from ..report.reading import checked
     from ..report.sentences import best
+    from ..run.recover import Loading
     from ..run.recover import run as recover_model
 
     found = recover_model(
         model,
         output,
-        load_recover(options, set_),
+        Training(load_recover(options, set_), seed, str(options) if options else "--set"),
         teacher=teacher,
-        seed=seed,
-        where=str(options) if options else "--set",
-        device=device_named(device),
+        loading=Loading(device_named(device), trust_remote_code),
         overwrite=overwrite,
-        trust_remote_code=trust_remote_code,
         progress=progress,
     )
     what = found["recover"]

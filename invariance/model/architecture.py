@@ -205,7 +205,8 @@ class Architecture:
             kv = getattr(config, "num_key_value_heads", None) or heads
             origin = layer.get_submodule(stage.attention.module)
             kind = modules.as_one_of(origin, modules.Attention)
-            attention = kind(**found, **norms, origin=origin, heads=heads, kv_heads=kv)  # type: ignore[arg-type]
+            own = modules.Projections(**found)  # type: ignore[arg-type]
+            attention = kind(own, origin, heads, kv, **norms)
         if stage.mlp is not None:
             parts = {
                 ours: layer.get_submodule(theirs) for ours, theirs in stage.mlp.names().items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .layers import Linear, Norm
+
+
+@dataclass(frozen=True)
+class Projections:
+    """The linear layers of an attention."""
+
+    q: Linear
+    k: Linear
+    v: Linear
+    out: Linear
 
 
 class Attention(nn.Module):
@@ -25,10 +36,7 @@ class Attention(nn.Module):
 
     def __init__(
         self,
-        q: Linear,
-        k: Linear,
-        v: Linear,
-        out: Linear,
+        own: Projections,
         origin: nn.Module,
         heads: int,
         kv_heads: int,
@@ -36,7 +44,7 @@ class Attention(nn.Module):
         k_norm: Norm | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not what a family's class does, of which this may be one
-        self.q, self.k, self.v, self.out = q, k, v, out
+        self.q, self.k, self.v, self.out = own.q, own.k, own.v, own.out
         self.q_norm, self.k_norm = q_norm, k_norm
         self.heads, self.kv_heads = heads, kv_heads
         self.num_key_value_groups = (
@@ -49,9 +57,9 @@ class Attention(nn.Module):
         self.sliding_window: int | None = getattr(origin, "sliding_window", window)
         self.dropout: float = float(getattr(origin.config, "attention_dropout", None) or 0.0)
         self.is_causal: bool = origin.is_causal  # type: ignore[assignment]
-        own = sys.modules[type(origin).__module__]
+        family = sys.modules[type(origin).__module__]
         self.eager: Callable[..., Any] = getattr(
-            own, "eager_attention_forward", sdpa_attention_forward
+            family, "eager_attention_forward", sdpa_attention_forward
         )
         self.pairs: Tensor | None
         self.register_buffer("pairs", None)

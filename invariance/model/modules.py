@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import Attention
+from .attention import Attention, Projections
 from .layers import Factored, Linear, Norm, factors
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Linear",
     "Mlp",
     "Norm",
+    "Projections",
     "Stage",
     "as_one_of",
     "factors",

@@ -35,6 +35,7 @@ from .nested import Member
 from .resume import LOCAL, begin, read
 from .teacher import Teacher, predictions
 from .trainer import BEST, LAST, check_logger, fit, make, still
+from .training import Restructured, Training
 
 FORMAT = "3"  # counts up when a checkpoint to resume from would be read otherwise
 
@@ -48,33 +49,30 @@ class Recovered:
 
 
 def recover(
-    model: PreTrainedModel,
-    basis: Basis | None,
+    cut: Restructured,
     dense: PreTrainedModel | None,
     tokens: Tokens,
-    options: Recover,
+    training: Training,
     *,
-    seed: int,
     identity: Mapping[str, Any],
-    where: str = "recover",
-    nested: Members | None = None,
     progress: Progress = quiet,
 ) -> Recovered:
     """Train a restructured model, in place; in float32, whatever it is stored in.
 
-    ``dense`` is what it was sliced from, and ``basis`` where its stream lies in that, where options ask for them.
-    ``identity`` says what the run depends on: a run of the same that was interrupted is resumed from its last check.
-    ``nested`` holds the model's narrower members, which are trained with it where options ask for that.
+    ``dense`` is what it was sliced from, where options ask for that. Its narrower members are trained with it where they
+    do. ``identity`` says what the run depends on: a run of the same that was interrupted is resumed from its last check.
 
     Raises InputError, with nothing changed, for options that cannot be; InvarianceError where training diverges.
     """
+    model, nested = cut.model, cut.nested or {}
+    options, seed, where = training.options, training.seed, training.where
     train, held = split(tokens, options, where)
-    work = begin(_work(tokens, options, seed, nested, identity), where)
+    work = begin(_work(tokens, training, cut.nested, identity), where)
     student = copy_in(torch.float32, model)
     layout = label(student)
-    teacher = _teacher(student, layout, basis, dense, options)
-    names = _names(nested or {}, options, where)
-    narrower, before = _members(student, layout, names, nested or {}, held, options, seed, progress)
+    teacher = _teacher(student, layout, cut.basis, dense, options)
+    names = _names(nested, options, where)
+    narrower, before = _members(student, layout, names, nested, held, training, progress)
     adapt(student, layout, options, seed)
     count = trained(student)
     stages: list[dict[str, Any]] = []
@@ -129,15 +127,15 @@ def recover(
 
 
 def _work(
-    tokens: Tokens, options: Recover, seed: int, nested: Members | None, identity: Mapping[str, Any]
+    tokens: Tokens, training: Training, nested: Members | None, identity: Mapping[str, Any]
 ) -> Path:
     """The folder in the cache that belongs to this run and no other, from which it is resumed."""
     keys = {
         "format": FORMAT,
-        "options": options.model_dump(mode="json"),
+        "options": training.options.model_dump(mode="json"),
         "tokens": tokens.digest(),
-        "seed": seed,
-        "nested": nested if options.nested else None,
+        "seed": training.seed,
+        "nested": nested if training.options.nested else None,
         **identity,
     }
     return cache_dir(
@@ -167,12 +165,13 @@ def _members(
     names: list[str],
     nested: Members,
     held: Tokens,
-    options: Recover,
-    seed: int,
+    training: Training,
     progress: Progress,
 ) -> tuple[list[Member], dict[str, float]]:
     """The narrower members, ready for training, and held-out losses before it by the names that they have in it, of which
     the first is the mean."""
+
+    options = training.options
 
     def loss(model: PreTrainedModel) -> float:
         return math.log(
@@ -183,7 +182,9 @@ def _members(
     for name in names[1:]:
         narrower.append(Member(student, layout, nested[name]))
         losses.append(loss(narrower[-1].twin))
-        narrower[-1].adapt(options, seed)  # which lets its weights go before the next one is made
+        narrower[-1].adapt(
+            options, training.seed
+        )  # which lets its weights go before the next one is made
     return narrower, {
         HELD_OUT: sum(losses) / len(losses),
         **dict(zip(map(of_member, names), losses, strict=False)),

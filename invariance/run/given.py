@@ -120,8 +120,7 @@ def tokens_of(data: Data, config: PretrainedConfig, tokenizer: Any) -> Tokens:
         check_ids(ids, text.vocab_size, "data")
         found = Tokens.full(ids)
     else:
-        asked = data if isinstance(data, Mapping) else {"data": str(data)}
-        spec = validate(Calibrate, located(dict(asked), "data"))
+        spec = _spec(data if isinstance(data, Mapping) else {"data": str(data)})
         found = load_tokens(
             spec.data,
             tokenizer,
@@ -132,6 +131,18 @@ def tokens_of(data: Data, config: PretrainedConfig, tokenizer: Any) -> Tokens:
     if text.model_type in (*FAMILIES, "invariance"):
         check_positions(text, found.ids.shape[1], "data")
     return found
+
+
+def batch_of(data: Data) -> int:
+    """How many sequences pass at a time."""
+    if isinstance(data, Mapping):
+        return _spec(data).batch
+    return int(Calibrate.model_fields["batch"].default)
+
+
+def _spec(asked: Mapping[str, Any]) -> Calibrate:
+    """What a recipe's `calibrate` takes. Raises InputError."""
+    return validate(Calibrate, located(dict(asked), "data"))
 
 
 def folded(model: PreTrainedModel, names: Iterable[str], tie: str) -> Layout:

@@ -166,23 +166,20 @@ def _check(recipe: Recipe, data: Data, dense: PreTrainedModel) -> None:
 def _recover(cut: _Cut, data: Data, memo: Memo, progress: Progress) -> Recovered:
     """Train what slicing left, in place."""
     from ..recover.recover import recover
+    from ..recover.training import Restructured, Training
 
     recipe, model = cut.chart.recipe, cut.sliced.model
     assert recipe.recover is not None and data.training is not None
     with timed(cut.sliced.seconds, "recover"):
         return recover(
-            model,
-            cut.basis,
+            Restructured(model, cut.basis, cut.shared),
             cut.dense,
             data.training,
-            recipe.recover,
-            seed=recipe.seed,
+            Training(recipe.recover, recipe.seed, recipe.where("recover")),
             identity={
                 "student": weights_digest(model),
                 "dense": memo.weights(live(cut.dense)),
             },
-            where=recipe.where("recover"),
-            nested=cut.shared,
             progress=progress,
         )
 

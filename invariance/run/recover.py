@@ -8,6 +8,7 @@ import platform
 import shutil
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from ..model.layout import Layout
 from ..model.verify import double_copy
 from ..recipe.recover import Recover
 from ..recover.recover import check, recover
+from ..recover.training import Restructured, Training
 from ..report.card import recovered
 from ..report.document import Report
 from ..report.reading import checked
@@ -50,17 +52,22 @@ from .reading import read_tokens
 PACKAGES = ("invariance", "torch", "transformers", "lightning", "peft")
 
 
+@dataclass(frozen=True)
+class Loading:
+    """How models are loaded: to which device, and whether code that comes with them may run."""
+
+    device: str = "cpu"
+    trust_remote_code: bool = False
+
+
 def run(
     model: str,
     output: Path,
-    options: Recover,
+    training: Training,
     *,
     teacher: str | None = None,
-    where: str = "recover",
-    seed: int = 0,
-    device: str = "cpu",
+    loading: Loading = Loading(),
     overwrite: bool = False,
-    trust_remote_code: bool = False,
     progress: Progress = quiet,
 ) -> dict[str, Any]:
     """Train a checkpoint, sliced or not, and write ``model/`` and ``recover.json``, which is returned.
@@ -69,24 +76,21 @@ def run(
     """
     reads = [model] if teacher is None else [model, teacher]
     with claimed(output, overwrite=overwrite, reads=reads) as claim:
-        return _run(
-            model, claim, options, teacher, where, seed, device, trust_remote_code, progress
-        )
+        return _run(model, claim, training, teacher, loading, progress)
 
 
 def _run(
     model: str,
     output: Claim,
-    options: Recover,
+    training: Training,
     teacher: str | None,
-    where: str,
-    seed: int,
-    device: str,
-    trust_remote_code: bool,
+    loading: Loading,
     progress: Progress,
 ) -> dict[str, Any]:
     """The training itself, its output folder claimed."""
     start = time.perf_counter()
+    options, where = training.options, training.where
+    device, trust_remote_code = loading.device, loading.trust_remote_code
     config = load_config(model, trust_remote_code=trust_remote_code)
     architecture(config)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -97,7 +101,7 @@ def _run(
         return load_model(model, device=device, trust_remote_code=trust_remote_code)
 
     writer = load if dense is None else lambda: dense
-    tokens = _tokens(options, config, tokenizer, where, Making(seed, writer, progress))
+    tokens = _tokens(options, config, tokenizer, where, Making(training.seed, writer, progress))
     check(options, tokens, torch.device(device), where)
     loaded = load()
     student, layout = _restructured(loaded)
@@ -106,18 +110,9 @@ def _run(
         "student": weights_digest(loaded),
         "dense": None if dense is None else weights_digest(dense),
     }
-    found = recover(
-        student,
-        basis,
-        dense,
-        tokens,
-        options,
-        seed=seed,
-        identity=identity,
-        where=where,
-        nested=loaded.config.form.nested if isinstance(loaded, InvarianceForCausalLM) else None,
-        progress=progress,
-    )
+    nested = loaded.config.form.nested if isinstance(loaded, InvarianceForCausalLM) else None
+    cut = Restructured(student, basis, nested)
+    found = recover(cut, dense, tokens, training, identity=identity, progress=progress)
     made = _exported(loaded, student, layout)
     document = {
         "version": version("invariance"),

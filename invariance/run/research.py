@@ -46,6 +46,7 @@ from .given import (
     Bases,
     Data,
     Spaces,
+    batch_of,
     check_numbers,
     checked_model,
     chosen,
@@ -94,7 +95,6 @@ def calibrate(
     statistics: Statistic | str | Method | Iterable[Statistic | str] = Statistic.RAW,
     *,
     tokenizer: Any = None,
-    batch: int = 8,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     progress: Progress = quiet,
 ) -> Moments:
@@ -102,7 +102,8 @@ def calibrate(
 
     ``spaces`` are by default all but those inside matrices. ``statistics`` are names (``raw``: E[x xᵀ], ``seen``, ``mean``,
     ``readers``, ``fisher``, …; see ``Statistic``), or a method, whose ``needs`` they are then. One that only some kinds of
-    space have is measured on those. ``batch`` sequences pass at a time; stages compute in ``dtype``, sums are float64.
+    space have is measured on those. As many sequences pass at a time as ``data`` says under
+    ``batch``, by default 8; stages compute in ``dtype``, sums are float64.
 
     ``moments.second("mlp.3")`` is a float64 tensor of shape (copies, dim, dim), in squared units of the signal.
 
@@ -121,7 +122,7 @@ def calibrate(
         wide = calibration_dtype(
             word("dtype", dtype, ("auto", "float32", "bfloat16")), dense.device
         )
-        batches = enter(parts, read.batches(batch), wide)
+        batches = enter(parts, read.batches(batch_of(data)), wide)
         each: list[Moments] = []
         walk.oneshot(
             parts, batches, walked, wide, progress, leave=lambda _, moments: each.append(moments)

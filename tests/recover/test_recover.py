@@ -40,6 +40,7 @@ from invariance.recover.module import HELD_OUT, Order, hidden_loss, kl_loss, nex
 from invariance.recover.recover import Recovered, recover
 from invariance.recover.recover import check as recover_check
 from invariance.recover.teacher import Teacher, predictions
+from invariance.recover.training import Restructured, Training
 from invariance.run.outcome import outcome
 from invariance.run.run import run
 
@@ -84,7 +85,8 @@ def train(
     basis: Basis | None = None,
     name: str = "",
 ) -> Recovered:
-    return recover(model, basis, dense, tokens(), asked, seed=0, identity={"test": name})
+    cut = Restructured(model, basis)
+    return recover(cut, dense, tokens(), Training(asked), identity={"test": name})
 
 
 # --- What is trained, and how it is put back.

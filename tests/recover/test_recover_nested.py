@@ -32,6 +32,7 @@ from invariance.recover.adapt import adapt, settle
 from invariance.recover.module import HELD_OUT, next_token_loss, of_member
 from invariance.recover.nested import Member, sandwich
 from invariance.recover.recover import Recovered, put_back, recover
+from invariance.recover.training import Restructured, Training
 
 F32 = torch.float32
 MEMBERS: dict[str, dict[str, int]] = {
@@ -60,9 +61,8 @@ def options(**keys: Any) -> Recover:
 
 
 def train(model: PreTrainedModel, asked: Recover, name: str = "", seed: int = 0) -> Recovered:
-    return recover(
-        model, None, None, tokens(), asked, seed=seed, identity={"test": name}, nested=MEMBERS
-    )
+    cut = Restructured(model, nested=MEMBERS)
+    return recover(cut, None, tokens(), Training(asked, seed), identity={"test": name})
 
 
 def rotated(family: str, fold: bool, by: str = "all") -> tuple[PreTrainedModel, Layout]:

@@ -23,6 +23,7 @@ from invariance.measure.evaluate import perplexity
 from invariance.model.verify import tolerance
 from invariance.recipe.recover import Recover
 from invariance.recover.module import HELD_OUT, Recovery
+from invariance.recover.training import Training
 from invariance.run import recover as recover_run
 
 TRAINING: dict[str, Any] = {
@@ -47,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def recovered(name: str, trainer: Mapping[str, Any], **keys: Any) -> list[float]:
     """The held-out losses of a recovery in this process, and a folder of that name."""
     asked = Recover.model_validate(TRAINING | keys | {"trainer": trainer})
-    found = recover_run.run("model", Path(name), asked)["recover"]["curve"]
+    found = recover_run.run("model", Path(name), Training(asked))["recover"]["curve"]
     return [point[HELD_OUT] for point in found]
 
 
