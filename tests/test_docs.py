@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import sys
@@ -226,3 +227,43 @@ def test_every_page_of_the_docs_is_in_the_index():
     index = (ROOT / "docs/index.md").read_text()
     shown = {page.name for page in ROOT.glob("docs/*.md")} - {"index.md"}
     assert all(f"({name})" in index for name in shown)
+
+
+# --- The style that CONTRIBUTING.md asks for.
+
+LONGEST, MOST = 350, 7  # lines of a file, parameters of a function
+LONG = {"invariance/compress/derived/cut.py"}  # still to be taken apart
+WIDE = {"invariance/calibrate/backward.py", "invariance/calibrate/fisher.py"}  # still to be grouped
+
+
+def sources(*folders: str) -> dict[str, str]:
+    """Path → text of the modules in some folders."""
+    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
+    return {str(file.relative_to(ROOT)): file.read_text() for file in files}
+
+
+def parameters(source: str) -> dict[str, int]:
+    """Function → how many parameters it takes, beside ``self`` and ``cls``."""
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    found = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, functions):
+            a = node.args
+            names = [
+                p.arg for p in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg) if p
+            ]
+            found[node.name] = max(found.get(node.name, 0), len({*names} - {"self", "cls"}))
+    return found
+
+
+def test_no_file_is_too_long_to_be_read_at_once():
+    lengths = {name: text.count("\n") for name, text in sources("invariance").items()}
+    assert {name: n for name, n in lengths.items() if n > LONGEST}.keys() <= LONG
+
+
+def test_more_than_seven_parameters_want_a_type():
+    """Options of commands are parameters of theirs, and as many as there are."""
+    read = {n: s for n, s in sources("invariance", "methods").items() if "/cli/" not in n}
+    wide = {(n, f) for n, s in read.items() for f, count in parameters(s).items() if count > MOST}
+    assert {name for name, _ in wide} <= WIDE, wide
+    assert parameters("def f(self, a, *b, c=1, **d): ...") == {"f": 4}
