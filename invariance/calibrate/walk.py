@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,9 @@ from ..model.axes import Edge
 from ..model.layout import Layout
 from ..model.working import Stages
 from .batch import Batch, Left
+from .beside import Beside, Following
 from .moments import Moments, real_tokens
 from .probes import add_stream, probes
-from .refit import Follower, refit_readers
 from .statistic import Statistic, Wanted
 from .streams import Streams
 
@@ -37,21 +37,6 @@ class Cutting:
     decide: Callable[[str, Moments], Change | None]
     joined: Container[str] = ()
     finish: Callable[[Edge], None] = lambda edge: None
-
-
-@dataclass(frozen=True)
-class Following:
-    """How the cut model is made to follow the dense one, which walks beside (refit.py).
-
-    After each stage is cut, what writes the stream is refit to bring it back to the dense one, and, with ``readers``, before
-    it is cut, what reads the stream to make up for what it has become. ``stay`` names the stages that keep a branch; the
-    last one before some that go is refit to the dense stream behind all those, whose work it takes over. Writers with a norm
-    behind them are refit to what they give in the dense model. ``streams``, which are used up, spare the dense model its walk.
-    """
-
-    readers: bool = True
-    stay: Container[str] | None = None
-    streams: Streams | None = None
 
 
 @torch.no_grad()
@@ -120,64 +105,34 @@ def sequential(
     cut input. A stage whose inner spaces are measured runs twice. With ``follow``, the dense model walks beside.
     """
     layout, wanted = parts.layout, cutting.wanted
-    dense = [batch.x for batch in batches] if follow is not None else []
-    goals = dense  # what the writers of a stage are refit to
-    reached = 0  # how many stages the dense stream has passed
+    beside = None if follow is None else Beside(parts, batches, dtype, follow)
     basis: Change | None = None  # of the point before, in which the stream is now
     before: list[Tensor] = []  # the stream there, where it is still needed
     for i, edge in enumerate(progress(layout.edges, "calibrate and cut", layout.depth)):
-        if follow is not None:
-            reached = max(reached, i)
-            ahead = layout.edges[reached : _behind(layout.edges, i, follow.stay)]
-            reached += len(ahead)
-            uncut = [parts.stage(e, dtype) for e in ahead]
+        if beside is not None:
+            beside.reach(i)
         parts.hold(edge)
         basis = _cut_stream(parts, edge.source, batches, cutting, basis, before)
         if i:
             cutting.finish(layout.edges[i - 1])
         before = [batch.x for batch in batches] if edge.target in cutting.joined else []
         inner = [n for n in layout.inside(edge) if n in wanted]
-        if follow is not None:
-            if uncut and follow.readers:
-                refit_readers(
-                    parts.model,
-                    layout,
-                    edge,
-                    batches,
-                    dense,
-                    uncut[0],
-                    basis if edge.source in wanted else None,
-                )
-            for e, stage in zip(ahead, uncut, strict=True):
-                passed = (
-                    follow.streams.popleft()
-                    if follow.streams
-                    else [batch.left(x, stage, e) for batch, x in zip(batches, dense, strict=True)]
-                )
-                dense = [behind for behind, _ in passed]
-                if e is edge:
-                    goals = [given for _, given in passed]
-            if not edge.post:
-                goals = dense
+        if beside is not None:
+            beside.refit_readers(edge, batches, basis if edge.source in wanted else None)
+            beside.carry(edge, batches)
         if inner:
             moments = _measured(parts, edge, batches, {n: wanted[n] for n in inner}, dtype)
             parts.change(
                 {n: c for n in inner if (c := cutting.decide(n, moments)) is not None}, [edge]
             )
         stage = parts.stage(edge, dtype)
-        if follow is not None:
-            _follow(parts.model, Follower(edge, stage), batches, goals)
+        if beside is not None:
+            beside.refit_writers(edge, stage, batches)
         else:
             for batch in batches:
                 batch.x = batch.through(stage, edge)
     _cut_stream(parts, layout.points[-1], batches, cutting, basis, before)
     cutting.finish(layout.edges[-1])
-
-
-def _behind(edges: Sequence[Edge], i: int, stay: Container[str] | None) -> int:
-    """The next stage after i that stays, by its number."""
-    following = range(i + 1, len(edges))
-    return next((n for n in following if stay is None or edges[n].stage in stay), len(edges))
 
 
 def _measured(
@@ -196,15 +151,6 @@ def _measured(
                 probe.mask = batch.mask
                 probe.leave(batch.left(batch.x, stage, edge)[1])
     return moments.cpu()
-
-
-def _follow(
-    model: PreTrainedModel, follower: Follower, batches: list[Batch], goals: list[Tensor]
-) -> None:
-    """Refit the writers of one stage to their goals; carry the batches behind it."""
-    for batch, target in zip(batches, goals, strict=True):
-        follower.add(batch, target)
-    follower.refit(model, batches)
 
 
 def _cut_stream(

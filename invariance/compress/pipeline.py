@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..calibrate import walk
 from ..calibrate.batch import Batch
+from ..calibrate.beside import Following
 from ..calibrate.certificate import spaces_of
 from ..calibrate.moments import Moments, check_finite
 from ..core.change import Change
@@ -230,7 +231,7 @@ class _Run:
             batches, dtype = self.calibration.batches()
         cutting = walk.Cutting(wanted, decide, self.plan.ranks, self._finish)
         readers, stay = self.plan.recipe.refit == "both", self.layout.stages(widths)
-        beside = walk.Following(readers, stay, self.calibration.streams)
+        beside = Following(readers, stay, self.calibration.streams)
         follow = beside if self.plan.follows else None
         walk.sequential(self.parts, batches, dtype, cutting, follow=follow, progress=self.progress)
         spent = time.perf_counter() - start - (self.seconds.get("fit", 0.0) - before)

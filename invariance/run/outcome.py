@@ -115,20 +115,14 @@ def outcome(
         early(small)
     models = {"dense": dense, "sliced": small if before is None else before}
     models |= {} if before is None else {"recovered": small}
-    final = small
     if recipe.quantize is not None:
+        tokens = data.calibration
         with timed(seconds, "quantize"):
-            found = quantize_both(
-                dense,
-                small,
-                recipe.quantize,
-                made.stored,
-                data.calibration,
-                evaluate,
-                progress,
+            rounded = quantize_both(
+                dense, small, recipe.quantize, made.stored, tokens, evaluate, progress
             )
-        models |= found.models
-        final, report["quantize"] = found.models["quantized"], found.report
+        models |= rounded.models
+        report["quantize"] = rounded.report
         report["versions"]["torchao"] = version("torchao")
     if evaluate:
         measured(report, seconds, models, data, progress, memo)
@@ -140,7 +134,7 @@ def outcome(
     report["seconds"] = {step: round(s, 3) for step, s in seconds.items()}
     report["peak_memory_bytes"] = peak_memory()
     return Outcome(
-        final,
+        models.get("quantized", small),
         report,
         {name: energy.sum(0).tolist() for name, energy in sliced.spectra.items()},
         made.stored,

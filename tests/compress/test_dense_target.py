@@ -14,6 +14,7 @@ from sliced import data as data
 from torch import Tensor, nn
 
 from invariance.calibrate import walk
+from invariance.calibrate.beside import Following
 from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments
 from invariance.compress import calibration
@@ -76,7 +77,7 @@ def test_the_stream_that_is_carried_is_the_refit_models_own(family: str) -> None
     parts = Whole(model, layout)
     batches = enter(parts, [real(part) for part in ids.split(8)], torch.float64)
     cutting = walk.Cutting(inner, decide)
-    walk.sequential(parts, batches, torch.float64, cutting, follow=walk.Following())
+    walk.sequential(parts, batches, torch.float64, cutting, follow=Following())
     carried = torch.cat([b.x for b in batches])
     assert close(stream(model, ids), carried, bound=1e-9)
     assert not close(stream(exact(family)[0], ids), carried, bound=1e-2)

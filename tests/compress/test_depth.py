@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from invariance.calibrate import walk
+from invariance.calibrate.beside import Following
 from invariance.calibrate.enter import enter
 from invariance.calibrate.moments import Moments, reader_moment
 from invariance.calibrate.statistic import Statistic
@@ -330,7 +331,7 @@ def test_the_last_writer_before_a_gap_is_refit_to_the_dense_stream_behind_it() -
             enter(parts, batch, torch.float64),
             torch.float64,
             walk.Cutting(names, lambda n, _: Change.empty(layout.spaces[n], 0)),
-            follow=walk.Following(readers=False, stay=stay if lookahead else None),
+            follow=Following(readers=False, stay=stay if lookahead else None),
         )
         arrived = []
         for m in (model, cut):
