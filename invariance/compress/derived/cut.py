@@ -16,7 +16,7 @@ from ...calibrate.moment import Gram, Moment, Weights
 from ...calibrate.moments import Moments, check_finite
 from ...calibrate.statistic import Statistic
 from ...calibrate.tap import Reader, Seen, places, tapped
-from ...core.change import Basis, Change
+from ...core.change import Basis
 from ...core.errors import CertificateError, InputError, InvarianceError
 from ...core.group import Group
 from ...core.progress import Progress, quiet
@@ -38,6 +38,7 @@ from ...model.verify import Certificate
 from ..calibration import timed
 from ..demand import Unit, Widths
 from .layout import STREAM
+from .lines import lines, read_from_kept
 from .ones import centred, fixing_ones
 from .plan import DerivedPlan
 
@@ -185,7 +186,7 @@ class _Run:
         named = stored(self.twin)
         for reader, where in places(self.flat, self.layout.own[space.name]):
             if reader in readers:
-                W = _lines(named[reader[0]], reader[1])
+                W = lines(named[reader[0]], reader[1])
                 for each in where.at:
                     yield W[torch.from_numpy(each.reshape(-1))].T, None
 
@@ -298,7 +299,7 @@ class _Run:
             moments = self._moments(unit.space, [reader])
             change = checked.cut(unit.slice, unit.space, self.bases[unit.space.name], k, moments)
             for each in where[reader].at:
-                _read_from_kept(named[reader[0]], reader, each, change)
+                read_from_kept(named[reader[0]], reader, each, change)
 
     def _lost(self, widths: Widths) -> dict[str, float]:
         """Kind of space → which share of its energy is cut."""
@@ -327,27 +328,3 @@ def _still(element: Element) -> bool:
     """Whether an element changes nothing."""
     p = element.permutation
     return element.matrices is None and p is not None and bool((p == np.arange(len(p))).all())
-
-
-def _lines(value: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """A parameter with the positions of one axis first: [positions, rest]."""
-    rest = [d for d in range(value.dim()) if d not in dims]
-    moved = value.permute(*dims, *rest)
-    return moved.reshape(int(np.prod(moved.shape[: len(dims)])), -1)
-
-
-@torch.no_grad()
-def _read_from_kept(p: Tensor, reader: Reader, at: np.ndarray, change: Change) -> None:
-    """W ← W D on the coordinates that stay, and zero on the others, copy by copy."""
-    dims = reader[1]
-    rest = [d for d in range(p.dim()) if d not in dims]
-    moved = p.permute(*dims, *rest)
-    W = moved.reshape(int(np.prod(moved.shape[: len(dims)])), -1).clone()
-    D, picks = change.decode.matrix(), change.encode.picks
-    assert picks is not None
-    for c, index in enumerate(torch.from_numpy(at)):
-        new = D[c].mT @ W[index]
-        W[index] = 0
-        W[index[picks[c]]] = new
-    back = np.argsort([*dims, *rest]).tolist()
-    p.copy_(W.reshape(moved.shape).permute(*back))
