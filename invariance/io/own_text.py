@@ -1,8 +1,7 @@
 """Text that a model writes itself, for whoever has a model and no data to calibrate it on.
 
-As many begin with the start token alone, with a random token behind it, with one that has a letter beyond ASCII, and with
-the user's turn of the chat template. Tokens are sampled from the model's own distribution p(next | before)^(1/temperature),
-normalised, and nothing is cut from it.
+A third each begins with the start token, with a random token, and with the user's turn of the chat template. Tokens are
+sampled from the model's own distribution p(next | before)^(1/temperature), normalised, and nothing is cut from it.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from ..core.cache import cache_dir
 from ..core.files import write_tensors
 from ..core.progress import Progress, quiet
 from .models import weights_digest
-from .tokens import Shape, front
+from .tokens import Shape
 
-FORMAT = "3"  # counts up when the same model and seed write another text
+FORMAT = "2"  # counts up when the same model and seed write another text
 BATCH = 64  # texts that are written side by side; other sizes would draw other numbers
 MARK = "\N{OBJECT REPLACEMENT CHARACTER}"  # stands for what the user says
 
@@ -61,53 +60,28 @@ def write(
 def beginnings(
     model: PreTrainedModel, tokenizer: Any | None, count: int, seed: int
 ) -> list[list[int]]:
-    """The first tokens of each text, the kinds one after the other, as many of each.
-
-    The start token alone; behind it, a random token; one with a letter beyond ASCII, behind which a model writes what
-    little it has seen of other languages; the user's turn of the chat template. Kinds that a tokenizer lacks are left out.
-    """
-    turn = user_turn(tokenizer)
-    start = _start(model, tokenizer, turn)
+    """The first tokens of each text, the three kinds one after the other."""
+    bos, vocabulary = _start(model, tokenizer), model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(seed)
-    plain, foreign = _words(model, tokenizer)
-    kinds = [lambda: [start], lambda: [start, _draw(plain, generator)]]
-    if foreign:
-        kinds.append(lambda: [start, _draw(foreign, generator)])
-    if turn:
-        kinds.append(lambda: turn)
-    return [kinds[n * len(kinds) // count]() for n in range(count)]
+    special = set() if tokenizer is None else set(tokenizer.all_special_ids)
+    size = vocabulary if tokenizer is None else min(vocabulary, len(tokenizer))
+    plain = [n for n in range(size) if n not in special]
+    drawn = torch.randint(len(plain), (count,), generator=generator).tolist()
+    turn = user_turn(tokenizer)
+    kinds: list[list[int] | None] = [[bos], None] + ([turn] if turn else [])
+    found = []
+    for n in range(count):
+        start = kinds[n * len(kinds) // count]
+        found.append(start if start is not None else [bos, plain[drawn[n]]])
+    return found
 
 
-def _draw(tokens: Sequence[int], generator: torch.Generator) -> int:
-    return tokens[int(torch.randint(len(tokens), (1,), generator=generator))]
-
-
-def _words(model: PreTrainedModel, tokenizer: Any | None) -> tuple[Sequence[int], Sequence[int]]:
-    """The tokens that are not special, and those of them with a letter beyond ASCII."""
-    vocabulary = model.config.get_text_config().vocab_size
-    if tokenizer is None:
-        return range(vocabulary), []
-    special = set(tokenizer.all_special_ids)
-    plain = [n for n in range(min(vocabulary, len(tokenizer))) if n not in special]
-    texts = tokenizer.batch_decode([[n] for n in plain])
-    return plain, [n for n, text in zip(plain, texts, strict=True) if _foreign(text)]
-
-
-def _foreign(text: str) -> bool:
-    return any(c.isalpha() and not c.isascii() for c in text)
-
-
-def _start(model: PreTrainedModel, tokenizer: Any | None, turn: Sequence[int]) -> int:
-    """The token that a text starts with: BOS where the tokenizer puts it in front; else a special token that no turn of a
-    chat begins or ends with, since documents are told apart by it; else BOS or EOS."""
+def _start(model: PreTrainedModel, tokenizer: Any | None) -> int:
+    """The token that a text starts with: BOS, or where there is none, EOS, behind which another text begins."""
     config = model.config.get_text_config()
-    told = [config.bos_token_id, config.eos_token_id, 0]
-    if tokenizer is not None:
-        ends = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-        of_chats = {*turn, *ends}
-        apart = [n for n in tokenizer.all_special_ids if n not in of_chats] if turn else []
-        told = [*front(tokenizer), *apart, *ends, *told]
-    found = next(token for token in told if token is not None)
+    asked = [] if tokenizer is None else [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    asked += [config.bos_token_id, config.eos_token_id, 0]
+    found = next(token for token in asked if token is not None)
     return int(found[0] if isinstance(found, list | tuple) else found)
 
 

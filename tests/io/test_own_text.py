@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from invariance.io import own_text
-from invariance.io.data import Amount, Making, load_tokens
+from invariance.io.data import Making, load_tokens
 from invariance.io.sources import Source
 from invariance.io.tokens import Shape
 
@@ -44,39 +44,6 @@ def tokenizer(model):
     )
     made.chat_template = TEMPLATE
     return made
-
-
-@pytest.fixture(scope="module")
-def accented(model):
-    """Ten words with a letter beyond ASCII, a token between documents, and no BOS in front."""
-    words = {w: n for n, w in enumerate(("<|im_start|>", "<|im_end|>", "user", "<|end|>"))}
-    words |= {f"ü{n}" if n < 14 else f"w{n}": n for n in range(4, model.config.vocab_size)}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<|end|>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=raw,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        unk_token="<|end|>",
-    )
-    made.chat_template = TEMPLATE
-    return made
-
-
-def test_a_fourth_kind_begins_with_a_letter_beyond_ascii(model, accented):
-    found = own_text.beginnings(model, accented, 40, seed=0)
-    assert found[:10] == [[3]] * 10  # what no turn of a chat begins or ends with parts documents
-    assert all(start[0] == 3 and len(start) == 2 for start in found[10:30])
-    assert max(start[1] for start in found[10:20]) >= 14
-    assert all(4 <= start[1] < 14 for start in found[20:30])
-    assert found[30:] == [[0, 2]] * 10
-    accented.chat_template = None
-    try:
-        thirds = own_text.beginnings(model, accented, 9, seed=0)
-    finally:
-        accented.chat_template = TEMPLATE
-    assert thirds[:3] == [[0]] * 3  # without a template, BOS
-    assert all(4 <= start[1] < 14 for start in thirds[6:])
 
 
 def test_a_third_each_begins_with_start_random_token_and_user_turn(model, tokenizer):
@@ -138,7 +105,7 @@ def test_text_is_written_once_and_again_for_other_weights_or_another_seed(
 
 def test_self_is_a_source_alone_and_in_a_mixture_and_splits_differ(model, tokenizer, tmp_path):
     making = Making(0, lambda: model)
-    said = {"vocab_size": model.config.vocab_size, "amount": Amount(6, 8), "making": making}
+    said = {"vocab_size": model.config.vocab_size, "sequences": 6, "tokens": 8, "making": making}
     train, test = (load_tokens("self", tokenizer, split=s, **said) for s in ("train", "test"))
     assert train.ids.shape == (6, 8) and not torch.equal(train.ids, test.ids)
     (tmp_path / "a.txt").write_text("w5 " * 200)
