@@ -38,6 +38,42 @@ def add_older_keys(config: PretrainedConfig) -> None:
     vars(config).update(values)  # `rope_scaling` is another name of `rope_parameters` to setattr
 
 
+GROUP = 32  # weights that llama.cpp rounds together
+
+
+def misread(config: PretrainedConfig) -> list[str]:
+    """What programs are known to read wrongly, or not at all, of a stock checkpoint with such a config: sentences."""
+    config = config.get_text_config()
+    found: list[str] = []
+    rope: Mapping[str, Any] = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        found.append(
+            "llama.cpp's converter leaves out the factors of its rotary frequencies, and what it makes of this checkpoint "
+            "writes nonsense."
+        )
+    odd = [
+        f"{key} {n}"
+        for key in ("hidden_size", "intermediate_size")
+        if isinstance(n := getattr(config, key, None), int) and n % GROUP
+    ]
+    if odd:
+        found.append(
+            f"llama.cpp does not quantise matrices with a width that {GROUP} does not divide ({', '.join(odd)})."
+        )
+    periods = getattr(config, "sliding_window_pattern", None) or getattr(
+        config, "_sliding_window_pattern", None
+    )
+    kinds = getattr(config, "layer_types", None) or []
+    if periods and any(
+        (kind == "full_attention") != ((n + 1) % periods == 0) for n, kind in enumerate(kinds)
+    ):
+        found.append(
+            "llama.cpp's converter takes sliding windows to come in a fixed rhythm, and blocks that are gone have broken it: what "
+            "it reads is not quite this model."
+        )
+    return found
+
+
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Write a tokenizer, under a class name that version 4 of transformers knows too."""
     tokenizer.save_pretrained(folder)

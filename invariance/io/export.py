@@ -242,12 +242,20 @@ def stock_config(
         values["rms_norm_eps"] = original.rms_norm_eps * d / k
     reasons = []
     others = {k: v for k, v in layout.architecture.alternatives.items() if k != original.model_type}
-    for kind, extra in {original.model_type: {}, **others}.items():
+    kinds: dict[str, Mapping[str, Any]] = {original.model_type: {}, **others}
+    if values["num_attention_heads"] * each["vo"] != k and not _biased(layout):
+        kinds = {**others, original.model_type: {}}  # some clients take k / heads for the family's
+    for kind, extra in kinds.items():
         try:
             return AutoConfig.for_model(kind, **{**values, **extra}), ""
         except Exception as e:  # each config class refuses in its own way
             reasons.append(f"'{kind}': {' '.join(str(e).split())}")
     return None, "; ".join(reasons)
+
+
+def _biased(layout: Layout) -> bool:
+    """Whether some linear layer has a bias, which the alternatives have not."""
+    return any(name.endswith(".bias") for name in layout.axes)
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ class Model(Part):
     why_not_stock: str | None = None
     origin: str | None = None
     licence: str | list[str] | None = None
+    misread: list[str] = []  # by which other programs, and how
 
 
 class Parameters(Part):

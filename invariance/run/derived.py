@@ -57,7 +57,7 @@ def finish(
     carried = carry_out(model, chart, data.calibration, progress)
     small = small_model(carried, stored, model)
     numbers = sum(p.numel() for p in small.parameters())
-    made = Made(small.config.model_type, True, "", stored, numbers, 0)
+    made = Made(small.config, True, "", stored, numbers, 0)
     sliced = Sliced(
         small,
         chart.layout,  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from ..compress.plan import Plan
 from ..compress.sliced import Sliced
 from ..core.files import write_json, write_text
 from ..core.progress import Progress
+from ..io.clients import misread
 from ..io.data import Tokens
 from ..io.memo import Memo
 from ..measure.bench import tokens_per_second
@@ -51,10 +52,10 @@ def stored_dtype(config: PretrainedConfig) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class Made:
-    """The checkpoint that came about: its model type, why it is no stock one, what it stores, how many numbers, and how
-    many of them in shortcuts."""
+    """The checkpoint that came about: its config, why it is no stock one, what it stores, how many numbers, and how many of
+    them in shortcuts."""
 
-    kind: str
+    config: PretrainedConfig
     stock: bool
     why: str
     stored: torch.dtype
@@ -73,10 +74,11 @@ def document(chart: Plan | DerivedPlan, sliced: Sliced, made: Made, data: Data) 
         "model": {
             "name": recipe.model,
             "family": chart.config.model_type,
-            "exported_as": made.kind,
+            "exported_as": made.config.model_type,
             "stock": made.stock,
             "dtype": str(made.stored).removeprefix("torch."),
             "why_not_stock": made.why or None,
+            "misread": misread(made.config) if made.stock else [],
             "origin": None,
             "licence": None,
         },

@@ -14,7 +14,7 @@ from ..core.files import beside, write_json, write_text
 from ..core.outputs import Claim, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import NAME, Basis, read_basis
-from ..io.clients import save_tokenizer
+from ..io.clients import misread, save_tokenizer
 from ..io.export import cast
 from ..io.models import licence, load_config, load_model, load_tokenizer
 from ..model.labels import label
@@ -69,6 +69,7 @@ def _run(folder: Path, share: float, output: Claim, progress: Progress) -> dict[
         "output": str(output.folder),
         "exported_as": made.config.model_type,
         "why_not_stock": why or None,
+        "misread": [] if why else misread(made.config),
         "parameters": made.num_parameters(),
     }
     with output.writing() as place:

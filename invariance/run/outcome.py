@@ -216,7 +216,7 @@ def _report(
     numbers = sum(p.numel() for p in small.parameters())
     met = sum(p.numel() for n, p in small.named_parameters() if n.endswith(".shortcut"))
     is_stock = not isinstance(small, InvarianceForCausalLM)
-    kind = Made(small.config.model_type, is_stock, why, cut.stored, numbers, met)
+    kind = Made(small.config, is_stock, why, cut.stored, numbers, met)
     report = document(cut.chart, cut.sliced, kind, data)
     if recovered is not None:
         report["recover"] = recovered.report

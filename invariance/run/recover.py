@@ -22,7 +22,7 @@ from ..core.outputs import Claim, claimed
 from ..core.progress import Progress, quiet
 from ..io.basis_file import NAME, read_basis
 from ..io.checkpoint import InvarianceForCausalLM
-from ..io.clients import save_tokenizer
+from ..io.clients import misread, save_tokenizer
 from ..io.data import Making, Tokens
 from ..io.export import cast, stock
 from ..io.models import (
@@ -122,6 +122,7 @@ def _run(
         "exported": {
             "stock": not isinstance(loaded, InvarianceForCausalLM),
             "exported_as": made.config.model_type,
+            "misread": [] if isinstance(loaded, InvarianceForCausalLM) else misread(made.config),
             "parameters": sum(p.numel() for p in made.parameters()),
         },
         "options": options.model_dump(mode="json", exclude_none=True),

@@ -62,8 +62,8 @@ def run(chart: Plan, source: Source, data: Data, output: Claim, setting: Setting
             raise InvarianceError("a run ended before its checkpoint was whole")
         with timed(sliced.seconds, "export"):
             sink.finish(writer.config, source.skeleton.generation_config, setting.tokenizer)
-        kind, why = writer.config.model_type, writer.why
-        made = Made(kind, why is None, why or "", stored, writer.parameters, writer.shortcuts)
+        why, numbers = writer.why, (writer.parameters, writer.shortcuts)
+        made = Made(writer.config, why is None, why or "", stored, *numbers)
         report = document(chart, sliced, made, data)
         trim()
         _measure(report, sliced, source, str(sink.target), data, setting)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,9 +14,9 @@ import pytest
 import torch
 from folders import save_model, tokenizer
 from tiny import tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from invariance.io.clients import OLDER, save_tokenizer
+from invariance.io.clients import OLDER, misread, save_tokenizer
 from invariance.recipe.recipe import Recipe
 from invariance.run.compress import compress
 from invariance.run.run import run
@@ -143,3 +144,25 @@ def test_version_4_computes_the_same(name: str, tmp_path: Path) -> None:
     )
     norm = logits(model).double().norm().item()
     assert float(done.stdout) == pytest.approx(norm, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, []),
+        ({"hidden_size": 48}, [r"32 does not divide \(hidden_size 48\)"]),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["writes nonsense"]),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"], "_sliding_window_pattern": 3},
+            ["fixed rhythm"],
+        ),
+    ],
+)
+def test_what_programs_are_known_to_read_wrongly_is_told(
+    changes: dict[str, Any], said: list[str]
+) -> None:
+    config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=128)
+    vars(config).update(changes)
+    found = misread(config)
+    assert len(found) == len(said)
+    assert all(re.search(a, b) for a, b in zip(said, found, strict=True))

@@ -178,7 +178,8 @@ def test_what_no_stock_config_holds_says_why(
 
 def test_gains_and_eps_carry_the_mean_square_over_the_original_width() -> None:
     made = compressed(dense("llama"), [GLOBAL]).model
-    assert made.config.model_type == "llama" and made.config.hidden_size == 24
+    assert made.config.model_type == "mistral"  # whose heads are known not to fill the stream
+    assert made.config.hidden_size == 24
     assert made.config.rms_norm_eps == pytest.approx(
         dense("llama").config.rms_norm_eps * 32 / 24, rel=1e-12
     )
@@ -187,6 +188,11 @@ def test_gains_and_eps_carry_the_mean_square_over_the_original_width() -> None:
     for gain in gains.values():
         assert torch.equal(gain, torch.full((24,), (32 / 24) ** 0.5))
     assert made.config.head_dim == 8 and made.config.num_attention_heads == 4
+
+
+def test_a_stream_that_heads_fill_keeps_its_type() -> None:
+    step = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"keep": 0.5}}}
+    assert compressed(dense("llama"), [step]).model.config.model_type == "llama"
 
 
 def test_a_width_that_heads_do_not_divide_is_exported_as_mistral(tmp_path: Path) -> None:
