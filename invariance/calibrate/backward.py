@@ -22,6 +22,7 @@ from .moments import real_tokens
 
 DTYPE = torch.float32  # bfloat16's gradients are slow on CPUs
 Taps = Callable[[Edge, Stage], AbstractContextManager[dict[str, Tensor]]]
+BATCH = 1  # sequences that pass at once: the graph of one stage is in memory
 Take = Callable[[str, Tensor, Tensor, Tensor], None]
 """What is done with a name's signal (B, T, w), the gradient by it, and which of the tokens count."""
 
@@ -34,7 +35,6 @@ def backward(
     *,
     skip: int,
     seed: int,
-    batch: int = 1,
     progress: Progress,
 ) -> None:
     """g = ∂/∂x Σ_s log p(y_s) for signals x, with a label y_s ~ p drawn for every real token s, in float32.
@@ -42,7 +42,7 @@ def backward(
     ``taps`` opens on a stage and on an edge, and holds the signals of a forward pass by their names; the stream where a
     stage begins, which ``take`` gets under the point's name, needs none. The last point comes first.
     """
-    sequences = list(tokens.batches(batch))
+    sequences = list(tokens.batches(BATCH))
     batches = enter(parts, sequences, DTYPE)
     inputs = Spill()
     edges = parts.layout.edges

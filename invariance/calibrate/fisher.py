@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from einops import rearrange
@@ -21,8 +22,15 @@ from .moments import Moments, readers, real_tokens
 from .statistic import Statistic
 
 SEQUENCES = 8  # by default, the first of the calibration tokens; each tells as many gradients as it has tokens
-BATCH = 1  # how many of them pass at once
 SEED = 0  # of the labels
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which tokens are measured: the first ``sequences`` (None: ``SEQUENCES``), each without its first ``skip`` tokens."""
+
+    sequences: int | None = None
+    skip: int = 0
 
 
 def measure(
@@ -33,8 +41,7 @@ def measure(
     *,
     queries: Iterable[str] = (),
     seed: int = SEED,
-    skip: int = 0,
-    sequences: int | None = None,
+    part: Part = Part(),
 ) -> Moments:
     """FISHER, E[g gᵀ], at points of the stream or where branches write (``Edge.written``).
 
@@ -49,8 +56,7 @@ def measure(
     to second order and with other tokens' queries whole. Turning by positions leaves q_j g_j of a pair's two dims
     together as it is.
 
-    It reads the first ``sequences`` of the tokens, and of a sequence the first ``skip`` tokens pass the model, and no moment
-    sees them.
+    It reads ``part`` of the tokens; what it skips passes the model, and no moment sees it.
 
     Source: Martens 2020, arXiv:1412.1193: the true Fisher, by labels that the model itself draws; Theis et al. 2018,
     arXiv:1801.05787, equation 8, for what is left out.
@@ -87,9 +93,9 @@ def measure(
             summed = real_tokens(m.sum(-2).flatten(-2), seen)
             moments.add((name, Statistic.TAYLOR), summed, copies, copies)
 
-    some = slice(sequences or SEQUENCES)
+    some = slice(part.sequences or SEQUENCES)
     few = Tokens(tokens.ids[some], tokens.mask[some])
-    backward(parts, few, taps, take, skip=skip, seed=seed, batch=BATCH, progress=progress)
+    backward(parts, few, taps, take, skip=part.skip, seed=seed, progress=progress)
     return moments.cpu()
 
 

@@ -259,7 +259,8 @@ class Calibration:
         return 4 * kept * sum(batch.x.nbytes for batch in batches) <= free
 
     def _gradients(self, keys: list[Key]) -> Moments:
-        assert self.tokens is not None and self.plan.recipe.calibrate is not None
+        calibrate = self.plan.recipe.calibrate
+        assert self.tokens is not None and calibrate is not None
         points, queries = (
             [n for n, s in keys if s is of] for of in (Statistic.FISHER, Statistic.TAYLOR)
         )
@@ -269,6 +270,5 @@ class Calibration:
             self.tokens,
             self.progress,
             queries=queries,
-            skip=self.plan.recipe.calibrate.skip,
-            sequences=self.plan.recipe.calibrate.fisher,
+            part=fisher.Part(calibrate.fisher, calibrate.skip),
         )

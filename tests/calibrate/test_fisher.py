@@ -266,7 +266,7 @@ def test_so_many_sequences_are_read_as_are_asked_for_and_the_first_of_them() -> 
         measured = fisher.measure(Whole(model, layout), ["x.1.0"], found, **options)
         return measured.known["x.1.0", FISHER].mean
 
-    few = of(tokens(ids), sequences=3)
+    few = of(tokens(ids), part=fisher.Part(sequences=3))
     assert torch.equal(few, of(tokens(ids[:3])))
     assert torch.equal(of(tokens(ids)), of(tokens(ids[: fisher.SEQUENCES])))
     assert not close(few, of(tokens(ids)))
