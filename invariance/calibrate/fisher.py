@@ -13,7 +13,7 @@ from torch import Tensor
 from ..core.progress import Progress, quiet
 from ..core.space import Space
 from ..io.data import Tokens
-from ..model.layout import Edge
+from ..model.axes import Edge
 from ..model.modules import Stage
 from ..model.working import Stages
 from .backward import backward

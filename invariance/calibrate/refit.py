@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.change import Change
+from ..model.axes import Edge
 from ..model.canonical import assign
-from ..model.layout import Edge, Layout
+from ..model.layout import Layout
 from ..model.modules import Stage
 from .batch import Batch
 from .moments import real_tokens, weights

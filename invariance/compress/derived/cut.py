@@ -37,12 +37,11 @@ from ...model.narrow.stock import differences
 from ...model.verify import Certificate
 from ..calibration import timed
 from ..demand import Unit, Widths
+from ..exactness import probe
 from .layout import STREAM
 from .lines import lines, read_from_kept
 from .ones import centred, fixing_ones
 from .plan import DerivedPlan
-
-PROBE_TOKENS = 64
 
 
 @dataclass
@@ -82,6 +81,8 @@ class _Run:
             if plan.turns:
                 turn(self.twin, self.description, {})  # gains folded, nothing turned
         self.bases: dict[str, Basis] = {}
+        vocabulary = model.config.get_text_config().vocab_size
+        self.ids = probe(vocabulary, plan.recipe.seed, None)
 
     def run(self) -> Made:
         self._measure()
@@ -206,12 +207,9 @@ class _Run:
 
     def _certify(self) -> Certificate:
         """All bases at once on tokens that no text is needed for; then one side of each space alone."""
-        g = torch.Generator().manual_seed(self.plan.recipe.seed)
-        vocabulary = self.source.config.get_text_config().vocab_size
-        ids = torch.randint(0, vocabulary, (2, PROBE_TOKENS // 2), generator=g)
         chosen = {self.layout.own[n]: self._element(n) for n in self.bases}
         with timed(self.seconds, "verify"):
-            trial = Trial(self.twin, self.description, [tokens(ids)])
+            trial = Trial(self.twin, self.description, [tokens(self.ids)])
             error = trial.error(self.flat, chosen)
             controls = []
             for name, element in chosen.items():
@@ -260,10 +258,7 @@ class _Run:
                 kept[own] = np.sort(np.take_along_axis(each, keep, -1).reshape(-1))
         if not kept:
             return self._finished(self.twin), None, 0.0
-        g = torch.Generator().manual_seed(self.plan.recipe.seed)
-        vocabulary = self.source.config.get_text_config().vocab_size
-        probe = tokens(torch.randint(0, vocabulary, (2, PROBE_TOKENS // 2), generator=g))
-        small, done, error = tried(self.twin, self.description, kept, probe)
+        small, done, error = tried(self.twin, self.description, kept, tokens(self.ids))
         if not error <= TOLERANCE:
             raise CertificateError(
                 f"the narrower model differs by {error:.1e} from the one whose coordinates are zero, where rounding explains "

@@ -18,7 +18,8 @@ from ...model.layout import Parameters
 from ...model.narrow.experts import chosen
 from ...model.narrow.positions import narrowings, shapes
 from ...model.narrow.spoken import search
-from ...recipe.recipe import Recipe, Step
+from ...recipe.recipe import Recipe
+from ...recipe.step import Step
 from ..allocation import allocate
 from ..demand import Loss, Spectra, Unit, Widths
 from ..fitting import check_unit
