@@ -19,7 +19,7 @@ demo: $(VENV)/.demo  ## compress a small real model and print the table; report 
 	$(VENV)/bin/invariance run recipes/demo.yaml --output runs/demo --overwrite
 
 test: $(VENV)/.all  ## the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup
 
 lint: $(VENV)/.all  ## ruff, mypy, import-linter
 	$(PY) -m ruff check .

@@ -27,6 +27,7 @@ from ..recipe.recipe import Recipe, parse_recipe
 from .scenes import FAMILIES, IDS, Ready, ready, scene, serves
 
 KINDS = ("residual", "mlp", "vo", "qk", "heads", "edge")
+ELSEWHERE = (Kind.EDGE, Kind.EXPERTS)  # what the models of these tests have not
 PRICES = {"mlp": 96, "vo": 256}
 
 
@@ -145,7 +146,7 @@ def serves_a_scene(joint: Joint) -> None:
     kinds = [
         kind.value
         for kind in Kind
-        if kind != Kind.EDGE and serves(joint, ready("llama").space(kind.value))
+        if kind not in ELSEWHERE and serves(joint, ready("llama").space(kind.value))
     ]
     assert kinds, f"{_named(joint)}: serves no space; see its `produces` and `kinds`"
     here = scene(kinds)

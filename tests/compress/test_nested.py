@@ -473,7 +473,8 @@ def test_a_member_is_extracted_as_a_stock_checkpoint_with_its_own_report(root: P
     assert abs(measured["model"] - ours) <= ours * tolerance(F32, 4) * 10
     assert abs(ours - whole["perplexity"]["tokens"]["sliced"]) > 1e-3 * ours  # that of the widest
     card = (root / "narrow" / "model" / "README.md").read_text()
-    assert "ordinary 'llama' checkpoint" in card and "--width 0.6" in card
+    kind = report["model"]["exported_as"]
+    assert f"ordinary '{kind}' checkpoint" in card and "--width 0.6" in card
     assert "Nested members" in (root / "family" / "model" / "README.md").read_text()
     assert "Nested members" in (root / "family" / "report.html").read_text()
     assert {p.name for p in (root / "narrow").iterdir()} == {

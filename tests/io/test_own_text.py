@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from invariance.io import own_text
-from invariance.io.data import Making, load_tokens
+from invariance.io.data import Amount, Making, load_tokens
 from invariance.io.sources import Source
 from invariance.io.tokens import Shape
 
@@ -105,7 +105,7 @@ def test_text_is_written_once_and_again_for_other_weights_or_another_seed(
 
 def test_self_is_a_source_alone_and_in_a_mixture_and_splits_differ(model, tokenizer, tmp_path):
     making = Making(0, lambda: model)
-    said = {"vocab_size": model.config.vocab_size, "sequences": 6, "tokens": 8, "making": making}
+    said = {"vocab_size": model.config.vocab_size, "amount": Amount(6, 8), "making": making}
     train, test = (load_tokens("self", tokenizer, split=s, **said) for s in ("train", "test"))
     assert train.ids.shape == (6, 8) and not torch.equal(train.ids, test.ids)
     (tmp_path / "a.txt").write_text("w5 " * 200)

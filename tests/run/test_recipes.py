@@ -80,6 +80,8 @@ NARROWER: dict[str, dict[str, Any]] = {
 IDS = torch.arange(1, 25)[None] % VOCABULARY
 DEPTH = 4
 
+pytestmark = pytest.mark.xdist_group("recipes")  # which are all run once, for every test here
+
 FRESH = """
 import json, sys
 if sys.argv[1] == "plain":
