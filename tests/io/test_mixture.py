@@ -219,3 +219,29 @@ def test_packaged_texts_are_one_evaluation_each(tokenizer):
     assert alone.each() == (alone,)
     with pytest.raises(InputError, match="several texts"):
         load_tokens("packaged:texts", tokenizer, vocab_size=V)
+
+
+CATALOGUE = """
+msgid ""
+msgstr ""
+"Project-Id-Version: x\\n"
+"Language: LANGUAGE\\n"
+"Content-Type: text/plain; charset=UTF-8\\n"
+
+msgid "one"
+msgstr "court"
+
+#, fuzzy
+msgid "two"
+msgstr[0] ""
+"une phrase qui est assez "
+"longue: \\"oui\\"\\n"
+msgstr[1] "des phrases qui sont assez longues"
+"""
+
+
+def test_messages_are_the_long_enough_translations_but_for_german_ones():
+    files = [CATALOGUE.replace("LANGUAGE", each) for each in ("fr", "de", "de_CH", "hsb", "nl")]
+    found = texts._messages(files, "r")
+    wanted = 'une phrase qui est assez longue: "oui" \ndes phrases qui sont assez longues'
+    assert found == [wanted, "", "", "", wanted]
