@@ -84,6 +84,8 @@ class Uniform(Selector, name="uniform"):
                 "two factors would store no less",
             )
             what = space.why if space.normed else pairs if space.rotary else factors
+            if width < space.least:
+                what = f"a token takes {space.least} experts"
         raise InputError(
             f"space '{space.name}' cannot have width {width}, because {what}. Take {near}, or let `widths` allow it."
         )

@@ -195,6 +195,10 @@ class Demand:
                 f"one has {most}. A selector must keep to `cost.widths`; use another one, or remove `nested`."
             )
         if not space.fits(k):
+            if k < space.least:
+                raise InputError(
+                    f"selector '{select.name}' gave space '{space.name}' the width {k}, and a token takes {space.least} experts."
+                )
             if space.even is not None:
                 raise InputError(
                     f"selector '{select.name}' gave space '{space.name}' the width {k}, at which two factors store no less "

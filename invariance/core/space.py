@@ -25,7 +25,8 @@ class Space:
     direction in what readers see: of a KV group, the values of all its query heads. ``normed``: a norm over all its dims
     stands between what writes it and what reads it. ``even`` is, inside a matrix, the rank in·out/(in + out) at which two
     factors store as much as the matrix. ``block`` and ``stage`` say by number where it lies, ``part`` in which matrix of
-    the stage; the stream's last point is in the block behind the last one.
+    the stage; the stream's last point is in the block behind the last one. ``least`` is how many directions have to stay: of
+    experts, as many as a token takes.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Space:
     block: int | None = None
     stage: int | None = None
     part: str | None = None
+    least: int = 1
 
     @property
     def seen(self) -> int:
@@ -51,7 +53,11 @@ class Space:
         """The reason that its group is no wider, for error messages."""
         if self.normed:
             return "a norm divides by the length over all its dims, which no change of basis and no cut passes"
-        return "every head has a softmax of its own" if self.kind == Kind.HEADS else self.group.why
+        whole = {
+            Kind.HEADS: "every head has a softmax of its own",
+            Kind.EXPERTS: "a router takes experts one by one",
+        }
+        return whole.get(self.kind, self.group.why)
 
     def admits(self, group: Group) -> bool:
         return group <= self.group
@@ -96,6 +102,8 @@ class Space:
         if self.normed:
             return k == self.dim
         if self.even is not None and self.even <= k < self.dim:
+            return False
+        if self.least > 1 and k < self.least:
             return False
         pairs = k - self.spared
         return 0 <= k <= self.dim and (not self.rotary or (pairs >= 2 and pairs % 2 == 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from ..core.files import write_json
+from ..model.described.weightless import on_meta
 
 OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq")
 """The keys by which transformers 4 knows rotary positions; version 5 has ``rope_parameters`` alone."""
@@ -51,14 +53,13 @@ def misread(config: PretrainedConfig) -> list[str]:
             "llama.cpp's converter leaves out the factors of its rotary frequencies, and what it makes of this checkpoint "
             "writes nonsense."
         )
-    odd = [
-        f"{key} {n}"
-        for key in ("hidden_size", "intermediate_size")
-        if isinstance(n := getattr(config, key, None), int) and n % GROUP
-    ]
-    if odd:
+    matrices = {
+        p.shape[-1] for _, p in on_meta(copy.deepcopy(config)).named_parameters() if p.dim() > 1
+    }
+    if odd := sorted(width for width in matrices if width % GROUP):
         found.append(
-            f"llama.cpp does not quantise matrices with a width that {GROUP} does not divide ({', '.join(odd)})."
+            f"llama.cpp does not quantise matrices with a width that {GROUP} does not divide "
+            f"({', '.join(map(str, odd))})."
         )
     periods = getattr(config, "sliding_window_pattern", None) or getattr(
         config, "_sliding_window_pattern", None
@@ -68,8 +69,8 @@ def misread(config: PretrainedConfig) -> list[str]:
         (kind == "full_attention") != ((n + 1) % periods == 0) for n, kind in enumerate(kinds)
     ):
         found.append(
-            "llama.cpp's converter takes sliding windows to come in a fixed rhythm, and blocks that are gone have broken it: what "
-            "it reads is not quite this model."
+            "llama.cpp's converter takes sliding windows to come in a fixed rhythm, which those of these blocks have not: what it "
+            "reads is not quite this model."
         )
     return found
 

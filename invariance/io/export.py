@@ -244,7 +244,10 @@ def stock_config(
     others = {k: v for k, v in layout.architecture.alternatives.items() if k != original.model_type}
     kinds: dict[str, Mapping[str, Any]] = {original.model_type: {}, **others}
     if values["num_attention_heads"] * each["vo"] != k and not _biased(layout):
-        kinds = {**others, original.model_type: {}}  # some clients take k / heads for the family's
+        kinds = {
+            **others,
+            original.model_type: {},
+        }  # some clients take k / heads for the width of the family's heads
     for kind, extra in kinds.items():
         try:
             return AutoConfig.for_model(kind, **{**values, **extra}), ""

@@ -17,6 +17,7 @@ from tiny import tiny
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from invariance.io.clients import OLDER, misread, save_tokenizer
+from invariance.model.tiny import tiny as small
 from invariance.recipe.recipe import Recipe
 from invariance.run.compress import compress
 from invariance.run.run import run
@@ -51,6 +52,11 @@ ROPE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"rope_theta": 123.0, "partial_rotary_factor": 0.5},
     ),
     "none": ("opt", {}, {}),
+}
+LONG = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "factor": 1.0},
+    **{"short_factor": [1.0] * 8, "long_factor": [1.0] * 8},
+    "original_max_position_embeddings": 2048,
 }
 OLD = os.environ.get("INVARIANCE_OLD_TRANSFORMERS")
 READ = """
@@ -150,8 +156,9 @@ def test_version_4_computes_the_same(name: str, tmp_path: Path) -> None:
     ("changes", "said"),
     [
         ({}, []),
-        ({"hidden_size": 48}, [r"32 does not divide \(hidden_size 48\)"]),
-        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, ["writes nonsense"]),
+        ({"hidden_size": 48}, [r"32 does not divide \(48\)"]),
+        ({"head_dim": 12}, [r"32 does not divide \(48\)"]),
+        ({"rope_parameters": LONG}, ["writes nonsense"]),
         (
             {"layer_types": ["sliding_attention", "full_attention"], "_sliding_window_pattern": 3},
             ["fixed rhythm"],
@@ -161,8 +168,17 @@ def test_version_4_computes_the_same(name: str, tmp_path: Path) -> None:
 def test_what_programs_are_known_to_read_wrongly_is_told(
     changes: dict[str, Any], said: list[str]
 ) -> None:
-    config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=128)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    config = AutoConfig.for_model("llama", num_attention_heads=4, vocab_size=64, **sizes)
     vars(config).update(changes)
     found = misread(config)
     assert len(found) == len(said)
     assert all(re.search(a, b) for a, b in zip(said, found, strict=True))
+
+
+def test_of_experts_the_widths_that_are_stored_are_told() -> None:
+    """``intermediate_size`` is of dense layers, and there is none."""
+    config = small("qwen2_moe").model.config
+    config.moe_intermediate_size, config.shared_expert_intermediate_size = 16, 64
+    config.intermediate_size = 40
+    assert any("(16)" in line for line in misread(config))

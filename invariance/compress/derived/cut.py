@@ -74,7 +74,6 @@ class _Run:
         self.layout, self.description = plan.layout, plan.layout.description
         self.flat = self.description.flat()
         self.seconds: dict[str, float] = {}
-        self.source = model
         self.tied = bool(self.layout.tied)
         with timed(self.seconds, "canonicalize"):
             self.twin = double(model)
@@ -116,6 +115,12 @@ class _Run:
             raise InputError(
                 f"{self.plan.recipe.where('calibrate')}: {count} tokens cannot tell the {widest.dim} directions of space "
                 f"'{widest.name}' apart. Calibrate on at least {widest.dim} tokens; {8 * widest.dim} and more are better."
+            )
+        routed = next((u.space for u in self.plan.units if u.space.kind == "experts"), None)
+        if routed is not None and not bool(self.found.mask.all()):
+            raise InputError(
+                f"{self.plan.recipe.where('calibrate', 'data')}: some windows are padded, and which tokens reach the experts of "
+                f"'{routed.name}' is not followed, so padding would be measured. Give longer texts, or fewer `tokens`."
             )
         batches = list(self.found.batches(calibrate.batch))
         own = {u.space.name: self.layout.own[u.space.name] for u in self.plan.units}
@@ -213,15 +218,16 @@ class _Run:
             error = trial.error(self.flat, chosen)
             controls = []
             for name, element in chosen.items():
+                if _still(element):
+                    continue  # nothing that a control could leave out
                 moved = 0.0
                 for side in reversed(sides(self.description, name)):
                     moved = max(moved, trial.error(self.flat, {name: element}, side))
                     if moved > 1000 * TOLERANCE:
                         break
                 controls.append(moved)
-        moving = [m for m in controls if m] or [0.0]
-        certificate = Certificate(error, TOLERANCE, min(moving), len(chosen))
-        if certificate.failure is not None and any(not _still(e) for e in chosen.values()):
+        certificate = Certificate(error, TOLERANCE, min(controls, default=0.0), len(chosen))
+        if certificate.failure is not None and controls:
             raise CertificateError(f"the certificate failed: {certificate.failure}.")
         return certificate
 

@@ -20,7 +20,7 @@ from ...model.described.elements import blocks
 from ...model.described.pattern import RIGID, expand
 from ...model.described.weightless import on_meta
 from ...model.layout import Parameters
-from ...model.narrow.experts import is_experts
+from ...model.narrow.experts import chosen, is_experts
 
 STREAM = "x"
 Widths = Mapping[str, int]
@@ -127,11 +127,13 @@ def derived_spaces(config: PretrainedConfig, description: d.Description) -> Deri
         dim = s.width // s.copies
         space = Space(name, Kind.MLP, dim, Group.PERMUTATION, s.copies, block=block, part=part)
         found[name] = own, space
-    for own, s in flat.spaces.items():
-        if is_experts(own, s):
-            name, block = f"{Kind.EXPERTS}.{_block(own)}", _block(own)
-            found[name] = own, Space(name, Kind.EXPERTS, s.width, Group.PERMUTATION, block=block)
     model = on_meta(config)
+    taken = chosen(model)
+    for own, s in flat.spaces.items():
+        if is_experts(own, s) and s.width in taken:  # else nobody knows how many must stay
+            name, block, least = f"{Kind.EXPERTS}.{_block(own)}", _block(own), taken[s.width]
+            space = Space(name, Kind.EXPERTS, s.width, Group.PERMUTATION, block=block, least=least)
+            found[name] = own, space
     own_names = {o: n for n, (o, _) in found.items()}
     return DerivedLayout(
         description,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,14 +14,13 @@ from ...core.errors import InputError
 from ...method.interfaces import Joint, Selector, Slicer
 from ...model.described.description import Kind
 from ...model.layout import Parameters
-from ...model.narrow.experts import chosen
 from ...model.narrow.positions import narrowings, shapes
 from ...model.narrow.spoken import search
 from ...recipe.recipe import Recipe
 from ...recipe.step import Step
 from ..allocation import allocate
 from ..demand import Loss, Spectra, Unit, Widths
-from ..fitting import check_unit
+from ..fitting import check_selectors, check_unit
 from ..needs import IMPORTS, LOGITS, Needs
 from .layout import STREAM, DerivedLayout
 
@@ -105,9 +103,8 @@ class DerivedPlan:
         return allocate(self, spectra, loss, influence, within)
 
     def check_widths(self, widths: Widths) -> None:
-        """Raises InputError where no config of the family says these widths, or a token takes more experts than stay."""
+        """Raises InputError where no config of the family says these widths."""
         self._check_stacks(widths)
-        self._check_experts(widths)
         kept = self.layout.kept(widths)
         asked = tuple(sorted(widths.items()))
         if not kept or asked in self.said:
@@ -121,27 +118,10 @@ class DerivedPlan:
             raise InputError(
                 f"{self.recipe.where('steps', self.units[0].step, 'select')}: no config of type '{self.config.model_type}' says "
                 f"these widths ({told[:200]}), so plain transformers could not load the model. Use other widths (a multiple of "
-                "what the config divides by), or leave this space whole."
+                "what the config divides by), name all spaces of a kind (`spaces: mlp`) where a config has one number for them, or "
+                "leave this space whole."
             )
         self.said.add(asked)
-
-    def _check_experts(self, widths: Widths) -> None:
-        """Raises InputError where fewer experts would stay than a token takes."""
-        for name, k in widths.items():
-            space = self.layout.spaces[name]
-            if space.kind != "experts" or k == space.dim:
-                continue
-            taken = self.chosen.get(space.dim, 1)
-            if k < taken:
-                step = next(u.step for u in self.units if name in u.members)
-                raise InputError(
-                    f"{self.recipe.where('steps', step, 'select')}: {k} of {space.dim} experts would stay in '{name}', and the "
-                    f"model takes {taken} experts a token. Keep {taken} at least (`widths: {{min: {taken}}}`)."
-                )
-
-    @cached_property
-    def chosen(self) -> dict[int, int]:
-        return chosen(self.layout.model)
 
     def _check_stacks(self, widths: Widths) -> None:
         """Raises InputError for widths in stacks of experts that products of groups do not take: rows of 16 bytes."""
@@ -189,6 +169,7 @@ def derived_plan(recipe: Recipe, config: PretrainedConfig, layout: DerivedLayout
             unit = Unit((name,), (space.block or 0,), space, n, *_methods(recipe, step))
             _check_unit(recipe, unit, layout, kind)
             units.append(unit)
+    check_selectors(recipe, units)
     made = DerivedPlan(recipe, layout, tuple(units), config)
     if made.turns and recipe.tie == "keep" and layout.tied:
         raise InputError(
@@ -283,6 +264,12 @@ def _named(recipe: Recipe, n: int, step: Step, layout: DerivedLayout, kind: str)
 
 def _check_unit(recipe: Recipe, unit: Unit, layout: DerivedLayout, kind: str) -> None:
     check_unit(recipe, unit, layout)  # type: ignore[arg-type]
+    skips = recipe.calibrate is not None and recipe.calibrate.skip > 0
+    if unit.space.kind == "experts" and skips:
+        raise InputError(
+            f"{recipe.where('calibrate', 'skip')}: which tokens reach an expert is not followed, so all of them are measured. "
+            "Remove `skip`, or leave experts whole."
+        )
     if unit.space.kind != "residual":
         return
     stream = layout.stream
