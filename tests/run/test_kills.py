@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from invariance.core import manifest
 
+PACKAGE = str(Path(manifest.__file__).parents[1])
 MOMENTS = int(os.environ.get("INVARIANCE_KILLS", "2"))  # of each command and signal; 60 by hand
 RECIPE = """\
 model: model
@@ -58,6 +60,9 @@ def forked(arguments: tuple[str, ...]) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.setsid()
         status, _, _ = invoke(*arguments)
+    except KeyboardInterrupt as e:  # not the command's fault where it came before or behind it
+        inside = any(f.filename.startswith(PACKAGE) for f in traceback.extract_tb(e.__traceback__))
+        status = 99 if inside else 130
     except BaseException:
         status = 99
     os._exit(status)

@@ -200,7 +200,7 @@ def on_ray(requests: Sequence[study_job.Request]) -> Iterator[study_job.Answer]:
             done = subprocess.run(
                 [sys.executable, script, file], capture_output=True, text=True, check=False
             )
-            if done.returncode < 0:  # by a signal
+            if done.returncode < 0 or "ray::core::" in done.stderr:  # by a signal, or a fault there
                 continue
             assert done.returncode == 0, done.stderr[-3000:]
             for answer in json.loads(file.read_text()):
