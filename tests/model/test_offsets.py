@@ -356,7 +356,5 @@ def test_bias_compensation_of_the_stream_is_refused_when_planned(spaces: str) ->
         "select": {"uniform": {"keep": 0.5}},
         "slice": "bias_compensation",
     }
-    with pytest.raises(
-        InputError, match="'bias_compensation' is made for heads and mlp and vo spaces"
-    ):
+    with pytest.raises(InputError, match="'bias_compensation' is made for heads, mlp, vo spaces"):
         plan(recipe(step), model_of("llama").config)
