@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
+from undeclared import IDS, cache_of_layouts, differs, made, model_of, recipe  # noqa: F401 - a fixture is imported
 
 from invariance.calibrate.tap import tapped
 from invariance.compress.derived import cut as cutting
-from invariance.compress.derived.cut import Made, carry_out
-from invariance.compress.derived.layout import DerivedLayout, derived_spaces
 from invariance.compress.derived.ones import fixing_ones, helmert
 from invariance.compress.derived.plan import derived_plan
 from invariance.core.change import Basis
 from invariance.core.errors import CertificateError, InputError
-from invariance.io.data import Tokens
-from invariance.io.layouts import derived_layout
 from invariance.model.derive.certify import TOLERANCE
-from invariance.model.tiny import tiny
 from invariance.recipe.recipe import Recipe
 
-IDS = torch.randint(3, 60, (16, 24), generator=torch.Generator().manual_seed(5))
 CHANNELS = {
     "spaces": "mlp",
     "rotate": "permute",
@@ -38,39 +31,6 @@ STREAM = {
     "rotate": {"pca": {"of": "normed"}},
     "select": {"uniform": {"width": 24}},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_of_layouts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INVARIANCE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@cache
-def model_of(kind: str) -> tuple[PreTrainedModel, DerivedLayout]:
-    model = tiny(kind).model.float()
-    assert isinstance(model, PreTrainedModel)
-    return model, derived_spaces(model.config, derived_layout(model.config))
-
-
-def recipe(*steps: dict[str, Any], **more: Any) -> Recipe:
-    return Recipe.from_dict(
-        {"model": "tiny", "calibrate": {"data": "t.npy"}, "steps": list(steps), **more}
-    )
-
-
-def made(kind: str, *steps: dict[str, Any], **more: Any) -> Made:
-    model, layout = model_of(kind)
-    plan = derived_plan(recipe(*steps, **more), model.config, layout)
-    found = carry_out(model, plan, Tokens(IDS, torch.ones_like(IDS, dtype=torch.bool), []))
-    numbers = sum(p.numel() for p in found.model.parameters())
-    assert numbers == plan.parameters(found.widths).total
-    return found
-
-
-def differs(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "olmo2", "mixtral", "mamba"])

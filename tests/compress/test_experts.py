@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,19 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from undeclared import IDS, cache_of_layouts, cut, differs, made, model_of  # noqa: F401 - a fixture is imported
 
 from invariance.calibrate.experts import Added
 from invariance.calibrate.moment import Moment
-from invariance.compress.derived.cut import Made, carry_out
-from invariance.compress.derived.layout import DerivedLayout, derived_spaces
+from invariance.compress.derived.cut import carry_out
 from invariance.compress.derived.plan import derived_plan
 from invariance.core.errors import CertificateError, InputError
 from invariance.io.data import Tokens
-from invariance.io.layouts import derived_layout
 from invariance.model.derive.certify import TOLERANCE
 from invariance.model.narrow.experts import NeverChosen
-from invariance.model.tiny import tiny
 from invariance.recipe.recipe import Recipe, load_recipe
 
 MOE = Path(__file__).parents[2] / "recipes" / "moe.yaml"
-IDS = torch.randint(3, 60, (16, 24), generator=torch.Generator().manual_seed(5))
 EXPERTS = {
     "spaces": "experts",
     "rotate": "reap",
@@ -42,37 +37,6 @@ CHANNELS = {
     "select": {"uniform": {"width": 16}},
     "slice": "least_squares",
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_of_layouts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("INVARIANCE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-@cache
-def model_of(kind: str) -> tuple[PreTrainedModel, DerivedLayout]:
-    model = tiny(kind).model.float()
-    assert isinstance(model, PreTrainedModel)
-    return model, derived_spaces(model.config, derived_layout(model.config))
-
-
-def cut(model: PreTrainedModel, layout: DerivedLayout, recipe: Recipe, ids: Tensor = IDS) -> Made:
-    plan = derived_plan(recipe, model.config, layout)
-    made = carry_out(model, plan, Tokens(ids, torch.ones_like(ids, dtype=torch.bool), ()))
-    numbers = sum(p.numel() for p in made.model.parameters())
-    assert numbers == plan.parameters(made.widths).total
-    return made
-
-
-def made(kind: str, *steps: dict[str, Any]) -> Made:
-    asked = {"model": "tiny", "calibrate": {"data": "t.npy"}, "steps": list(steps)}
-    return cut(*model_of(kind), Recipe.from_dict(asked))
-
-
-def differs(one: Tensor, other: Tensor) -> float:
-    return float((one - other).norm() / other.norm())
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "olmoe", "gpt_oss"])
