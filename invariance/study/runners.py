@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Final
 
 from ..compress.setting import Setting
 from ..core.errors import InputError
@@ -111,6 +112,13 @@ def _end(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(cancel_futures=True)
 
 
+#: What a cluster of this machine alone is started with: a run's answer is a few kB, and nobody looks at its dashboard.
+LOCAL_CLUSTER: Final[dict[str, Any]] = {
+    "object_store_memory": 128 * 2**20,
+    "include_dashboard": False,
+}
+
+
 def cluster(setting: Setting, address: str, cpus: float, gpus: float) -> Runner:
     """On a Ray cluster, one process a run, with its resources declared. The cluster's machines need this package."""
     try:
@@ -123,7 +131,8 @@ def cluster(setting: Setting, address: str, cpus: float, gpus: float) -> Runner:
     try:
         if host:  # Ray itself waits for minutes, and then ends the process
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False)
+        started = LOCAL_CLUSTER if address == "local" else {}
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, **started)
     except Exception as e:  # Ray raises many kinds where no cluster answers
         raise InputError(
             f"--ray {address}: {' '.join(str(e).split())[:300]}. Give HOST:PORT of a running cluster, or `local`."
