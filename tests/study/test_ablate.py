@@ -191,7 +191,7 @@ def test_two_recipes_that_are_one_run_once(root: Path) -> None:
 
 
 def on_ray(requests: Sequence[study_job.Request]) -> Iterator[study_job.Answer]:
-    """What a Ray cluster answers, asked in a process of its own; asked again if Ray's native code ends that process, skipped at the third time."""
+    """What a Ray cluster answers, asked in a process of its own; where Ray cannot start there thrice, the test is skipped."""
     script = Path(__file__).parent.parent / "on_ray.py"
     for _ in range(3):
         with tempfile.TemporaryDirectory() as folder:
