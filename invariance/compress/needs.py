@@ -77,6 +77,7 @@ def _whole(chart: Plan) -> str | None:
     recipe = chart.recipe
     asked = {
         "`recover`": recipe.recover is not None,
+        "`vocabulary`": recipe.vocabulary is not None,
         "`quantize`": recipe.quantize is not None,
         "`nested`": recipe.nested is not None,
         "a selector that measures losses": chart.measures,

@@ -17,11 +17,13 @@ from ..io.export import config_obstacle, obstacle
 from ..measure.latency import Latency
 from ..method.interfaces import Joint, Selector
 from ..model.layout import Layout, Parameters
+from ..model.vocabulary import Shape
 from ..recipe.budget import Budget
 from ..recipe.recipe import Recipe
 from .allocation import allocate
 from .demand import Loss, Spectra, Unit, Widths
 from .rounding.scheme import check_groups
+from .vocabulary import spared
 
 NOT_MEASURED = {
     Statistic.SEEN,
@@ -201,7 +203,7 @@ class Plan:
         """What is stored at these widths. A stock checkpoint stores gains of √(d/k) that the canonical form lacks."""
         count = self.layout.parameters(widths, self.segments, self._ranks(widths))
         biases = self._new_biases(widths)
-        count = replace(count, blocks=count.blocks + biases)
+        count = self._factored(replace(count, blocks=count.blocks + biases), widths)
         if not self.layout.folded:
             return count
         if stock is None:
@@ -213,8 +215,24 @@ class Plan:
             count, blocks=count.blocks + len(self.layout.stages(widths)) * k, head=count.head + k
         )
 
+    def _factored(self, count: Parameters, widths: Widths) -> Parameters:
+        """The same where the rows of rare tokens are two factors."""
+        if self.shape is None:
+            return count
+        ends = [self.layout.points[0]] + ([] if self.layout.tied else [self.layout.points[-1]])
+        less = [spared(self.layout, self.shape, self.layout.width(p, widths)) for p in ends]
+        return replace(count, embedding=count.embedding - less[0], head=count.head - sum(less[1:]))
+
+    @property
+    def shape(self) -> Shape | None:
+        """How the vocabulary is to be stored, where that is asked for."""
+        asked = self.recipe.vocabulary
+        return None if asked is None else Shape(asked.common, asked.rank)
+
     def why_not_stock(self, widths: Widths) -> str | None:
         """Why no stock checkpoint could hold a model of these widths; None where one can."""
+        if self.shape is not None:
+            return "the rows of rare tokens are two factors"
         shortcuts = len(self.layout.shortcut_ranks(self.segments, self._ranks(widths)))
         biases = self._new_biases(widths)
         why = obstacle(self.layout, widths, shortcuts, self.dense.centred, biases, self.mixed_pairs)
@@ -244,7 +262,11 @@ class Plan:
 
     def flops(self, widths: Widths) -> int:
         """Per token, at these widths."""
-        return self.layout.flops(widths, self.segments, self._ranks(widths))
+        flops = self.layout.flops(widths, self.segments, self._ranks(widths))
+        if self.shape is None:
+            return flops
+        head = self.layout.width(self.layout.points[-1], widths)
+        return flops - 2 * spared(self.layout, self.shape, head)
 
     def amount(self, resource: str, widths: Widths) -> float:
         """What a choice of widths spends of a resource that a budget can limit; of latency, nanoseconds."""

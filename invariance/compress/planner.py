@@ -19,6 +19,7 @@ from .heldout import enough_held_out
 from .plan import Plan
 from .rounding.scheme import check_groups
 from .units import units_of
+from .vocabulary import check_vocabulary
 
 
 def plan(
@@ -34,6 +35,7 @@ def plan(
     """
     check_dense(config)
     dense = layout_of(config)
+    check_vocabulary(recipe, dense)
     touched = [name for step in recipe.steps for name in dense.select(step.spaces)]
     fold = any(dense.spaces[name].kind == "residual" for name in touched)
     split = dense.splits(p for step in recipe.steps for p in step.spaces)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ from ..model.labels import label
 from ..model.layout import Layout
 from ..model.modules import Attention, Norm, Stage
 from ..model.reparametrize import attention_of
+from ..model.vocabulary import Head, Rows, factored
 from .form import LEFT_OUT, TYPE, Form, read_form, upgraded
 from .narrow import narrow
 from .skeleton import parameters_on_meta, skeleton
@@ -131,6 +133,11 @@ class InvarianceForCausalLM(Mixed):
         vars(found[0] if isinstance(found, tuple) else found).pop("_weight_conversions")
         return found
 
+    def _adjust_bias(self, output_embeddings: nn.Module, input_embeddings: nn.Module) -> None:
+        """A head of two factors has as many biases as rows, and its rows may not all be read yet."""
+        if not isinstance(output_embeddings, Head):
+            super()._adjust_bias(output_embeddings, input_embeddings)
+
     def _get_static_cache_init_shape(self) -> tuple[list[int], list[int]] | None:
         """Heads and their width by layer, for caches that are made in advance; None where one number is not all."""
         attentions = [m for m in self.modules() if isinstance(m, Attention)]
@@ -158,6 +165,11 @@ def _draw(module: nn.Module) -> None:
             init.zeros_(module.bias)
     elif isinstance(module, Stage) and module.shortcut is not None:
         init.normal_(module.shortcut, std=module.shortcut.shape[0] ** -0.5)
+    elif isinstance(module, Rows):
+        for part in (module.common, module.rare, module.basis):
+            init.normal_(part, std=part.shape[1] ** -0.5)
+        if isinstance(module, Head) and module.bias is not None:
+            init.zeros_(module.bias)
     elif isinstance(module, Attention) and module.pairs is not None:
         first = torch.arange(module.pairs.shape[1], device=module.pairs.device)
         init.copy_(module.pairs, first.expand_as(module.pairs))
@@ -224,6 +236,7 @@ def described(
     def kept(name: str, k: int) -> bool:  # spaces of a branch that is gone go without saying
         return k > 0 or name in layout.branches.values()
 
+    shape = factored(model, now.architecture)
     chosen = {n: attention_of(model, now, n).pairs for n in now.select(["qk"])}
     config = custom(
         original,
@@ -240,6 +253,7 @@ def described(
         split=now.select(["edge"]),
         nested={share: dict(widths) for share, widths in (nested or {}).items()},
         pairs={n: p.shape[1] for n, p in chosen.items() if p is not None},
+        vocabulary=None if shape is None else asdict(shape),
     )
     config.tie_word_embeddings = now.tied
     config.dtype = model.dtype

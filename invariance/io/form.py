@@ -24,6 +24,15 @@ EARLIER = ("folded", "tie", "widths", "shortcuts", "biases", "pairs", "split", "
 """What an earlier version kept beside ``original``, the family's config."""
 
 
+class Vocabulary(BaseModel):
+    """How many first tokens have rows of their own, and how many directions the rows of the others share."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    common: PositiveInt
+    rank: PositiveInt
+
+
 class Form(BaseModel):
     """What a model of ours is, beyond its family's config; spaces are named as ``invariance inspect`` names them."""
 
@@ -49,6 +58,8 @@ class Form(BaseModel):
     """Matrices that are two factors."""
     pairs: dict[str, PositiveInt] = Field(default_factory=dict)
     """Query/key spaces whose frequency pairs were chosen, and how many each kept; which ones is beside the weights."""
+    vocabulary: Vocabulary | None = None
+    """How the rows of rare tokens are stored, where those are two factors."""
     nested: dict[str, dict[str, NonNegativeInt]] = Field(default_factory=dict)
     """Narrower models in the same weights: share → widths of the spaces that it has narrower than this one."""
 

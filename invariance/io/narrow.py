@@ -17,6 +17,7 @@ from ..model.labels import label
 from ..model.layout import Layout
 from ..model.modules import Stage
 from ..model.reparametrize import attention_of, reparametrize
+from ..model.vocabulary import Shape, install_blank
 from .form import TYPE, Form
 
 
@@ -41,6 +42,9 @@ def narrow(model: PreTrainedModel, form: Form, where: str) -> None:
         }
         reparametrize(model, layout, changes)
         _grow(model, layout, form)
+        if form.vocabulary is not None:
+            shape = Shape(form.vocabulary.common, form.vocabulary.rank)
+            install_blank(model, arch, shape)
     except InputError:
         raise
     except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as e:
@@ -94,6 +98,11 @@ def _check(form: Form, layout: Layout, where: str) -> None:
     for name in form.ranks:
         if name not in layout.points:
             raise _damaged(where, f"{TYPE}.ranks", f"the stream has no point '{name}'")
+    rows, width = layout.shapes[f"{readers.embed[0]}.weight"]
+    asked = form.vocabulary
+    if asked is not None and (asked.common >= rows or asked.rank > width):
+        why = f"it has {rows} rows of {width}"
+        raise _damaged(where, f"{TYPE}.vocabulary", why)
     for name in form.biases:
         if not name.startswith(readers.blocks) or not name.endswith(".bias"):
             raise _damaged(where, f"{TYPE}.biases", f"'{name}' is no bias of a block")

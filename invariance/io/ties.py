@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from ..model.vocabulary import is_tied
 from . import shards
 
 
@@ -31,7 +32,7 @@ def note_ties(model: PreTrainedModel) -> None:
     """A loaded model's config says of the head what its weights are."""
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, nn.Module) and isinstance(table, nn.Module):
-        one = getattr(head, "weight", None) is getattr(table, "weight", 0)
+        one = is_tied(table, head)
         if model.config.tie_word_embeddings and not one:
             model.config.tie_word_embeddings = False
 

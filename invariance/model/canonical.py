@@ -14,6 +14,7 @@ from .families import architecture
 from .labels import label
 from .layout import Layout
 from .modules import Block, Factored, Linear, Norm, Stage, factors
+from .vocabulary import LEAVES, Head
 
 WRITERS = ("out", "down")  # the linear layers of a branch that write the stream; all others read it
 
@@ -148,14 +149,17 @@ def fold_again(model: PreTrainedModel, layout: Layout) -> None:
     reader: nn.Module = model.get_submodule(layout.architecture.head)
     if isinstance(norm, nn.Sequential):  # a tied head is read through a matrix of its own
         norm, reader = norm.children()
-    assert isinstance(norm, Norm) and isinstance(reader, nn.Linear)
-    fold_norm(norm, [reader])
+    assert isinstance(norm, Norm) and isinstance(reader, nn.Linear | Head)
+    if isinstance(reader, Head):
+        _fold_rows(norm, reader)
+    else:
+        fold_norm(norm, [reader])
 
 
 def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
     arch = layout.architecture
     head, norm = model.get_submodule(arch.head), model.get_submodule(arch.final_norm)
-    assert isinstance(head, nn.Linear) and isinstance(norm, Norm)
+    assert isinstance(head, nn.Linear | Head) and isinstance(norm, Norm)
     if layout.tied and tie == "keep":
         mix = nn.Linear(
             norm.d, norm.d, bias=False, device=head.weight.device, dtype=head.weight.dtype
@@ -167,12 +171,29 @@ def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
         model.set_submodule(arch.final_norm, nn.Sequential(norm, mix))
         return
     if layout.tied:
-        head.weight = _like(head.weight.double().clone(), head.weight)
+        for leaf in LEAVES if isinstance(head, Head) else ("weight",):
+            own = head.get_parameter(leaf)
+            setattr(head, leaf, _like(own.double().clone(), own))
         model.config.tie_word_embeddings = False
         model._tied_weights_keys = (
             model.all_tied_weights_keys
         ) = {}  # else transformers ties them again
-    fold_norm(norm, [head])
+    if isinstance(head, Head):
+        _fold_rows(norm, head)
+    else:
+        fold_norm(norm, [head])
+
+
+def _fold_rows(norm: Norm, head: Head) -> None:
+    """``fold_norm``, into a head of which the last rows are two factors: what reads the signal has the gain."""
+    if norm.bias is not None:
+        bias = head.weight.double() @ norm.bias.double()
+        bias = bias if head.bias is None else bias + head.bias.double()
+        head.bias = _like(bias, head.common)
+    if norm.gain is not None:
+        gain = norm.offset + norm.gain.double()
+        head.common, head.basis = (_like(p.double() * gain, p) for p in (head.common, head.basis))
+    fold_norm(norm, [])
 
 
 def _centre(model: PreTrainedModel, layout: Layout) -> None:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
 from ..core.errors import InputError
+from .vocabulary import is_tied
 
 WRAPPERS = {
     "DataParallel": "Give the model inside, `model.module`",
@@ -106,17 +107,18 @@ def _sharing(model: PreTrainedModel) -> Iterator[str]:
                 "of its own: `copy.deepcopy`"
             )
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = table is not None and head is not None and head.weight is table.weight
+    tied = table is not None and head is not None and is_tied(table, head)
     said = bool(model.config.get_text_config().tie_word_embeddings)
     if tied and not said:  # the other way round, the weights say what holds
         yield (
             "its config says tie_word_embeddings=False, and its head is the embedding table. Say what holds: "
             "`model.config.tie_word_embeddings = True`"
         )
+    own = {id(p) for p in table.parameters()} if tied else set[int]()
     seen: dict[int, str] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         other = seen.setdefault(id(p), name)
-        if other != name and not (tied and p is head.weight):
+        if other != name and not (tied and id(p) in own):
             yield f"'{name}' is the same weight as '{other}'. Give it one of its own: `nn.Parameter(weight.clone())`"
 
 

@@ -16,6 +16,7 @@ from .architecture import Architecture
 from .axes import Axis, Edge, Role
 from .families import architecture
 from .layout import Layout
+from .vocabulary import Head
 
 
 def label(model: PreTrainedModel) -> Layout:
@@ -33,7 +34,8 @@ def label(model: PreTrainedModel) -> Layout:
     shapes = {n: tuple(p.shape) for n, p in model.named_parameters()}  # each tied tensor once
 
     def put(weight: str, *where: Axis | None) -> None:
-        """Label a linear layer's weight (out, in) and bias (out), where it has them; its factors, where it is split."""
+        """Label a linear layer's weight (out, in) and bias (out), where it has them; its factors, where it is
+        split; and a table's rows, of which the last ones may be two factors."""
         if isinstance(pair := model.get_submodule(weight), modules.Factored):
             part = weight.removeprefix(f"{path}.").partition(".")[2]
             even = 1 / (1 / pair.in_features + 1 / pair.out_features)
@@ -43,9 +45,9 @@ def label(model: PreTrainedModel) -> Layout:
             put(f"{weight}.first", Axis(name, Role.WRITE), where[1])
             put(f"{weight}.second", where[0], Axis(name, Role.READ))
             return
-        for name, labels in ((f"{weight}.weight", where), (f"{weight}.bias", where[:1])):
-            if name in shapes:
-                axes[name] = labels
+        parts = {"weight": where, "bias": where[:1]}
+        parts |= {"common": where, "rare": (None, None), "basis": (None, *where[1:])}
+        axes.update({n: a for leaf, a in parts.items() if (n := f"{weight}.{leaf}") in shapes})
 
     final = model.get_submodule(arch.final_norm)
     norm = final[0] if isinstance(final, nn.Sequential) else final
@@ -67,7 +69,7 @@ def label(model: PreTrainedModel) -> Layout:
 
     points = [(i, s) for i, b in enumerate(blocks) for s in range(len(b.stages))]  # type: ignore[arg-type]
     head = model.get_submodule(arch.head)
-    assert isinstance(head, nn.Linear)
+    assert isinstance(head, nn.Linear | Head)
     end: int = final[1].in_features if isinstance(final, nn.Sequential) else head.in_features  # type: ignore
     width = _stream_widths(
         [model.get_submodule(f"{arch.blocks}.{i}.stages.{s}") for i, s in points], end
@@ -117,8 +119,8 @@ def label(model: PreTrainedModel) -> Layout:
     first, last = edges[0].source, edges[-1].target
     stream(len(blocks), 0, end)
     for embedding in arch.embed:
-        axes[f"{embedding}.weight"] = (None, Axis(first, Role.WRITE))
-    tied = f"{arch.head}.weight" not in shapes
+        put(embedding, None, Axis(first, Role.WRITE))
+    tied = not shapes.keys() & {f"{arch.head}.{leaf}" for leaf in ("weight", "common")}
     behind = isinstance(
         final, nn.Sequential
     )  # a tied head behind a k×k matrix: the table's own basis is x.0.0's

@@ -159,7 +159,7 @@ class Layout(Structure):
             if len(self.axes[name]) == 2 and self.parts[name] in ("blocks", "head")
         )
         if self.tied:
-            matrices += sizes[f"{self.architecture.embed[0]}.weight"]
+            matrices += sum(n for name, n in sizes.items() if self._in_table(name))
         return 2 * (matrices + self.shortcut_products(widths, segments, ranks))
 
     def split_products(self, branch: str, widths: Mapping[str, int]) -> float:
@@ -177,11 +177,17 @@ class Layout(Structure):
         )
         return now / before
 
+    def _in_table(self, name: str) -> bool:
+        """Whether a weight is part of the table that ids are looked up in."""
+        return name.startswith(f"{self.architecture.embed[0]}.")
+
     @property
     def head_flops(self) -> int:
         """Per token: what the matrix costs that makes logits, which generation asks for the last token only."""
-        name = f"{self.architecture.embed[0] if self.tied else self.architecture.head}.weight"
-        return 2 * prod(self.shapes[name])
+        if self.tied:
+            return 2 * sum(prod(s) for name, s in self.shapes.items() if self._in_table(name))
+        head = f"{self.architecture.head}."
+        return 2 * sum(prod(s) for n, s in self.shapes.items() if n.startswith(head) and len(s) > 1)
 
     def kv_entries(self, widths: Mapping[str, int]) -> int:
         """How many numbers a cache holds per token: keys and values of every layer."""

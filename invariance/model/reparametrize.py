@@ -19,6 +19,7 @@ from .axes import Axis, Edge, Role
 from .canonical import assign
 from .layout import Layout
 from .modules import Attention, Stage
+from .vocabulary import tie
 
 _NO_OFFSET = {
     "residual": "a norm stands between the stream and its readers",
@@ -84,10 +85,7 @@ def reparametrize(
         if within == ("",):
             renumber(model, layout, before)
         if layout.tied and within == ("",):
-            table = model.get_parameter(f"{layout.architecture.embed[0]}.weight")
-            head = model.get_submodule(layout.architecture.head)
-            assert isinstance(head, nn.Linear) and isinstance(table, nn.Parameter)
-            head.weight, head.in_features = table, table.shape[1]
+            tie(model, layout.architecture)
         for edge in layout.edges:
             if f"{edge.stage}.".startswith(within):
                 _change_edge(model, layout, edge, changes)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from .architecture import Architecture
 from .families import architecture
 from .source import Source, on_meta, placed
+from .vocabulary import factored, make_plain
 
 CHUNK_BYTES = 2**25  # of a table, in the dtype to compute in
 Logits = Callable[[Tensor], Tensor]
@@ -29,6 +30,9 @@ class Streamed:
         self.source, self.dtype, self.device = source, dtype, torch.device(device)
         self.model = skeleton_in(dtype, source.skeleton, self.device)
         self.architecture = architecture(self.model.config)
+        self.vocabulary = factored(self.model, self.architecture)
+        if self.vocabulary is not None:
+            make_plain(self.model, self.architecture)
         head = self.model.get_submodule(self.architecture.head)
         self.tied = head.weight is self.model.get_parameter(self.table)
 
@@ -81,7 +85,20 @@ class Streamed:
         """Rows of a table, or all of it."""
         if index is None:
             index = torch.arange(self.model.get_parameter(name).shape[0])
+        tables = (self.table, f"{self.architecture.head}.weight")
+        if self.vocabulary is not None and name in tables:
+            return self._product_rows(name.removesuffix("weight"), index).to(self.dtype)
         return self.rows(name, index).to(self.dtype)
+
+    def _product_rows(self, path: str, index: Int[Tensor, " n"]) -> Tensor:
+        """Rows of a table of which the last ones are two factors."""
+        assert self.vocabulary is not None
+        rare = index >= self.vocabulary.common
+        found = self.rows(f"{path}common", index.where(~rare, 0))
+        basis = self.rows(f"{path}basis", torch.arange(self.vocabulary.rank))
+        coordinates = self.rows(f"{path}rare", index[rare] - self.vocabulary.common)
+        found[rare] = coordinates.to(self.dtype) @ basis.to(self.dtype)
+        return found
 
     @property
     def head_rows(self) -> int:

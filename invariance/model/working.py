@@ -20,6 +20,7 @@ from .modules import Block, Factored, Norm, Stage
 from .reparametrize import along, contract, renumber, reparametrize, slots
 from .source import Source, emptied
 from .streamed import Logits, Streamed, chunks, ending, looked_up, own_copy
+from .vocabulary import Head
 
 
 class Stages(ABC):
@@ -95,7 +96,7 @@ class Whole(Stages):
     def heads(self, dtype: torch.dtype) -> Iterator[tuple[slice, Logits]]:
         arch = self.layout.architecture
         head = self.model.get_submodule(arch.head)
-        assert isinstance(head, nn.Linear)
+        assert isinstance(head, nn.Linear | Head)
         norm = own_copy(self.model.get_submodule(arch.final_norm)).to(dtype)
         weight = head.weight.detach().to(dtype)
         bias = None if head.bias is None else head.bias.detach().to(dtype)

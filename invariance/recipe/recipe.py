@@ -21,6 +21,7 @@ from .overrides import override
 from .quantize import Quantize
 from .recover import Recover
 from .step import Step
+from .vocabulary import Vocabulary
 from .yaml_text import Located, located, parse_mapping, read_text, written
 
 # The comment that ends a field's line is its description, in messages and in the JSON Schema.
@@ -52,6 +53,9 @@ class Recipe(Part):
     tie: Literal["keep", "untie"] = "untie"  # whether tied embeddings stay tied
     seed: Seed = 0  # the seed of all that is random, a whole number from 0
     steps: Steps  # what is done to which spaces, as in [{spaces: residual, rotate: pca}]
+    vocabulary: Vocabulary | None = (
+        None  # rows of rare tokens as two factors, as in {common: 20000, rank: 288}
+    )
     recover: Recover | None = None  # training after slicing, as in {lora: {rank: 16}, epochs: 1}
     quantize: Quantize | None = None  # weights rounded at the end, as in {bits: 4, group: 32}
     evaluate: Evaluations = ()  # what is measured, as in [{perplexity: {data: wikitext2}}]
@@ -108,6 +112,7 @@ class Recipe(Part):
             why = "rounded weights cannot be cut to the narrower models that `nested` asks for"
             raise Problem(f"{why}. Remove one of the two", "quantize")
         self._check_nested()
+        self._check_vocabulary()
         if self.recover and not self.recover.train and not self.calibrate:
             raise Problem(
                 "there is no text to train on. Add `recover: {train: {data: ...}}`", "recover"
@@ -136,6 +141,27 @@ class Recipe(Part):
         if self.nested is not None:
             what = f"'{method.name}' serves one width, and `nested` asks for several"
             raise Problem(f"{what}. Remove `nested`, or take a rotator", *at)
+
+    def _check_vocabulary(self) -> None:
+        """Its factors are fitted to tokens, and what comes after them must leave them as they are."""
+        if self.vocabulary is None:
+            return
+        if not self.calibrate:
+            what = "the rows of rare tokens are fitted to what the model makes of text, and there is no data"
+            raise Problem(f"{what}. Add `calibrate: {{data: ...}}`", "vocabulary")
+        clash = {
+            "stock": (self.stock, "no stock checkpoint holds its factors"),
+            "nested": (self.nested is not None, "its members share one table"),
+            "quantize": (
+                self.quantize is not None and self.quantize.tables is not None,
+                "a table of two factors is not rounded. Set `quantize: {tables: null}`, or",
+            ),
+        }
+        for key, (asked, why) in clash.items():
+            if asked:
+                instead = "remove" if why.endswith("or") else "Remove"
+                end = " " if why.endswith("or") else ". "
+                raise Problem(f"{why}{end}{instead} `vocabulary` or `{key}`", key)
 
     def _check_nested(self) -> None:
         """Narrower members are the first directions of one basis, cut under one budget, and nothing is refit."""

@@ -74,7 +74,9 @@ class Teacher:
                 "`hidden` and `local`."
             )
         table, first = f"{layout.architecture.embed[0]}.weight", layout.points[0]
-        ours, theirs = student.get_parameter(table).float(), self.model.get_parameter(table)
+        rows = student.get_submodule(layout.architecture.embed[0]).weight
+        assert isinstance(rows, Tensor)
+        ours, theirs = rows.float(), self.model.get_parameter(table)
         mapped = self.mapped(theirs, first) if theirs.shape[0] == ours.shape[0] else theirs
         if mapped.shape != ours.shape or not (mapped - ours).norm() < ours.norm():
             raise InputError(

@@ -18,6 +18,7 @@ from ..compress.pipeline import slice_model
 from ..compress.plan import Plan
 from ..compress.planner import plan
 from ..compress.sliced import Sliced
+from ..compress.vocabulary import factor_vocabulary
 from ..core.cache import cache_dir
 from ..core.change import Basis as SpaceBasis
 from ..core.errors import InputError
@@ -104,6 +105,7 @@ def outcome(
     means = Means(cache_dir("moments"), memo, progress)
     sliced = slice_model(dense, chart, data.calibration, means)
     seconds = sliced.seconds
+    _factor(sliced, chart, data, progress)
     basis, shared = Basis.of(sliced.layout, sliced.encodes), members_of(sliced, recipe)
     made = _Cut(dense, loaded.stored or dense.dtype, chart, sliced, basis, shared)
     before = _exported_copy(made) if recipe.recover is not None and evaluate else None
@@ -144,6 +146,17 @@ def outcome(
         sliced.certificate,
         recovered.logs if recovered is not None else None,
     )
+
+
+def _factor(sliced: Sliced, chart: Plan, data: Data, progress: Progress) -> None:
+    """Make two factors of the rows of rare tokens, where that is asked for."""
+    if chart.shape is None:
+        return
+    assert data.calibration is not None
+    arch, tokens = sliced.layout.architecture, data.calibration
+    with timed(sliced.seconds, "vocabulary"):
+        lost = factor_vocabulary(sliced.model, arch, chart.shape, tokens, progress)
+    sliced.energy["vocabulary"] = lost
 
 
 def _check(recipe: Recipe, data: Data, dense: PreTrainedModel) -> None:
@@ -193,7 +206,9 @@ def _exported(cut: _Cut) -> tuple[PreTrainedModel, str]:
         None,
         f"it holds {len(cut.shared)} nested models, which `invariance extract` makes checkpoints of",
     )
-    if not cut.shared:
+    if cut.chart.shape is not None:
+        why = "the rows of rare tokens are two factors"
+    elif not cut.shared:
         made, why = stock(sliced.model, sliced.layout, cut.chart.dense, dense.config)
         if made is None and recipe.stock:
             raise InputError(

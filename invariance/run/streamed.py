@@ -46,7 +46,8 @@ class Setting:
 def possible(chart: Plan) -> bool:
     """Whether nothing that the plan asks for needs all of the model in memory."""
     recipe = chart.recipe
-    return not (recipe.recover or recipe.quantize or recipe.nested or chart.measures)
+    asked = (recipe.vocabulary, recipe.recover, recipe.quantize, recipe.nested)
+    return not (any(part is not None for part in asked) or chart.measures)
 
 
 def run(chart: Plan, source: Source, data: Data, output: Claim, setting: Setting) -> dict[str, Any]:

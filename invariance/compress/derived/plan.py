@@ -199,6 +199,7 @@ def _methods(recipe: Recipe, step: Step) -> tuple[Any, Any, Any]:
 def _check_recipe(recipe: Recipe, kind: str) -> None:
     asked: Mapping[str, bool] = {
         "recover": recipe.recover is not None,
+        "vocabulary": recipe.vocabulary is not None,
         "quantize": recipe.quantize is not None,
         "nested": recipe.nested is not None,
     }
