@@ -17,6 +17,10 @@ def plan(document: Mapping[str, Any]) -> list[Any]:
         width = "by calibration" if unit["width"] is None else str(unit["width"])
         methods = [method(unit.get(kind)) for kind in ("rotate", "select", "slice")]
         rows.append([span(unit["spaces"]), unit["group"], width, str(unit["dim"]), *methods])
+    if (rare := document.get("vocabulary")) is not None:
+        rows.append(
+            [f"rows of tokens from {rare['common']}", "", str(rare["rank"]), "", "", "", ""]
+        )
     columns = ["spaces", "group", "width", "of", "rotate", "select", "slice"]
     changed = Grid("What is changed.", columns, folded(rows), len(columns))
     costs = Grid("What it costs.", ["", "dense", "sliced", "ratio"], _costs(document))

@@ -82,6 +82,7 @@ def planned(
             "dense": chart.seconds({}),
             "sliced": None if widths is None else chart.seconds(widths),
         },
+        "vocabulary": asked.vocabulary and asked.vocabulary.model_dump(),
         "budget": asked.budget and asked.budget.limits,
         "nested": {
             repr(share): None if found is None else chart.parameters(found).to_dict()
