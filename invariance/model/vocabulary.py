@@ -1,4 +1,4 @@
-"""A vocabulary of which the last tokens, the rare ones, share few directions: a table and a head of two factors below."""
+"""A vocabulary whose last tokens, the rare ones, share few directions: a table and a head that store those rows as factors."""
 
 from __future__ import annotations
 
