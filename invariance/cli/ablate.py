@@ -97,7 +97,7 @@ def ablate(
     it when you like: finished runs are kept, and the same command goes on. Writes results.parquet, results.csv and
     study.html, and its figures as SVG and PDF in figures/. Studies that ship: recipes/ablations.
     """
-    from ..compress.setting import Setting
+    from ..compress.execution import Execution
     from ..core.outputs import alone
     from ..study import ablate as studies
     from ..study.log import check, log
@@ -115,7 +115,7 @@ def ablate(
     found = load_study(study, set_)
     folder = Path(os.path.abspath(output or Path("runs") / study.stem))
     studies.folder_of(folder).check()
-    setting = Setting(
+    execution = Execution(
         device_named(device),
         trust_remote_code,
         tuple(plugin),
@@ -127,7 +127,7 @@ def ablate(
     ablation = studies.Ablation(
         found,
         folder,
-        setting,
+        execution,
         lambda line: err.print(line, highlight=False, markup=False),
         latex=latex,
     )
@@ -138,7 +138,7 @@ def ablate(
         if as_json:
             say({"study": found.name, **outlook.to_dict(), "rows": ablation.rows()}, True)
         return
-    runner = chosen(setting, progress, workers, ray, 1 if cpus is None else cpus, gpus or 0)
+    runner = chosen(execution, progress, workers, ray, 1 if cpus is None else cpus, gpus or 0)
     with alone(folder):
         rows = _carry_out(ablation, runner, workers, ray is not None)
     log(logger, folder, found, rows)

@@ -310,12 +310,12 @@ def bench(
             config.get_text_config(), max(prompt) + new, f"--prompt {max(prompt)} --new {new}"
         )
     kind = {"cpu": "float32", "cuda": "bfloat16"}[where] if dtype == "auto" else dtype
-    settings = [benchmark.Setting(b, p, new) for p in prompt for b in batch]
+    workloads = [benchmark.Workload(b, p, new) for p in prompt for b in batch]
     place = nullcontext() if output is None else claimed(output, overwrite=overwrite, reads=models)
     with place as claim:
         document = benchmark.bench(
             models,
-            settings,
+            workloads,
             repeats,
             device=where,
             dtype=getattr(torch, kind),
