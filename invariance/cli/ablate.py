@@ -103,15 +103,11 @@ def ablate(
     from ..study.log import check, log
     from ..study.runners import chosen
     from ..study.study import load_study
-    from ..study.table import DONE, terminal
+    from ..study.table import terminal
 
     for name in logger:
         check(name)
-    for flag, value in (("--cpus", cpus), ("--gpus", gpus)):
-        if value is not None and ray is None:
-            raise InputError(
-                f"{flag} {value:g}: what a run holds of a cluster, and there is none. Add --ray, or leave it out."
-            )
+    _check_cluster(ray, cpus, gpus)
     found = load_study(study, set_)
     folder = Path(os.path.abspath(output or Path("runs") / study.stem))
     studies.folder_of(folder).check()
@@ -149,6 +145,22 @@ def ablate(
         table,
         f"page  {folder / 'study.html'}",
     )
+    _tell_failures(ablation, rows)
+
+
+def _check_cluster(ray: str | None, cpus: float | None, gpus: float | None) -> None:
+    """Raises InputError for what a run would hold of a cluster that is not named."""
+    for flag, value in (("--cpus", cpus), ("--gpus", gpus)):
+        if value is not None and ray is None:
+            raise InputError(
+                f"{flag} {value:g}: what a run holds of a cluster, and there is none. Add --ray, or leave it out."
+            )
+
+
+def _tell_failures(ablation: Ablation, rows: list[Row]) -> None:
+    """Leave with status 1 where runs failed, or none could be run."""
+    from ..study.table import DONE
+
     failed = len(ablation.failed)
     if failed or not any(r["status"] == DONE for r in rows):
         said = (
