@@ -61,7 +61,7 @@ class RopePairs(Rotator, name="rope_pairs"):
         return self.nats
 
     @property
-    def joint(self) -> bool:
+    def shares_basis(self) -> bool:
         return self.per == "model"
 
     def fit(self, space: Space, moments: Moments) -> Basis:

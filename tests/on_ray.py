@@ -13,20 +13,20 @@ from pathlib import Path
 import ray
 
 from invariance.core.errors import InputError
-from invariance.study.job import Request, Setting
+from invariance.study.job import Execution, Request
 from invariance.study.runners import cluster
 
 
 def main(file: Path) -> None:
-    setting = Setting(threads=1)
+    execution = Execution(threads=1)
     try:
-        cluster(setting, "local", cpus=1, gpus=1)
+        cluster(execution, "local", cpus=1, gpus=1)
     except InputError as e:
         assert "the cluster has 0 GPUs" in str(e)
     else:
         raise AssertionError("a GPU was promised where there is none")
     requests = [Request(name, tuple(recipes)) for name, recipes in json.loads(file.read_text())]
-    answers = list(cluster(setting, "local", cpus=1, gpus=0)(requests))
+    answers = list(cluster(execution, "local", cpus=1, gpus=0)(requests))
     file.write_text(json.dumps([asdict(answer) for answer in answers]))
     ray.shutdown()
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from einops import rearrange
@@ -14,6 +14,7 @@ from ..core.progress import Progress, quiet
 from ..core.space import Space
 from ..io.data import Tokens
 from ..model.axes import Edge
+from ..model.layout import Layout
 from ..model.modules import Stage
 from ..model.working import Stages
 from .backward import backward
@@ -61,18 +62,35 @@ def measure(
     Source: Martens 2020, arXiv:1412.1193: the true Fisher, by labels that the model itself draws; Theis et al. 2018,
     arXiv:1801.05787, equation 8, for what is left out.
     """
-    layout, asked = parts.layout, {*points}
-    named = {layout.attention(n): n for n in queries}
-    moments = Moments()
+    layout = parts.layout
+    signals = _Signals(layout, {*points}, {layout.attention(n): n for n in queries})
+    some = slice(part.sequences or SEQUENCES)
+    few = Tokens(tokens.ids[some], tokens.mask[some])
+    backward(parts, few, signals.taps, signals.take, skip=part.skip, seed=seed, progress=progress)
+    return signals.moments.cpu()
+
+
+@dataclass(frozen=True)
+class _Signals:
+    """What is tapped on the way through a stage, and the moments of its gradients on the way back."""
+
+    layout: Layout
+    points: set[str]  # whose gradients give FISHER
+    queries: Mapping[
+        str, str
+    ]  # an attention's path → its query/key space, whose gradients give TAYLOR
+    moments: Moments = field(default_factory=Moments)
 
     @contextmanager
-    def taps(edge: Edge, stage: Stage) -> Iterator[dict[str, Tensor]]:
+    def taps(self, edge: Edge, stage: Stage) -> Iterator[dict[str, Tensor]]:
+        """The signals inside a stage that gradients are taken by, while it computes: those that its branches write before
+        a norm, and its queries."""
         found: dict[str, Tensor] = {}
         handles = []
-        if edge.post and edge.written in asked:
+        if edge.post and edge.written in self.points:
             assert stage.post is not None
             handles.append(stage.post.register_forward_pre_hook(_keep(found, edge.written)))
-        if (name := named.get(f"{edge.stage}.attention")) is not None:
+        if (name := self.queries.get(f"{edge.stage}.attention")) is not None:
             assert stage.attention is not None
             hook = _keep(found, name)
             handles.append(
@@ -84,19 +102,15 @@ def measure(
             for handle in handles:
                 handle.remove()
 
-    def take(name: str, x: Tensor, gradient: Tensor, seen: Tensor) -> None:
-        if name in asked:
-            moments.add((name, Statistic.FISHER), real_tokens(gradient, seen))
-        elif name in named.values():
-            copies, d = layout.spaces[name].copies, layout.spaces[name].dim
+    def take(self, name: str, x: Tensor, gradient: Tensor, seen: Tensor) -> None:
+        """Add a signal and its gradient to the moments."""
+        if name in self.points:
+            self.moments.add((name, Statistic.FISHER), real_tokens(gradient, seen))
+        elif name in self.queries.values():
+            copies, d = self.layout.spaces[name].copies, self.layout.spaces[name].dim
             m = rearrange(gradient * x, "b t (c r d) -> b t c r d", c=copies, d=d)
             summed = real_tokens(m.sum(-2).flatten(-2), seen)
-            moments.add((name, Statistic.TAYLOR), summed, copies, copies)
-
-    some = slice(part.sequences or SEQUENCES)
-    few = Tokens(tokens.ids[some], tokens.mask[some])
-    backward(parts, few, taps, take, skip=part.skip, seed=seed, progress=progress)
-    return moments.cpu()
+            self.moments.add((name, Statistic.TAYLOR), summed, copies, copies)
 
 
 def _keep(found: dict[str, Tensor], name: str) -> Callable[..., tuple[Any, ...]]:

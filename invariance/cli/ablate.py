@@ -97,25 +97,21 @@ def ablate(
     it when you like: finished runs are kept, and the same command goes on. Writes results.parquet, results.csv and
     study.html, and its figures as SVG and PDF in figures/. Studies that ship: recipes/ablations.
     """
-    from ..compress.setting import Setting
+    from ..compress.execution import Execution
     from ..core.outputs import alone
     from ..study import ablate as studies
     from ..study.log import check, log
     from ..study.runners import chosen
     from ..study.study import load_study
-    from ..study.table import DONE, terminal
+    from ..study.table import terminal
 
     for name in logger:
         check(name)
-    for flag, value in (("--cpus", cpus), ("--gpus", gpus)):
-        if value is not None and ray is None:
-            raise InputError(
-                f"{flag} {value:g}: what a run holds of a cluster, and there is none. Add --ray, or leave it out."
-            )
+    _check_cluster(ray, cpus, gpus)
     found = load_study(study, set_)
     folder = Path(os.path.abspath(output or Path("runs") / study.stem))
     studies.folder_of(folder).check()
-    setting = Setting(
+    execution = Execution(
         device_named(device),
         trust_remote_code,
         tuple(plugin),
@@ -127,7 +123,7 @@ def ablate(
     ablation = studies.Ablation(
         found,
         folder,
-        setting,
+        execution,
         lambda line: err.print(line, highlight=False, markup=False),
         latex=latex,
     )
@@ -138,7 +134,7 @@ def ablate(
         if as_json:
             say({"study": found.name, **outlook.to_dict(), "rows": ablation.rows()}, True)
         return
-    runner = chosen(setting, progress, workers, ray, 1 if cpus is None else cpus, gpus or 0)
+    runner = chosen(execution, progress, workers, ray, 1 if cpus is None else cpus, gpus or 0)
     with alone(folder):
         rows = _carry_out(ablation, runner, workers, ray is not None)
     log(logger, folder, found, rows)
@@ -149,6 +145,22 @@ def ablate(
         table,
         f"page  {folder / 'study.html'}",
     )
+    _tell_failures(ablation, rows)
+
+
+def _check_cluster(ray: str | None, cpus: float | None, gpus: float | None) -> None:
+    """Raises InputError for what a run would hold of a cluster that is not named."""
+    for flag, value in (("--cpus", cpus), ("--gpus", gpus)):
+        if value is not None and ray is None:
+            raise InputError(
+                f"{flag} {value:g}: what a run holds of a cluster, and there is none. Add --ray, or leave it out."
+            )
+
+
+def _tell_failures(ablation: Ablation, rows: list[Row]) -> None:
+    """Leave with status 1 where runs failed, or none could be run."""
+    from ..study.table import DONE
+
     failed = len(ablation.failed)
     if failed or not any(r["status"] == DONE for r in rows):
         said = (

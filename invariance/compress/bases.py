@@ -205,7 +205,7 @@ def fit(unit: Unit, moments: Moments) -> Basis:
     """What its rotator gives a unit, checked; ``moments`` are of all members together. Raises InvarianceError."""
     assert isinstance(unit.rotate, Rotator)  # a joint method fits several units
     basis = checked.fitted(unit.rotate, unit.fitted, moments)
-    if not unit.joint:
+    if not unit.side_by_side:
         return basis
     each = torch.arange(basis.A.copies).split(unit.space.copies)
     first, *others = (basis.A.take(copies) for copies in each)

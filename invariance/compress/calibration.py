@@ -153,7 +153,7 @@ class Calibration:
                 key = member, statistic
                 moment = now.known.get(key) if now is not None else None
                 moment = moment or self.shelf.get([key]).known[key]
-                into = key if unit.joint else (unit.space.name, statistic)
+                into = key if unit.side_by_side else (unit.space.name, statistic)
                 found[into] = found[into] + moment if into in found else moment
         return Moments(found)
 

@@ -20,7 +20,7 @@ from ..recipe.budget import Constraints
 
 @dataclass(frozen=True)
 class Unit:
-    """Spaces that share one basis and one width: a segment of the residual stream, one space alone, or joint ones."""
+    """Spaces that share one basis and one width: a segment of the residual stream, one space alone, or several side by side."""
 
     members: tuple[str, ...]
     blocks: tuple[int, ...]  # of each member the block; of the stream's last point the last one
@@ -34,7 +34,7 @@ class Unit:
     )
 
     @property
-    def joint(self) -> bool:
+    def side_by_side(self) -> bool:
         """Whether its members lie beside each other, not behind: their copies are fitted as those of one space."""
         return len(self.members) > 1 and self.space.kind != "residual"
 
@@ -43,13 +43,15 @@ class Unit:
         """The space that the rotator sees."""
         return (
             replace(self.space, copies=len(self.members) * self.space.copies)
-            if self.joint
+            if self.side_by_side
             else self.space
         )
 
     def together(self, moments: Moments) -> Moments:
         """Those of all members, under the name of the first."""
-        return (moments.beside if self.joint else moments.pooled)(self.members, self.space.name)
+        return (moments.beside if self.side_by_side else moments.pooled)(
+            self.members, self.space.name
+        )
 
     @property
     def needs(self) -> frozenset[Statistic]:

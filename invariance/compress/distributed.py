@@ -23,12 +23,12 @@ from .plan import Plan
 from .planner import plan
 
 if TYPE_CHECKING:
-    from .setting import Setting
+    from .execution import Execution
 
 START = "ddp_spawn"  # a fork would hang where torch has threads already
 
 
-def calibrate(plans: Sequence[Plan], tokens: Tokens, setting: Setting) -> None:
+def calibrate(plans: Sequence[Plan], tokens: Tokens, execution: Execution) -> None:
     """Measure in several processes what ``calibration.calibrate`` would in one, into the same store.
 
     Batches go to the processes in turn, so the sums are those of one process in another order: they agree to float64
@@ -37,15 +37,15 @@ def calibrate(plans: Sequence[Plan], tokens: Tokens, setting: Setting) -> None:
     recipe = plans[0].recipe
     assert recipe.calibrate is not None
     batches = -(-len(tokens.ids) // recipe.calibrate.batch)
-    if batches < setting.processes:
+    if batches < execution.processes:
         raise InputError(
-            f"{recipe.where('calibrate')}: {batches} batches for {setting.processes} processes. Use fewer processes, or a "
+            f"{recipe.where('calibrate')}: {batches} batches for {execution.processes} processes. Use fewer processes, or a "
             "smaller `batch`."
         )
-    accelerator = "cuda" if setting.device == "cuda" else "cpu"
-    fabric: Any = Fabric(accelerator=accelerator, devices=setting.processes, strategy=START)
+    accelerator = "cuda" if execution.device == "cuda" else "cpu"
+    fabric: Any = Fabric(accelerator=accelerator, devices=execution.processes, strategy=START)
     fabric.launch(
-        _measure, [p.recipe.to_dict() for p in plans], tokens.ids, tokens.mask, vars(setting)
+        _measure, [p.recipe.to_dict() for p in plans], tokens.ids, tokens.mask, vars(execution)
     )
 
 
@@ -54,18 +54,18 @@ def _measure(
     recipes: list[dict[str, Any]],
     ids: Tensor,
     mask: Tensor,
-    setting: dict[str, Any],
+    execution: dict[str, Any],
 ) -> None:
     """One process's part; the first of them keeps the sums. Fabric hands on plain data and tensors only."""
-    begin(setting["plugins"])
+    begin(execution["plugins"])
     torch.set_num_threads(
-        max((setting["threads"] or torch.get_num_threads()) // setting["processes"], 1)
+        max((execution["threads"] or torch.get_num_threads()) // execution["processes"], 1)
     )
     with quiet():
         model = load_model(
             recipes[0]["model"],
             device=fabric.device,
-            trust_remote_code=setting["trust_remote_code"],
+            trust_remote_code=execution["trust_remote_code"],
         )
     plans = [plan(Recipe.from_dict(found), model.config) for found in recipes]
 

@@ -86,7 +86,7 @@ def check_unit(recipe: Recipe, unit: Unit, layout: Layout) -> None:
             f"{recipe.where('steps', unit.step, 'spaces')}: order 'dense_target' refits whole matrices, and space "
             f"'{space.name}' lies inside one. Use `order: sequential`, or another space."
         )
-    if unit.joint and unit.slice is not None and unit.slice.needs:
+    if unit.side_by_side and unit.slice is not None and unit.slice.needs:
         raise InputError(
             f"{recipe.where('steps', unit.step, 'slice')}: slicer '{unit.slice.name}' reads moments, and the spaces "
             f"that share the basis of '{rotator.name}' have one each. Use `slice: truncate` for this step."

@@ -94,7 +94,7 @@ class Plan:
     def mixed_pairs(self) -> bool:
         """Whether heads or layers may come to keep different frequency pairs."""
         return any(
-            u.space.rotary > 0 and u.rotate.produces is Group.ROTARY and not u.rotate.joint
+            u.space.rotary > 0 and u.rotate.produces is Group.ROTARY and not u.rotate.shares_basis
             for u in self.units
         )
 

@@ -100,7 +100,7 @@ def segments(layout: Layout, step: Step, names: list[str]) -> list[list[str]]:
     groups: dict[object, list[str]] = {}
     for name in names:
         key: object = name
-        if layout.spaces[name].kind == "qk" and step.rotate.joint:
+        if layout.spaces[name].kind == "qk" and step.rotate.shares_basis:
             key = replace(layout.spaces[name], name="", block=None, stage=None)  # those alike
         if layout.spaces[name].kind == "residual" and step.segments != "stage":
             block = min(layout.spaces[name].block or 0, final_block)

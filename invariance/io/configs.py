@@ -100,20 +100,25 @@ class Rope(BaseModel):
 ROPES = ("rope_parameters", "rope_scaling")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """A config.json whose every number can be. Raises InputError with the file and the key."""
+def read_json(path: Path) -> Any:
+    """What a small JSON file beside a model's weights holds. Raises InputError with the file."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
             raise ValueError("larger than 16 MiB")
-        found = json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"))
     except RecursionError:
         raise InputError(f"{path}: nested too deeply for a config. {AGAIN}") from None
     except OSError as e:
         raise InputError(f"{path}: {e.strerror}. {AGAIN}") from None
     except ValueError as e:
         raise InputError(f"{path}: not valid JSON ({e}). {AGAIN}") from None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A config.json whose every number can be. Raises InputError with the file and the key."""
+    found = read_json(path)
     if not isinstance(found, dict) or not isinstance(found.get("model_type"), str):
         raise InputError(
             f"{path}: no model_type, and the family of a model is never guessed. "

@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import InputError
-from .configs import read_config
+from .configs import read_config, read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+ADAPTER = "adapter_config.json"  # which PEFT writes
+
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder whose config.json is absent, broken, or silent about the family."""
-    path = folder / "config.json"
+    """Refuse a folder whose config.json is absent, broken, or silent about the family, and one that holds an adapter."""
+    path, adapter = folder / "config.json", folder / ADAPTER
     if not path.is_file():
+        if adapter.is_file():
+            raise InputError(f"{folder}: {_of_an_adapter(adapter)}")
         named = ", ".join(sorted(f.name for f in folder.glob("*.gguf")))
         raise InputError(
             f"{folder}: no config.json in this folder, so what the model is cannot be told. "
@@ -27,11 +31,27 @@ def check_folder(folder: Path) -> None:
             )
         )
     read_config(path)
-    if (folder / "adapter_config.json").is_file():
+    if adapter.is_file():
         raise InputError(
-            f"{folder}: holds an adapter (adapter_config.json) beside the model, and what is computed would be of one "
+            f"{folder}: holds an adapter ({ADAPTER}) beside the model, and what is computed would be of one "
             "of the two. Merge the adapter into the model first (peft: merge_and_unload), and save that."
         )
+
+
+def _of_an_adapter(path: Path) -> str:
+    """What a folder is that holds an adapter of PEFT and no model, and what to do with it."""
+    found = read_json(path)
+    base = found.get("base_model_name_or_path") if isinstance(found, dict) else None
+    named = (
+        f"the base model {base[:200]!r}"
+        if isinstance(base, str) and base
+        else "a base that it does not name"
+    )
+    return (
+        f"holds only an adapter of PEFT ({ADAPTER}), of {named}, and not that model's weights. Merge the "
+        "two first, `PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)`, save the "
+        "tokenizer there too, and give that folder."
+    )
 
 
 def check_format(model: str, folder: Path, config: PretrainedConfig) -> None:

@@ -72,7 +72,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Setting:
+class Workload:
     """So many sequences at once, with prompts of so many tokens, and how many tokens are added to each."""
 
     batch: int
@@ -93,7 +93,7 @@ class Setting:
 
 def bench(
     names: Sequence[str],
-    settings: Sequence[Setting],
+    workloads: Sequence[Workload],
     repeats: int,
     *,
     device: str = "cpu",
@@ -107,7 +107,7 @@ def bench(
         for n in names
     }
     layouts = {name: layout_of_config(model.config) for name, model in models.items()}
-    largest = max(settings, key=lambda s: (s.batch * s.prompt, s.new))
+    largest = max(workloads, key=lambda w: (w.batch * w.prompt, w.new))
     costs = []
     for name, layout in progress(list(layouts.items()), "peak memory", len(layouts)):
         costs.append(
@@ -129,8 +129,8 @@ def bench(
         "models": costs,
         "timings": [
             row
-            for setting in settings
-            for row in timings(models, layouts, setting, machine, repeats, progress)
+            for workload in workloads
+            for row in timings(models, layouts, workload, machine, repeats, progress)
         ],
     }
 
@@ -138,49 +138,49 @@ def bench(
 def timings(
     models: Mapping[str, PreTrainedModel],
     layouts: Mapping[str, Layout],
-    setting: Setting,
+    workload: Workload,
     machine: Machine,
     repeats: int,
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """One row a model: seconds to the first token, tokens per second after it, and both against the first model."""
-    what = f"batch {setting.batch}, prompt {setting.prompt}"
-    found = interleaved(models, lambda m: generate(m, setting), repeats, progress, what)
+    what = f"batch {workload.batch}, prompt {workload.prompt}"
+    found = interleaved(models, lambda m: generate(m, workload), repeats, progress, what)
     reference = next(iter(models))
     rows = []
     for name, rounds in found.items():
         itemsize = models[name].dtype.itemsize
         row: dict[str, Any] = {
             "name": name,
-            "batch": setting.batch,
-            "prompt": setting.prompt,
-            "new": setting.new,
+            "batch": workload.batch,
+            "prompt": workload.prompt,
+            "new": workload.new,
         }
         for n, (phase, work) in enumerate(
-            {"first_token": Setting.first_token, "decode": Setting.step}.items()
+            {"first_token": Workload.first_token, "decode": Workload.step}.items()
         ):
             seconds = [r[n] for r in rounds]
             least, base = (
-                work(setting, layouts[m], itemsize).seconds(machine) for m in (name, reference)
+                work(workload, layouts[m], itemsize).seconds(machine) for m in (name, reference)
             )
             speed_up = [r[n] / s for r, s in zip(found[reference], seconds, strict=True)]
             row[phase] = {
                 "seconds": vars(Spread.of(seconds)),
                 "tokens_per_second": vars(
-                    Spread.of([_tokens(setting, phase) / s for s in seconds])
+                    Spread.of([_tokens(workload, phase) / s for s in seconds])
                 ),
                 "speed_up": vars(Spread.of(speed_up)),
                 "promised_speed_up": base / least,
-                "bound": work(setting, layouts[name], itemsize).bound(machine),
+                "bound": work(workload, layouts[name], itemsize).bound(machine),
                 "of_roof": least / float(np.median(seconds)),
             }
         rows.append(row)
     return rows
 
 
-def _tokens(setting: Setting, phase: str) -> int:
+def _tokens(workload: Workload, phase: str) -> int:
     """How many tokens the seconds of a phase are about: of decoding, those of one step."""
-    return setting.batch * (setting.prompt if phase == "first_token" else 1)
+    return workload.batch * (workload.prompt if phase == "first_token" else 1)
 
 
 def interleaved(
@@ -201,7 +201,7 @@ def interleaved(
 
 
 @torch.no_grad()
-def generate(model: PreTrainedModel, setting: Setting) -> tuple[float, float]:
+def generate(model: PreTrainedModel, workload: Workload) -> tuple[float, float]:
     """Seconds from prompts to the first token of each, and seconds per token after that, likeliest tokens taken."""
     cache = DynamicCache(config=model.config.get_text_config())
 
@@ -211,12 +211,12 @@ def generate(model: PreTrainedModel, setting: Setting) -> tuple[float, float]:
         ).logits
         return logits[:, -1:].argmax(-1)
 
-    ids, start = _some(model, setting.batch, setting.prompt), _now(model)
+    ids, start = _some(model, workload.batch, workload.prompt), _now(model)
     ids = step(ids)
     first = _now(model)
-    for _ in range(setting.new - 1):
+    for _ in range(workload.new - 1):
         ids = step(ids)
-    return first - start, (_now(model) - first) / (setting.new - 1)
+    return first - start, (_now(model) - first) / (workload.new - 1)
 
 
 def tokens_per_second(
@@ -270,12 +270,12 @@ def measured(device: str, dtype: torch.dtype, repeats: int = 5) -> Machine:
 
 
 def peak_of(
-    name: str, setting: Setting, device: str, dtype: torch.dtype, trust_remote_code: bool
+    name: str, workload: Workload, device: str, dtype: torch.dtype, trust_remote_code: bool
 ) -> int:
     """The most memory that loading a model and generating with it takes, in a process of its own."""
     asked = {
         "model": name,
-        **vars(setting),
+        **vars(workload),
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "trust_remote_code": trust_remote_code,

@@ -12,7 +12,7 @@ import torch
 
 from ..io.checkpoint import layout_of_config
 from ..io.models import load_config, load_model
-from .bench import Setting, generate
+from .bench import Workload, generate
 from .evaluate import peak_memory
 
 STATUS = Path(
@@ -51,7 +51,7 @@ def main() -> None:
         device=asked["device"],
         trust_remote_code=asked["trust_remote_code"],
     )
-    generate(model, Setting(asked["batch"], asked["prompt"], asked["new"]))
+    generate(model, Workload(asked["batch"], asked["prompt"], asked["new"]))
     print((torch.cuda.max_memory_allocated() if cuda else held("VmHWM")) - before)
 
 

@@ -100,7 +100,7 @@ class Basing(Method, ABC):
         return self.unit == NATS
 
     @property
-    def joint(self) -> bool:
+    def shares_basis(self) -> bool:
         """Whether all query/key spaces of a step get one basis."""
         return False
 
@@ -114,7 +114,7 @@ class Rotator(Basing, ABC):
     def fit(self, space: Space, moments: Moments) -> Basis:
         """The basis of one space, A of shape (copies, dim, dim) in ``produces``, directions by falling energy.
 
-        Where ``joint``, the copies are those of all layers, and all of them must get the same basis.
+        Where ``shares_basis``, the copies are those of all layers, and all of them must get the same basis.
         """
 
 

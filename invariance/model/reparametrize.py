@@ -57,26 +57,7 @@ def reparametrize(
         for name, change in changes.items():
             if change.offset is not None:
                 _shift_readers(model, layout, layout.spaces[name], changes, within)
-        present = {
-            name for name, _ in model.named_parameters()
-        }  # an earlier call may have let branches go
-        for name, axes in {**layout.axes, **_new_biases(present, layout)}.items():
-            changed = any(
-                a.space in changes for axis in axes if axis is not None for a in axis.spaces
-            )
-            if (
-                not changed
-                or name not in present
-                or not name.startswith(within)
-                or name.endswith(".shortcut")
-                or name.startswith(gone)
-            ):
-                continue
-            W = model.get_parameter(name).double()
-            for i, axis in enumerate(axes):
-                for part, change in [] if axis is None else along(axis, changes):
-                    W = contract(W, i, part, change)
-            assign(model, name, W)
+        _contract_weights(model, layout, changes, within, gone)
         for name, pairs in chosen.items():
             if layout.attention(name).startswith(within):
                 attention_of(model, layout, name).choose(pairs)
@@ -84,11 +65,34 @@ def reparametrize(
         _resize(model, layout, changes, within)
         if within == ("",):
             renumber(model, layout, before)
-        if layout.tied and within == ("",):
-            tie(model, layout.architecture)
+            if layout.tied:
+                tie(model, layout.architecture)
         for edge in layout.edges:
             if f"{edge.stage}.".startswith(within):
                 _change_edge(model, layout, edge, changes)
+
+
+def _contract_weights(
+    model: PreTrainedModel,
+    layout: Layout,
+    changes: Mapping[str, Change],
+    within: tuple[str, ...],
+    gone: tuple[str, ...],
+) -> None:
+    """Contract every labelled axis with the change of its space; what goes, and shortcuts, are left to others."""
+    # An earlier call may have let branches go.
+    present = {name for name, _ in model.named_parameters()}
+    for name, axes in {**layout.axes, **_new_biases(present, layout)}.items():
+        labelled = [axis for axis in axes if axis is not None]
+        changed = any(part.space in changes for axis in labelled for part in axis.spaces)
+        here = name in present and name.startswith(within)
+        if not changed or not here or name.endswith(".shortcut") or name.startswith(gone):
+            continue
+        W = model.get_parameter(name).double()
+        for i, axis in enumerate(axes):
+            for part, change in [] if axis is None else along(axis, changes):
+                W = contract(W, i, part, change)
+        assign(model, name, W)
 
 
 def attention_of(model: PreTrainedModel, layout: Layout, space: str) -> Attention:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from .local import reconstruct
 from .module import HELD_OUT, Recovery, Text, Windows, of_member, trained
 from .nested import Member
 from .resume import LOCAL, begin, read
-from .teacher import Teacher, predictions
+from .teacher import Predictions, Teacher, predictions
 from .trainer import BEST, LAST, check_logger, fit, make, still
 from .training import Restructured, Training
 
@@ -75,19 +76,10 @@ def recover(
     narrower, before = _members(student, layout, names, nested, held, training, progress)
     adapt(student, layout, options, seed)
     count = trained(student)
-    stages: list[dict[str, Any]] = []
-    if teacher is not None and options.local is not None:
-        stages = _local(work / LOCAL, student, teacher, layout, train, options, progress)
-    kept = (
-        predictions(dense, train, options.top, options.batch, progress)
-        if options.loss.kl and dense
-        else None
-    )
+    stages = _local(work / LOCAL, student, teacher, layout, train, options, progress)
+    kept = _predictions(dense, train, options, progress)
     if options.checkpointing:
-        with still():
-            student.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
+        _checkpoint(student)
     trainer = make(options, model.device, where, work, bar=progress is not quiet)
     steps, per_step = _steps(options, train, trainer, where)
     trainer.val_check_interval = math.ceil(steps / options.checks) * options.accumulate
@@ -100,15 +92,8 @@ def recover(
     curve = [{"step": 0, **before}, *end["callbacks"]["Curve"]["points"]]
     chosen = _best(curve, where)
     if chosen["step"]:
-        learned = copy_in(torch.float32, model)  # the student's own may lie in parts by now
-        adapt(learned, layout, options, seed)
-        put_back(learned, _weights(work / BEST))
-        put_back(model, settle(learned, layout, options))
-    ran = end["global_step"]
-
-    def gained(key: str) -> dict[str, float]:
-        return {"before": math.exp(before[key]), "after": math.exp(chosen[key])}
-
+        _take_over(model, layout, training, work / BEST)
+    ran, gained = end["global_step"], partial(_gained, before, chosen)
     report = {
         "weights": options.weights,
         "trained_parameters": count,
@@ -124,6 +109,38 @@ def recover(
         "local_tokens": options.local.tokens(train) if stages and options.local else 0,
     }
     return Recovered(work / "logs", report)
+
+
+def _predictions(
+    dense: PreTrainedModel | None, train: Tokens, options: Recover, progress: Progress
+) -> Predictions | None:
+    """What the dense model says of the text, where a loss compares with it."""
+    if dense is None or not options.loss.kl:
+        return None
+    return predictions(dense, train, options.top, options.batch, progress)
+
+
+def _checkpoint(student: PreTrainedModel) -> None:
+    """Compute activations again on the way back, which saves their memory."""
+    with still():
+        student.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+
+
+def _take_over(model: PreTrainedModel, layout: Layout, training: Training, best: Path) -> None:
+    """Give the model what its student had learned at the best check."""
+    learned = copy_in(torch.float32, model)  # the student's own may lie in parts by now
+    adapt(learned, layout, training.options, training.seed)
+    put_back(learned, _weights(best))
+    put_back(model, settle(learned, layout, training.options))
+
+
+def _gained(
+    before: Mapping[str, float], chosen: Mapping[str, float], loss: str
+) -> dict[str, float]:
+    """A held-out perplexity before training and at the check that is kept."""
+    return {"before": math.exp(before[loss]), "after": math.exp(chosen[loss])}
 
 
 def _work(
@@ -299,13 +316,15 @@ def _steps(options: Recover, train: Tokens, trainer: Trainer, where: str) -> tup
 def _local(
     path: Path,
     student: PreTrainedModel,
-    teacher: Teacher,
+    teacher: Teacher | None,
     layout: Layout,
     train: Tokens,
     options: Recover,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Train the stages one by one, or take over what an interrupted run had of that."""
+    """Train the stages one by one where options ask for it, or take over what an interrupted run had of that."""
+    if teacher is None or options.local is None:
+        return []
     if path.is_file():
         kept = read(path)
         student.load_state_dict(kept["state_dict"], strict=False)

@@ -30,7 +30,7 @@ COSTS: dict[str, tuple[str, Show]] = {
 
 
 def grids(found: Mapping[str, Any]) -> list[Grid]:
-    """Costs, and both phases in every setting."""
+    """Costs, and both phases under every workload."""
     return [_costs(found), *(_phase(found, phase) for phase in PHASES)]
 
 
@@ -77,7 +77,7 @@ def _spread(found: Mapping[str, float], unit: str, digits: int = 2) -> str:
 
 
 def figures(found: Mapping[str, Any]) -> list[Drawing]:
-    """Both phases in every setting as bars."""
+    """Both phases under every workload as bars."""
     drawn = []
     for phase, said in PHASES.items():
         key, unit, _ = MEASURED[phase]

@@ -25,9 +25,15 @@ LATEX = {
     "‖": r"$\|$",
     "Δ": r"$\Delta$",
     "→": r"$\to$",
+    "≤": r"$\leq$",
+    "≥": r"$\geq$",
+    "≈": r"$\approx$",
+    "−": "$-$",
     "\xa0": "~",
 }
-NEEDS = "% \\usepackage{booktabs}\n"  # the first line of a file
+NEGATIVE = re.compile(r"(?<![^ (])-(?=\d)")  # the sign of a number, which is no hyphen
+PACKAGES, OTHERS = "\\usepackage{booktabs}", "names in other scripts want lualatex or xelatex"
+NEEDS = f"% {PACKAGES}; {OTHERS}\n"  # the first line of a file
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,8 @@ class Grid:
 
 def latex(text: str) -> str:
     indent = r"\quad " if text.startswith("  ") else ""
-    return indent + "".join(LATEX.get(c, c) for c in " ".join(text.strip().split(" ")))
+    line = NEGATIVE.sub("−", " ".join(text.strip().split(" ")))
+    return indent + "".join(LATEX.get(c, c) for c in line)
 
 
 def markdown(text: str) -> str:

@@ -117,15 +117,7 @@ def outcome(
         early(small)
     models = {"dense": dense, "sliced": small if before is None else before}
     models |= {} if before is None else {"recovered": small}
-    if recipe.quantize is not None:
-        tokens = data.calibration
-        with timed(seconds, "quantize"):
-            rounded = quantize_both(
-                dense, small, recipe.quantize, made.stored, tokens, evaluate, progress
-            )
-        models |= rounded.models
-        report["quantize"] = rounded.report
-        report["versions"]["torchao"] = version("torchao")
+    models |= _quantized(made, small, report, data, evaluate, progress)
     if evaluate:
         measured(report, seconds, models, data, progress, memo)
         if isinstance(small, InvarianceForCausalLM) and shared:
@@ -222,6 +214,27 @@ def _exported(cut: _Cut) -> tuple[PreTrainedModel, str]:
     cast(small, cut.stored)
     cast(small, dense.dtype)
     return small, why
+
+
+def _quantized(
+    cut: _Cut,
+    small: PreTrainedModel,
+    report: dict[str, Any],
+    data: Data,
+    evaluate: bool,
+    progress: Progress,
+) -> Mapping[str, PreTrainedModel]:
+    """The cut model with rounded weights, and what it is compared with; none where the recipe rounds nothing."""
+    asked = cut.chart.recipe.quantize
+    if asked is None:
+        return {}
+    with timed(cut.sliced.seconds, "quantize"):
+        rounded = quantize_both(
+            cut.dense, small, asked, cut.stored, data.calibration, evaluate, progress
+        )
+    report["quantize"] = rounded.report
+    report["versions"]["torchao"] = version("torchao")
+    return rounded.models
 
 
 def _report(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from ..compress.demand import Unit, Widths
 from ..compress.derived.plan import DerivedPlan
 from ..compress.needs import needs
 from ..compress.plan import Plan
@@ -43,29 +44,12 @@ def planned(
         chart = chart_of(asked, config)
         needed = chart.needs(stored)
     widths = chart.allocate(None)
+    deep = {unit.step for unit in chart.depth}
+    units = (*chart.depth, *(unit for unit in chart.units if unit.step not in deep))
     return {
         "model": asked.model,
         "order": asked.order,
-        "units": [
-            {
-                "spaces": list(u.members),
-                "group": u.space.group.value,
-                "dim": u.space.dim,
-                "width": None if widths is None else widths[u.space.name],
-                "step": u.step,
-                "rank": u.rank,
-                **{
-                    kind: m.spec()
-                    for kind in ("rotate", "select", "slice")
-                    if (m := getattr(u, kind)) is not None
-                },
-                "measures": sorted(s.value for s in u.needs),
-            }
-            for u in (
-                *chart.depth,
-                *(u for u in chart.units if u.step not in {d.step for d in chart.depth}),
-            )
-        ],
+        "units": [_unit(unit, widths) for unit in units],
         "parameters": {
             "dense": chart.dense.parameters({}).to_dict(),
             "sliced": None if widths is None else chart.parameters(widths).to_dict(),
@@ -91,6 +75,21 @@ def planned(
         "needs": {"memory_bytes": needed.memory, "disk_bytes": needed.disk, "whole": needed.whole},
         "stock": None if widths is None else chart.why_not_stock(widths) is None,
         "why_not_stock": None if widths is None else chart.why_not_stock(widths),
+    }
+
+
+def _unit(unit: Unit, widths: Widths | None) -> dict[str, Any]:
+    """What a plan tells of spaces that share a basis and a width."""
+    methods = {kind: getattr(unit, kind) for kind in ("rotate", "select", "slice")}
+    return {
+        "spaces": list(unit.members),
+        "group": unit.space.group.value,
+        "dim": unit.space.dim,
+        "width": None if widths is None else widths[unit.space.name],
+        "step": unit.step,
+        "rank": unit.rank,
+        **{kind: method.spec() for kind, method in methods.items() if method is not None},
+        "measures": sorted(s.value for s in unit.needs),
     }
 
 

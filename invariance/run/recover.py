@@ -119,18 +119,34 @@ def _run(
         "model": model,
         "teacher": teacher if options.needs_teacher else None,
         "output": str(output.folder),
-        "exported": {
-            "stock": not isinstance(loaded, InvarianceForCausalLM),
-            "exported_as": made.config.model_type,
-            "misread": [] if isinstance(loaded, InvarianceForCausalLM) else misread(made.config),
-            "parameters": sum(p.numel() for p in made.parameters()),
-        },
+        "exported": _told(made),
         "options": options.model_dump(mode="json", exclude_none=True),
         "recover": found.report,
         "seconds": round(time.perf_counter() - start, 3),
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
     }
     cast(made, stored_dtype(config) or made.dtype)
+    _write(output, document, made, tokenizer, found.logs)
+    shutil.rmtree(found.logs.parent, ignore_errors=True)  # what was kept to resume from
+    return document
+
+
+def _told(made: PreTrainedModel) -> dict[str, Any]:
+    """What the report says of the checkpoint."""
+    stock = not isinstance(made, InvarianceForCausalLM)
+    return {
+        "stock": stock,
+        "exported_as": made.config.model_type,
+        "misread": misread(made.config) if stock else [],
+        "parameters": sum(p.numel() for p in made.parameters()),
+    }
+
+
+def _write(
+    output: Claim, document: dict[str, Any], made: PreTrainedModel, tokenizer: Any, logs: Path
+) -> None:
+    """The folder: the checkpoint with its card, the report of this run and of the one that sliced, the curves."""
+    model = document["model"]
     with output.writing() as folder:
         made.save_pretrained(folder / "model")
         if (sliced := _sliced(model)) is not None:
@@ -143,9 +159,7 @@ def _run(
         if (path := beside(model, NAME)) is not None:
             shutil.copyfile(path, folder / NAME)
         write_json(folder / RECOVERED, document)
-        shutil.copytree(found.logs, folder / "recover")
-    shutil.rmtree(found.logs.parent, ignore_errors=True)  # what was kept to resume from
-    return document
+        shutil.copytree(logs, folder / "recover")
 
 
 def _sliced(model: str) -> dict[str, Any] | None:

@@ -83,13 +83,13 @@ def _run(
     needs(chart, count, stored).check(recipe.where("model"))
     if streamed.possible(chart):
         loaded.cache_clear()  # where the model wrote text
-        setting = streamed.Setting(tokenizer, device, trust_remote_code, progress)
+        equipment = streamed.Equipment(tokenizer, device, progress)
         try:
             source = open_source(recipe.model, trust_remote_code=trust_remote_code)
         except InputError as e:
             raise InputError(_located(recipe, str(e))) from None
         try:
-            return streamed.run(chart, source, data, output, setting)
+            return streamed.run(chart, source, data, output, equipment)
         except InputError as e:
             if not str(e).startswith(f"{recipe.model}: "):
                 raise

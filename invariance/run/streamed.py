@@ -34,12 +34,11 @@ from .document import Data, Made, document, fill, measured, shown, stored_dtype
 
 
 @dataclass(frozen=True)
-class Setting:
+class Equipment:
     """What a run is carried out with."""
 
     tokenizer: Any
     device: str
-    trust_remote_code: bool
     progress: Progress
 
 
@@ -50,24 +49,26 @@ def possible(chart: Plan) -> bool:
     return not (any(part is not None for part in asked) or chart.measures)
 
 
-def run(chart: Plan, source: Source, data: Data, output: Claim, setting: Setting) -> dict[str, Any]:
+def run(
+    chart: Plan, source: Source, data: Data, output: Claim, equipment: Equipment
+) -> dict[str, Any]:
     """Slice, write and measure. Returns the report."""
     recipe, memo = chart.recipe, Memo(limit=0)
     stored = stored_dtype(source.config) or source.stored
     sink = _sink(chart, source, data, output)
     writer = Writer(sink, chart, stored)
     try:
-        means = Means(cache_dir("moments"), memo, setting.progress, writer, setting.device)
+        means = Means(cache_dir("moments"), memo, equipment.progress, writer, equipment.device)
         sliced = slice_model(source, chart, data.calibration, means)
         if writer.config is None:
             raise InvarianceError("a run ended before its checkpoint was whole")
         with timed(sliced.seconds, "export"):
-            sink.finish(writer.config, source.skeleton.generation_config, setting.tokenizer)
+            sink.finish(writer.config, source.skeleton.generation_config, equipment.tokenizer)
         why, numbers = writer.why, (writer.parameters, writer.shortcuts)
         made = Made(writer.config, why is None, why or "", stored, *numbers)
         report = document(chart, sliced, made, data)
         trim()
-        _measure(report, sliced, source, str(sink.target), data, setting)
+        _measure(report, sliced, source, str(sink.target), data, equipment)
         report["model"] |= {"origin": origin(recipe.model), "licence": licence(recipe.model)}
         report["output"] = str(output.folder)
         layout = sliced.layout
@@ -102,14 +103,14 @@ def _measure(
     source: Source,
     made: str,
     data: Data,
-    setting: Setting,
+    equipment: Equipment,
 ) -> None:
     models: Models = {
-        "dense": Sourced(source, setting.device),
-        "sliced": Sourced(open_source(made), setting.device),
+        "dense": Sourced(source, equipment.device),
+        "sliced": Sourced(open_source(made), equipment.device),
     }
-    measured(report, sliced.seconds, models, data, setting.progress, Memo(limit=0))
+    measured(report, sliced.seconds, models, data, equipment.progress, Memo(limit=0))
     if source.nbytes <= SHOWN:
-        shown(report, sliced.seconds, models, data, setting.tokenizer, setting.progress)
+        shown(report, sliced.seconds, models, data, equipment.tokenizer, equipment.progress)
     report["seconds"] = {step: round(s, 3) for step, s in sliced.seconds.items()}
     report["peak_memory_bytes"] = peak_memory()

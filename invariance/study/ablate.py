@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
-from ..compress.setting import Setting
+from ..compress.execution import Execution
 from ..core.files import replacing, write_json, write_text
 from ..core.growing import Growing
 from ..core.progress import Progress, quiet
@@ -42,7 +42,7 @@ class Ablation:
 
     study: Study
     output: Path
-    setting: Setting
+    execution: Execution
     tell: Tell = print
     progress: Progress = quiet
     latex: bool = False  # whether results.tex is written too
@@ -52,7 +52,7 @@ class Ablation:
     refused: list[Row] = field(default_factory=list)  # what a search proposed and no run can have
 
     def __post_init__(self) -> None:
-        self.planner = Planner(self.setting)
+        self.planner = Planner(self.execution)
         self.samples: list[Job] = []  # of what a search may propose
         if self.study.searched:
             self.samples = samples(self.planner, self.study)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from ..compress import calibration
+from ..compress.execution import Execution
 from ..compress.planner import plan
-from ..compress.setting import Setting
 from ..core.cache import cache_dir
 from ..core.errors import InvarianceError
 from ..core.progress import Progress, quiet
@@ -61,7 +61,7 @@ class Pruned(Exception):
     """A run that is stopped because others were better at this point."""
 
 
-def key(recipe: Recipe, setting: Setting) -> str:
+def key(recipe: Recipe, execution: Execution) -> str:
     """What a run hangs on, hashed: its recipe, the local files that it names, methods that do not ship, our version, the
     kind of device."""
     hangs_on = [
@@ -69,8 +69,8 @@ def key(recipe: Recipe, setting: Setting) -> str:
         identity.files(recipe),
         identity.sources(recipe),
         [platform.python_version(), version("invariance")],
-        setting.speed,
-        setting.device,
+        execution.speed,
+        execution.device,
     ]
     return hashlib.sha256(json.dumps(hangs_on, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -80,14 +80,14 @@ class Bench:
     """A model in memory with what its runs have in common. A process holds one at a time."""
 
     name: str
-    setting: Setting
+    execution: Execution
     progress: Progress
 
     def __post_init__(self) -> None:
-        trust = self.setting.trust_remote_code
+        trust = self.execution.trust_remote_code
         self.config = load_config(self.name, trust_remote_code=trust)
         self.tokenizer = load_tokenizer(self.name, trust_remote_code=trust)
-        self.model = load_model(self.name, device=self.setting.device, trust_remote_code=trust)
+        self.model = load_model(self.name, device=self.execution.device, trust_remote_code=trust)
         self.memo = Memo(cache_dir("losses"))
 
     def data(self, recipe: Recipe) -> Data:
@@ -108,15 +108,15 @@ class Bench:
 
     def prepare(self, recipes: Sequence[Recipe]) -> None:
         """What the runs of several recipes share: one walk over the calibration tokens, and the dense losses."""
-        plans = [plan(recipe, self.config, device=self.setting.device) for recipe in recipes]
+        plans = [plan(recipe, self.config, device=self.execution.device) for recipe in recipes]
         reading = [p for p in plans if p.reads_tokens]
         if reading:
             tokens = self.data(reading[0].recipe).calibration
             assert tokens is not None
-            if self.setting.processes > 1:
+            if self.execution.processes > 1:
                 from ..compress.distributed import calibrate
 
-                calibrate(reading, tokens, self.setting)
+                calibrate(reading, tokens, self.execution)
             calibration.calibrate(
                 self.model,
                 reading,
@@ -153,7 +153,7 @@ class Bench:
         )
         if made.logs is not None:
             shutil.rmtree(made.logs.parent, ignore_errors=True)  # what was kept to resume from
-        if self.setting.speed:
+        if self.execution.speed:
             made.report["tokens_per_second"] = speed(self.model, made.model)
         return made.report, made.spectra
 
@@ -167,15 +167,15 @@ _BENCHES: list[Bench] = []  # at most one
 
 def carry_out(
     request: Request,
-    setting: Setting,
+    execution: Execution,
     progress: Progress = quiet,
     judge: Callable[[float], bool] | None = None,
 ) -> Answer:
     """Do what is asked in this process; whatever goes wrong is told in the answer."""
     try:
-        with _threads(setting.threads), trusting(setting.trust_task_code):
+        with _threads(execution.threads), trusting(execution.trust_task_code):
             recipes = [Recipe.from_dict(found) for found in request.recipes]
-            bench = _bench(recipes[0].model, setting, progress)
+            bench = _bench(recipes[0].model, execution, progress)
             if request.prepares:
                 bench.prepare(recipes)
                 return Answer(request)
@@ -189,16 +189,16 @@ def carry_out(
         return Answer(request, reason=reason[:500], details=traceback.format_exc())
 
 
-def carry_out_alone(request: Request, setting: Setting) -> Answer:
+def carry_out_alone(request: Request, execution: Execution) -> Answer:
     """The same in a process of its own, whose methods are not registered yet."""
-    begin(setting.plugins)
-    return carry_out(request, setting)
+    begin(execution.plugins)
+    return carry_out(request, execution)
 
 
-def _bench(model: str, setting: Setting, progress: Progress) -> Bench:
-    if not (_BENCHES and (_BENCHES[0].name, _BENCHES[0].setting) == (model, setting)):
+def _bench(model: str, execution: Execution, progress: Progress) -> Bench:
+    if not (_BENCHES and (_BENCHES[0].name, _BENCHES[0].execution) == (model, execution)):
         _BENCHES.clear()  # first, so that two models never lie in memory
-        _BENCHES.append(Bench(model, setting, progress))
+        _BENCHES.append(Bench(model, execution, progress))
     _BENCHES[0].progress = progress
     return _BENCHES[0]
 

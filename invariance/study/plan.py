@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from ..compress.execution import Execution
 from ..compress.heldout import HELD_OUT
 from ..compress.plan import MEASURED, Plan
 from ..compress.planner import plan
-from ..compress.setting import Setting
 from ..core.errors import InputError
 from ..core.group import Group
 from ..core.progress import Progress, quiet
@@ -80,8 +80,8 @@ class Outlook:
 class Planner:
     """Plans variants, each model's config read once."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+    def __init__(self, execution: Execution) -> None:
+        self.execution = execution
         self.configs: dict[str, PretrainedConfig | InputError] = {}
 
     def job(self, variants: Sequence[Variant]) -> Job:
@@ -89,8 +89,8 @@ class Planner:
         first = variants[0]
         try:
             config = self._config(first.recipe.model)
-            made = plan(first.recipe, config, device=self.setting.device)
-            return Job(key(first.recipe, self.setting), tuple(variants), made)
+            made = plan(first.recipe, config, device=self.execution.device)
+            return Job(key(first.recipe, self.execution), tuple(variants), made)
         except InputError as e:
             raise InputError(f"{e} (in the run with {told(first.varied)})") from None
 
@@ -98,7 +98,7 @@ class Planner:
         if model not in self.configs:
             try:
                 self.configs[model] = load_config(
-                    model, trust_remote_code=self.setting.trust_remote_code
+                    model, trust_remote_code=self.execution.trust_remote_code
                 )
             except InputError as e:
                 self.configs[model] = e
@@ -111,7 +111,7 @@ class Planner:
         """One a recipe, those that share a calibration together."""
         found: dict[str, list[Variant]] = {}
         for variant in variants:
-            found.setdefault(key(variant.recipe, self.setting), []).append(variant)
+            found.setdefault(key(variant.recipe, self.execution), []).append(variant)
         jobs = [self.job(same) for same in progress(found.values(), "plan", len(found))]
         order = list(dict.fromkeys(job.calibration for job in jobs))
         return sorted(jobs, key=lambda job: order.index(job.calibration))

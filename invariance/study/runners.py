@@ -11,7 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Final
 
-from ..compress.setting import Setting
+from ..compress.execution import Execution
 from ..core.errors import InputError
 from ..core.progress import Progress, quiet
 from .job import Answer, Request, carry_out, carry_out_alone
@@ -21,12 +21,12 @@ Runner = Callable[[Sequence[Request]], Iterator[Answer]]
 DIED = "its process died, perhaps for lack of memory; run fewer at a time (--workers)"
 
 
-def here(setting: Setting, progress: Progress = quiet) -> Runner:
+def here(execution: Execution, progress: Progress = quiet) -> Runner:
     """One after the other, in this process."""
 
     def run(requests: Sequence[Request]) -> Iterator[Answer]:
         for request in requests:
-            yield carry_out(request, setting, progress)
+            yield carry_out(request, execution, progress)
 
     return run
 
@@ -38,8 +38,8 @@ class Several:
     process dies once more is said to have failed.
     """
 
-    def __init__(self, setting: Setting, workers: int) -> None:
-        self.setting, self.workers = setting, workers
+    def __init__(self, execution: Execution, workers: int) -> None:
+        self.execution, self.workers = execution, workers
         self.pool = self._pool(workers)
 
     def __call__(self, requests: Sequence[Request]) -> Iterator[Answer]:
@@ -56,9 +56,9 @@ class Several:
                 while (
                     waiting and len(running) < self.workers
                 ):  # no more: what waits here survives a broken pool
-                    running[self.pool.submit(carry_out_alone, waiting[0], self.setting)] = waiting[
-                        0
-                    ]
+                    running[self.pool.submit(carry_out_alone, waiting[0], self.execution)] = (
+                        waiting[0]
+                    )
                     del waiting[0]
                 self.pool.submit(
                     int
@@ -84,7 +84,7 @@ class Several:
     def _alone(self, request: Request) -> Answer:
         pool = self._pool(1)
         try:
-            return pool.submit(carry_out_alone, request, self.setting).result()
+            return pool.submit(carry_out_alone, request, self.execution).result()
         except BrokenProcessPool:
             return Answer(request, reason=DIED)
         finally:
@@ -119,7 +119,7 @@ LOCAL_CLUSTER: Final[dict[str, Any]] = {
 }
 
 
-def cluster(setting: Setting, address: str, cpus: float, gpus: float) -> Runner:
+def cluster(execution: Execution, address: str, cpus: float, gpus: float) -> Runner:
     """On a Ray cluster, one process a run, with its resources declared. The cluster's machines need this package."""
     try:
         import ray
@@ -145,7 +145,7 @@ def cluster(setting: Setting, address: str, cpus: float, gpus: float) -> Runner:
     remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(carry_out_alone)
 
     def run(requests: Sequence[Request]) -> Iterator[Answer]:
-        running = {remote.remote(request, setting): request for request in requests}
+        running = {remote.remote(request, execution): request for request in requests}
         while running:
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             request = running.pop(done)
@@ -158,9 +158,14 @@ def cluster(setting: Setting, address: str, cpus: float, gpus: float) -> Runner:
 
 
 def chosen(
-    setting: Setting, progress: Progress, workers: int, ray: str | None, cpus: float, gpus: float
+    execution: Execution,
+    progress: Progress,
+    workers: int,
+    ray: str | None,
+    cpus: float,
+    gpus: float,
 ) -> Runner:
     """The runner that the command line asks for."""
     if ray is not None:
-        return cluster(setting, ray, cpus, gpus)
-    return Several(setting, workers) if workers > 1 else here(setting, progress)
+        return cluster(execution, ray, cpus, gpus)
+    return Several(execution, workers) if workers > 1 else here(execution, progress)

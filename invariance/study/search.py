@@ -221,7 +221,7 @@ def _measure(
     if asked.prune:
         (trial, _), *_ = pairs
         answers: Iterable[Answer] = [
-            carry_out(job.request, ablation.setting, progress, _judge(trial))
+            carry_out(job.request, ablation.execution, progress, _judge(trial))
             for job in wanted.values()
         ]
     else:

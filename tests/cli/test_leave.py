@@ -76,6 +76,18 @@ def test_every_error_leaves_as_a_line_and_a_status(
     assert "Traceback" not in told
 
 
+def test_ctrl_c_before_a_command_begins_leaves_the_same_way(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def importing() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as left:
+        leaving(importing)
+    assert left.value.code == 130
+    assert capsys.readouterr().err.startswith("stopped")
+
+
 def test_what_reads_our_output_may_stop(tmp_path: Path) -> None:
     code = "from invariance.cli.leave import leaving\nleaving(lambda: print('x' * 10**6))"
     with subprocess.Popen(

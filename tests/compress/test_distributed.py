@@ -11,9 +11,9 @@ from folders import save_model, save_tokens
 
 from invariance.calibrate.moments import Moments, Store
 from invariance.compress import calibration, distributed
+from invariance.compress.execution import Execution
 from invariance.compress.plan import Plan
 from invariance.compress.planner import plan
-from invariance.compress.setting import Setting
 from invariance.core.cache import cache_dir
 from invariance.core.errors import InputError
 from invariance.io.data import load_tokens
@@ -81,7 +81,7 @@ def test_two_processes_equal_one_to_rounding_and_half_of_the_batches_do_not(
     monkeypatch.setenv("INVARIANCE_CACHE", str(root / "two"))
     # forked, which saves the imports; only because torch has one thread here
     monkeypatch.setattr(distributed, "START", "ddp_fork")
-    distributed.calibrate([chart], tokens, Setting(processes=2, threads=1))
+    distributed.calibrate([chart], tokens, Execution(processes=2, threads=1))
     monkeypatch.setenv("INVARIANCE_CACHE", str(root / "half"))
     half = calibration.Share(
         0, 2, lambda moments: moments
@@ -98,4 +98,4 @@ def test_two_processes_equal_one_to_rounding_and_half_of_the_batches_do_not(
 def test_more_processes_than_batches_are_refused(root: Path) -> None:
     tokens = load_tokens(str(root / "tokens.npy"), None, vocab_size=41)
     with pytest.raises(InputError, match="1 batches for 2 processes"):
-        distributed.calibrate([asked(root, batch=16)], tokens, Setting(processes=2))
+        distributed.calibrate([asked(root, batch=16)], tokens, Execution(processes=2))

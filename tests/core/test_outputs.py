@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -226,6 +227,32 @@ def test_what_fails_under_way_leaves_the_old_output(
         (made / "half").write_text("x")
         raise fault
     assert contents(tmp_path / "out")["report.json"] == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_ctrl_c_between_two_renames_waits_for_the_second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.replace
+
+    def interrupted(source: Path, target: Path) -> None:
+        real(source, target)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    make(tmp_path / "out")
+    monkeypatch.setattr(files, "exchange", lambda a, b: False)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            claimed(tmp_path / "out", overwrite=True) as claim,
+            claim.writing() as made,
+        ):
+            (made / "report.json").write_text("two")
+            monkeypatch.setattr(os, "replace", interrupted)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert contents(tmp_path / "out")["report.json"] == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

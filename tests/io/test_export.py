@@ -190,6 +190,22 @@ def test_gains_and_eps_carry_the_mean_square_over_the_original_width() -> None:
     assert made.config.head_dim == 8 and made.config.num_attention_heads == 4
 
 
+@pytest.mark.parametrize("width", [24, 27])
+def test_a_model_with_biases_keeps_its_type_where_its_heads_do_not_fill_the_stream(
+    width: int, tmp_path: Path
+) -> None:
+    """A mistral has no place for a bias, so the type that others read more surely is none for this model."""
+    model = tiny("qwen2", hidden_size=32, head_dim=8, vocab_size=VOCABULARY)
+    made = compressed(model, [GLOBAL | {"select": {"uniform": {"width": width}}}])
+    assert made.report["model"]["stock"], made.report["model"]["why_not_stock"]
+    assert made.model.config.model_type == "qwen2" and made.model.config.hidden_size == width
+    loaded = reloaded(made.model, tmp_path)
+    assert any(n.endswith("q_proj.bias") for n, _ in loaded.named_parameters())
+    assert relative_error(logits(made.model, IDS), logits(loaded, IDS)) <= tolerance(
+        torch.float32, 4
+    )
+
+
 def test_a_stream_that_heads_fill_keeps_its_type() -> None:
     step = {"spaces": "mlp", "rotate": "permute", "select": {"uniform": {"keep": 0.5}}}
     assert compressed(dense("llama"), [step]).model.config.model_type == "llama"

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import peft
 import pytest
 import torch
 from gguf import GGUFWriter
@@ -151,6 +152,39 @@ def test_a_folder_without_a_config_is_refused(folder, read):
     assert "no config.json" in refused(folder, read)
     (folder / "weights.gguf").touch()
     assert "Name the file to read: weights.gguf" in refused(folder, read)
+
+
+@pytest.mark.parametrize("read", [load_model, load_config, load_tokenizer, open_source])
+def test_a_folder_that_holds_an_adapter_alone_is_refused_by_what_it_is(folder, tmp_path, read):
+    alone = tmp_path / "adapter"
+    tuned = peft.get_peft_model(
+        load_model(str(folder)), peft.LoraConfig(target_modules="all-linear")
+    )
+    tuned.save_pretrained(alone)
+    assert not (alone / "config.json").exists()
+    said = refused(alone, read)
+    assert f"only an adapter of PEFT (adapter_config.json), of the base model '{folder}'" in said
+    assert "merge_and_unload" in said and "save_pretrained" in said
+    merged = peft.PeftModel.from_pretrained(load_model(str(folder)), alone).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")  # what the message asks for is taken
+    assert load_config(str(tmp_path / "merged")).hidden_size == 16
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ('{"base_model_name_or_path": "a\\u001b[2J\\nb"}', r"the base model 'a\x1b[2J\nb'"),
+        ('{"base_model_name_or_path": null}', "a base that it does not name"),
+        ('{"base_model_name_or_path": ["a"]}', "a base that it does not name"),
+        ("[]", "a base that it does not name"),
+        ("{", "adapter_config.json: not valid JSON"),
+        ("[" * 100_000, "adapter_config.json: nested too deeply"),
+    ],
+)
+def test_an_adapter_may_name_anything_as_its_base(tmp_path, content, says):
+    (tmp_path / "adapter_config.json").write_text(content)
+    said = refused(tmp_path)
+    assert says in said and said.isprintable()
 
 
 REST = '"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 16'

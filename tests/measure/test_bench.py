@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from invariance.io.checkpoint import layout_of_config
 from invariance.measure import bench
-from invariance.measure.bench import Machine, Setting, Spread, Work, interleaved
+from invariance.measure.bench import Machine, Spread, Work, Workload, interleaved
 from invariance.report.bench_report import grids
 
 FAMILIES = ("llama", "opt", "phi")
@@ -35,16 +35,16 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_flops_to_the_first_token_are_those_that_torch_counts(family: str) -> None:
-    model, setting = model_of(family), Setting(batch=3, prompt=20, new=2)
+    model, workload = model_of(family), Workload(batch=3, prompt=20, new=2)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        ids = torch.ones(setting.batch, setting.prompt, dtype=torch.long)
+        ids = torch.ones(workload.batch, workload.prompt, dtype=torch.long)
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
     found = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in found.items() if str(op) in ("aten.mm", "aten.addmm"))
     layout = layout_of_config(model.config)
-    assert setting.first_token(layout, 4).flops == products
+    assert workload.first_token(layout, 4).flops == products
     assert (
-        setting.batch * setting.prompt * layout.flops({}) > products
+        workload.batch * workload.prompt * layout.flops({}) > products
     )  # the head sees the last token only
 
 
@@ -59,7 +59,7 @@ def test_the_cache_holds_the_bytes_that_are_counted(family: str) -> None:
 
 def test_a_step_reads_every_matrix_and_the_cache_so_far() -> None:
     layout = layout_of_config(model_of("llama").config)
-    one, many = (Setting(b, 100, 20).step(layout, 2) for b in (1, 8))
+    one, many = (Workload(b, 100, 20).step(layout, 2) for b in (1, 8))
     matrices = layout.flops({})  # two per entry, of two bytes each
     assert one.bytes == matrices + 2 * 110 * layout.kv_entries({})
     assert many.bytes == matrices + 8 * (one.bytes - matrices) and many.flops == 8 * one.flops

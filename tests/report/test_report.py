@@ -357,6 +357,7 @@ def test_tables_for_papers_escape_what_names_hold():
     assert latex("#$^~<>{}") == (
         r"\#\$\textasciicircum{}\textasciitilde{}\textless{}\textgreater{}\{\}"
     )
+    assert latex("-0.02 ± 0.10 (-3) of a-1 ≤ 2") == (r"$-$0.02 $\pm$ 0.10 ($-$3) of a-1 $\leq$ 2")
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,7 @@ def on_ray(requests: Sequence[study_job.Request]) -> Iterator[study_job.Answer]:
 def elsewhere(request: pytest.FixtureRequest) -> Runner:
     """Carries requests out in processes of their own."""
     if request.param == "several":
-        return Several(study_job.Setting(threads=1), workers=2)
+        return Several(study_job.Execution(threads=1), workers=2)
     pytest.importorskip("ray")
     return on_ray
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from invariance.compress.setting import Setting
+from invariance.compress.execution import Execution
 from invariance.method.interfaces import load_plugin
 from invariance.recipe.recipe import Recipe
 from invariance.study.job import key
@@ -28,7 +28,7 @@ class FromFile(Rotator, name="from_file"):
 
 def asked(**options: str) -> str:
     step = {"spaces": "mlp", "rotate": {"from_file": options} if options else "from_file"}
-    return key(Recipe.from_dict({"model": "m", "steps": [step]}), Setting())
+    return key(Recipe.from_dict({"model": "m", "steps": [step]}), Execution())
 
 
 @pytest.fixture

@@ -12,28 +12,28 @@ from pathlib import Path
 import psutil
 import pytest
 
-from invariance.compress.setting import Setting
+from invariance.compress.execution import Execution
 from invariance.study import runners
 from invariance.study.job import Answer, Request
 from invariance.study.runners import DIED, Several
 
 WAITING = """
 import os, sys, time
-from invariance.compress.setting import Setting
+from invariance.compress.execution import Execution
 from invariance.study import runners
 from invariance.study.job import Request
 
-def work(request, setting):
+def work(request, execution):
     print(os.getpid(), flush=True)
     time.sleep(600)
 
 if __name__ == "__main__":
     runners.carry_out_alone = work
-    list(runners.Several(Setting(), 2)([Request("a", ()), Request("b", ())]))
+    list(runners.Several(Execution(), 2)([Request("a", ()), Request("b", ())]))
 """
 
 
-def work(request: Request, setting: Setting) -> Answer:
+def work(request: Request, execution: Execution) -> Answer:
     started = Path(os.environ["STARTED"])
     if request.name.startswith("dies"):
         while not started.exists():
@@ -55,7 +55,7 @@ def asked(*names: str) -> list[Request]:
 def two(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Several:
     monkeypatch.setenv("STARTED", str(tmp_path / "started"))
     monkeypatch.setattr(runners, "carry_out_alone", work)
-    return Several(Setting(), workers=2)
+    return Several(Execution(), workers=2)
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -143,7 +143,7 @@ def test_a_run_that_is_done_has_not_failed_whatever_its_values(
 
 def test_a_search_that_prunes_runs_in_this_process_alone(root: Path) -> None:
     text = f"{BASE}search: {{{OVER}, trials: 2, minimize: [perplexity], prune: true}}\n"
-    ablation = Ablation(load_study(write(root, text)), root / "alone", study_job.Setting())
+    ablation = Ablation(load_study(write(root, text)), root / "alone", study_job.Execution())
     for arguments in ((2, False), (1, True)):
         with pytest.raises(InputError, match="one trial at a time, in this process"):
             study_search.opened(ablation, *arguments)
@@ -152,9 +152,9 @@ def test_a_search_that_prunes_runs_in_this_process_alone(root: Path) -> None:
 
 def test_as_many_trials_as_workers_are_sent_at_a_time(root: Path) -> None:
     text = f"{BASE}search: {{{OVER}, trials: 5}}\n"
-    setting = study_job.Setting()
-    ablation = Ablation(load_study(write(root, text)), root / "sent", setting, lambda line: None)
-    sent, run = [], here(setting)
+    execution = study_job.Execution()
+    ablation = Ablation(load_study(write(root, text)), root / "sent", execution, lambda line: None)
+    sent, run = [], here(execution)
 
     def counted(requests: Any) -> Any:
         sent.extend([len(requests)] if not requests[0].prepares else [])
@@ -169,7 +169,7 @@ def test_alternatives_that_go_with_some_others_only_are_left_to_the_search(root:
     (root / "some.yaml").write_text(
         f"{BASE}search: {{{over}, trials: 2}}\n".replace("ROOT", str(root))
     )
-    job, *_ = samples(Planner(study_job.Setting()), load_study(root / "some.yaml"))
+    job, *_ = samples(Planner(study_job.Execution()), load_study(root / "some.yaml"))
     assert [*job.variants[0].varied.values()] != ["mlp", "pca"]
 
 

@@ -17,7 +17,7 @@ from pyarrow import parquet
 from rich.console import Console
 from transformers import AutoConfig
 
-from invariance.compress.setting import Setting
+from invariance.compress.execution import Execution
 from invariance.core.errors import InputError
 from invariance.recipe.recipe import Recipe
 from invariance.study.factors import short
@@ -223,7 +223,7 @@ def seconds(tmp_path: Path, **changes: Any) -> float:
         ],
         "budget": {"parameters": 0.9},
     }
-    return _own(Planner(Setting()).job([Variant({}, Recipe.from_dict(tree | changes))]))  # type: ignore[no-any-return]
+    return _own(Planner(Execution()).job([Variant({}, Recipe.from_dict(tree | changes))]))  # type: ignore[no-any-return]
 
 
 def test_what_selectors_measure_and_recovery_are_forecast(tmp_path: Path) -> None:
@@ -291,7 +291,7 @@ def test_every_study_that_ships_is_planned_without_weights(file: Path, tmp_path:
     kind, shape = ("gemma3_text", GEMMA) if file.stem.startswith("gemma") else ("llama", SHAPE)
     AutoConfig.for_model(kind, **shape).save_pretrained(tmp_path / "m")
     found = load_study(file, [f"model={tmp_path / 'm'}"])
-    jobs = Planner(Setting()).jobs(found.variants())
+    jobs = Planner(Execution()).jobs(found.variants())
     seen = outlook(jobs, {})
     assert 12 <= seen.runs == len(jobs) and seen.done == 0 and seen.seconds > 0
     texts = {len(v.recipe.evaluate[0].perplexity.each()) for v in found.variants()}
@@ -306,23 +306,23 @@ def test_a_run_is_keyed_by_its_recipe_and_the_files_that_it_names(tmp_path: Path
     text = BASE.replace("t.npy", str(data))
     text = f"{text}grid: {{seed: [0, 1]}}\nx: seed\n"
     first = study(tmp_path, "", text).variants() + study(tmp_path, "", text).variants()
-    keys = [key(v.recipe, Setting()) for v in first]
+    keys = [key(v.recipe, Execution()) for v in first]
     assert keys[0] == keys[2] != keys[1]
-    assert key(first[0].recipe, Setting(speed=True)) != keys[0]
-    assert key(first[0].recipe, Setting("cuda")) != keys[0]  # where numbers have other types
+    assert key(first[0].recipe, Execution(speed=True)) != keys[0]
+    assert key(first[0].recipe, Execution("cuda")) != keys[0]  # where numbers have other types
     assert (
-        key(first[0].recipe, Setting(processes=2, threads=1)) == keys[0]
+        key(first[0].recipe, Execution(processes=2, threads=1)) == keys[0]
     )  # how it is computed changes nothing
     data.write_bytes(b"22")
-    assert key(first[0].recipe, Setting()) != keys[0]
+    assert key(first[0].recipe, Execution()) != keys[0]
     task = tmp_path / "task.yaml"
     task.write_text("task: sums\n")
     asked = first[0].recipe.to_dict() | {
         "evaluate": [{"tasks": {"names": ["arc_easy", str(task)]}}]
     }
-    before = key(Recipe.from_dict(asked), Setting())
+    before = key(Recipe.from_dict(asked), Execution())
     task.write_text("task: other sums\n")
-    assert key(Recipe.from_dict(asked), Setting()) != before
+    assert key(Recipe.from_dict(asked), Execution()) != before
 
 
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=12))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What all runs of a study have in common and no recipe says."""
+class Execution:
+    """What the runs of a study have in common, and no recipe says."""
 
     device: str = "cpu"
     trust_remote_code: bool = False
