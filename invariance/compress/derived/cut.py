@@ -56,6 +56,7 @@ class Made:
     error: float  # ‖cut − zeroed‖ / ‖zeroed‖
     seconds: dict[str, float]
     energy: dict[str, float] = field(default_factory=dict)
+    why: str = ""  # no stock config says it; empty where one does
 
 
 def carry_out(
@@ -80,6 +81,7 @@ class _Run:
             if plan.turns:
                 turn(self.twin, self.description, {})  # gains folded, nothing turned
         self.bases: dict[str, Basis] = {}
+        self.why = ""
         vocabulary = model.config.get_text_config().vocab_size
         self.ids = probe(vocabulary, plan.recipe.seed, None)
 
@@ -96,8 +98,9 @@ class _Run:
         self.plan.check_widths(widths)
         with timed(self.seconds, "slice"):
             small, done, error = self._cut(widths)
+        lost = self._lost(widths)
         return Made(
-            small, widths, spectra, certificate, done, error, self.seconds, self._lost(widths)
+            small, widths, spectra, certificate, done, error, self.seconds, lost, self.why
         )
 
     # --- Measuring.
@@ -273,10 +276,12 @@ class _Run:
         why = differences(small)
         if why or not done.changes:
             name, (was, now) = next(iter(why.items()), ("its widths", ("the config's", "others")))
-            raise InputError(
-                f"{self.plan.recipe.where('steps')}: no stock config says what was cut: a model of it has {was} at {name}, and "
-                f"this one {now}. Use other widths, or cut other spaces."
-            )
+            self.why = f"a model of the family has {was} at {name}, and this one {now}"
+            if self.plan.must:
+                raise InputError(
+                    f"{self.plan.recipe.where('stock')}: no stock config says what was cut: {self.why}. Use other widths, cut "
+                    "other spaces, or remove `stock`."
+                )
         return self._finished(small), done, error
 
     def _finished(self, small: PreTrainedModel) -> PreTrainedModel:

@@ -39,14 +39,19 @@ FITS = 3  # matrices as large as a moment that a method makes at a time
 
 @dataclass(frozen=True)
 class DerivedPlan:
-    """Everything that a run on a derived layout will do. Its recipe asks for a stock checkpoint in any case."""
+    """Everything that a run on a derived layout will do.
+
+    Its recipe asks selectors for widths that a stock config can say, in any case; ``must``: nothing else is wanted.
+    """
 
     recipe: Recipe
     layout: DerivedLayout
     units: tuple[Unit, ...]
     config: PretrainedConfig
+    must: bool = False
     depth: tuple[Unit, ...] = ()
-    said: set[tuple[tuple[str, int], ...]] = field(default_factory=set)  # widths that a config says
+    said: dict[tuple[tuple[str, int], ...], str] = field(default_factory=dict)
+    """Of widths that were looked up: why no config of the family says them; empty where one does."""
 
     @property
     def dense(self) -> DerivedLayout:
@@ -102,26 +107,34 @@ class DerivedPlan:
         """The width of every unit's members (``allocation.allocate``)."""
         return allocate(self, spectra, loss, influence, within)
 
-    def check_widths(self, widths: Widths) -> None:
-        """Raises InputError where no config of the family says these widths."""
-        self._check_stacks(widths)
+    def unsaid(self, widths: Widths) -> str:
+        """Why no config of the family says these widths; empty where one does."""
         kept = self.layout.kept(widths)
         asked = tuple(sorted(widths.items()))
-        if not kept or asked in self.said:
-            return
-        model = self.layout.model
-        target = shapes(model, narrowings(self.layout.description, model, kept))
-        if search(self.config, model, target).said is None:
+        if kept and asked not in self.said:
+            model = self.layout.model
+            target = shapes(model, narrowings(self.layout.description, model, kept))
+            found = search(self.config, model, target).said
             told = ", ".join(
                 f"{n} {k}" for n, k in sorted(widths.items()) if self.layout.own[n] in kept
             )
-            raise InputError(
-                f"{self.recipe.where('steps', self.units[0].step, 'select')}: no config of type '{self.config.model_type}' says "
-                f"these widths ({told[:200]}), so plain transformers could not load the model. Use other widths (a multiple of "
-                "what the config divides by), name all spaces of a kind (`spaces: mlp`) where a config has one number for them, or "
-                "leave this space whole."
+            self.said[asked] = (
+                f"no config of type '{self.config.model_type}' says these widths ({told[:200]})"
+                if found is None
+                else ""
             )
-        self.said.add(asked)
+        return self.said.get(asked, "")
+
+    def check_widths(self, widths: Widths) -> None:
+        """Raises InputError for widths that experts' products do not take, and where a stock checkpoint must be, for
+        those that no config of the family says."""
+        self._check_stacks(widths)
+        if self.must and (why := self.unsaid(widths)):
+            raise InputError(
+                f"{self.recipe.where('steps', self.units[0].step, 'select')}: {why}, so plain transformers could not load the "
+                "model. Use other widths (a multiple of what the config divides by), name all spaces of a kind (`spaces: mlp`) "
+                "where a config has one number for them, leave this space whole, or remove `stock`."
+            )
 
     def _check_stacks(self, widths: Widths) -> None:
         """Raises InputError for widths in stacks of experts that products of groups do not take: rows of 16 bytes."""
@@ -151,7 +164,7 @@ class DerivedPlan:
 
 def derived_plan(recipe: Recipe, config: PretrainedConfig, layout: DerivedLayout) -> DerivedPlan:
     """Check a recipe against a derived layout. Raises InputError with the recipe's line."""
-    kind = config.model_type
+    kind, must = config.model_type, recipe.stock
     _check_recipe(recipe, kind)
     recipe = recipe.model_copy(update={"stock": True})
     units: list[Unit] = []
@@ -170,7 +183,7 @@ def derived_plan(recipe: Recipe, config: PretrainedConfig, layout: DerivedLayout
             _check_unit(recipe, unit, layout, kind)
             units.append(unit)
     check_selectors(recipe, units)
-    made = DerivedPlan(recipe, layout, tuple(units), config)
+    made = DerivedPlan(recipe, layout, tuple(units), config, must)
     if made.turns and recipe.tie == "keep" and layout.tied:
         raise InputError(
             f"{recipe.where('tie')}: the stream gets another basis, and the head takes up a norm's gain that the table does not. "
