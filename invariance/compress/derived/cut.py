@@ -33,6 +33,7 @@ from ...model.described.weightless import stored
 from ...model.described.whole import double, tokens
 from ...model.narrow.certificate import tried
 from ...model.narrow.cut import Cut
+from ...model.narrow.means import without_means
 from ...model.narrow.stock import differences
 from ...model.verify import Certificate
 from ..calibration import timed
@@ -84,6 +85,12 @@ class _Run:
         self.why = ""
         vocabulary = model.config.get_text_config().vocab_size
         self.ids = probe(vocabulary, plan.recipe.seed, None)
+        cut = any(STREAM in u.members and u.slice is not None for u in plan.units)
+        stream = self.layout.stream
+        self.fixes_ones = stream is not None and stream.kind is Kind.O1
+        if cut and self.fixes_ones:
+            without_means(self.twin, self.description, self.layout.own[STREAM], tokens(self.ids))
+            self.fixes_ones = False
 
     def run(self) -> Made:
         self._measure()
@@ -153,7 +160,7 @@ class _Run:
         seen = self.seen[space.name]
         moment = _steadied(seen.total(readers))
         if space.kind == "residual" and self.layout.stream is not None:
-            moment = centred(moment) if self._fixes_ones else moment
+            moment = centred(moment) if self.fixes_ones else moment
         of = (
             (Statistic.NORMED,) if space.kind == "residual" else (Statistic.WEIGHTED, Statistic.RAW)
         )
@@ -185,11 +192,6 @@ class _Run:
             )
         return Moments({(space.name, Statistic.EXPERTS): moment})
 
-    @property
-    def _fixes_ones(self) -> bool:
-        stream = self.layout.stream
-        return stream is not None and stream.kind is Kind.O1
-
     def _weights(self, space: Space, readers: Collection[Reader]) -> Weights:
         """The weights that read a space: [out, copies · dim]."""
         named = stored(self.twin)
@@ -209,7 +211,7 @@ class _Run:
                 f"{self.plan.recipe.where('steps', unit.step, 'rotate')}: rotator '{unit.rotate.name}' scales coordinates, and "
                 "cuts of a derived layout only choose them. Use `permute`."
             )
-        if unit.space.kind == "residual" and self._fixes_ones and basis.A.picks is None:
+        if unit.space.kind == "residual" and self.fixes_ones and basis.A.picks is None:
             basis = fixing_ones(basis)
         return basis
 

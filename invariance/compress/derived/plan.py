@@ -180,7 +180,7 @@ def derived_plan(recipe: Recipe, config: PretrainedConfig, layout: DerivedLayout
             taken[name] = n
             space = layout.spaces[name]
             unit = Unit((name,), (space.block or 0,), space, n, *_methods(recipe, step))
-            _check_unit(recipe, unit, layout, kind)
+            _check_unit(recipe, unit, layout, must)
             units.append(unit)
     check_selectors(recipe, units)
     made = DerivedPlan(recipe, layout, tuple(units), config, must)
@@ -276,7 +276,8 @@ def _named(recipe: Recipe, n: int, step: Step, layout: DerivedLayout, kind: str)
     return layout.select(step.spaces)
 
 
-def _check_unit(recipe: Recipe, unit: Unit, layout: DerivedLayout, kind: str) -> None:
+def _check_unit(recipe: Recipe, unit: Unit, layout: DerivedLayout, must: bool) -> None:
+    kind = layout.model.config.model_type
     check_unit(recipe, unit, layout)  # type: ignore[arg-type]
     skips = recipe.calibrate is not None and recipe.calibrate.skip > 0
     if unit.space.kind == "experts" and skips:
@@ -288,10 +289,11 @@ def _check_unit(recipe: Recipe, unit: Unit, layout: DerivedLayout, kind: str) ->
         return
     stream = layout.stream
     assert stream is not None
-    if unit.slice is not None and stream.kind is Kind.O1:
+    if unit.slice is not None and stream.kind is Kind.O1 and must:
         raise InputError(
             f"{recipe.where('steps', unit.step, 'slice')}: the stream of type '{kind}' lies under LayerNorms, which take the mean "
-            "over all of its width; a narrower one would take another, and no stock config says so. Cut other spaces."
+            "over all of its width; a narrower one would take another, and no stock config says so. Cut other spaces, or remove "
+            "`stock`."
         )
     if unit.slice is not None and (unit.slice.mixes or unit.slice.needs):
         raise InputError(

@@ -98,7 +98,7 @@ def record(model: PreTrainedModel) -> Record | str:
 def _norm(module: NormOver) -> NormRecord:
     weight, bias = module.weight, module.bias
     return NormRecord(
-        of=module.of,
+        of=int(module.of),
         centred=module.centred,
         eps=module.eps,
         weight=None if weight is None else len(weight),
