@@ -6,7 +6,7 @@ an input before it counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -23,7 +23,7 @@ from .attributes import extents, moved, note
 from .norms import Norm
 from .positions import Kept, Narrowing, narrowed, narrowings, shapes, zeroed
 from .renorm import norms_of, renorm
-from .spoken import Change, Search, search
+from .spoken import Change, Changes, Search, search
 from .stock import speak
 
 
@@ -72,13 +72,19 @@ def zero(model: nn.Module, description: Description, kept: Kept) -> None:
             named[n.parameter].copy_(value)
 
 
-def plan(model: PreTrainedModel, description: Description, kept: Kept, example: Example) -> Plan:
-    """What a cut will do. ``example``: an input, to see which modules are norms of what."""
+def plan(
+    model: PreTrainedModel,
+    description: Description,
+    kept: Kept,
+    example: Example,
+    but: Set[Changes] = frozenset(),
+) -> Plan:
+    """What a cut will do. ``example``: an input, to see which modules are norms of what; ``but``: as of ``search``."""
     found = narrowings(description, model, kept)
     base = on_meta(model.config, type(model))
     target = shapes(model, found)
     norms = norms_of(model, description.flat(), found, kept, example)
-    return Plan(tuple(found), base, search(model.config, base, target), norms)
+    return Plan(tuple(found), base, search(model.config, base, target, but), norms)
 
 
 def cut(model: PreTrainedModel, description: Description, kept: Kept, plan: Plan, way: Way) -> Cut:

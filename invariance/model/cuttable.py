@@ -1,0 +1,90 @@
+"""What of a type can be cut: each kind of space tried on the tiny model, cut against zeroed, and built again."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from ..core.errors import InputError
+from .derive import Derived
+from .derive.block import Block
+from .derive.certify import CONTROL, TOLERANCE, distance, outputs
+from .derive.trace import Example
+from .described.describe import describe
+from .described.description import Description
+from .described.source import source
+from .described.weightless import on_meta, plain
+from .narrow.certificate import reference, tried
+from .narrow.kinds import Samples, samples
+from .narrow.record import apply, record
+from .narrow.stock import differences
+
+BUFFERS = 1e-6  # the library computes some in float32
+
+
+@dataclass(frozen=True)
+class Cuttable:
+    """One kind. ``plain``: a stock config says it; else a checkpoint of ours records it. ``why``: of what does not hold."""
+
+    kind: str
+    error: float = float("inf")  # ‖cut − zeroed‖ / ‖zeroed‖
+    control: float = 0.0  # the same, where others are zeroed
+    plain: bool = False
+    why: str = ""
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= TOLERANCE and self.control > CONTROL and not self.why
+
+
+def cuttable(
+    model: PreTrainedModel, derived: Derived, blocks: tuple[Block, ...], examples: list[Example]
+) -> list[Cuttable]:
+    """Every kind that was derived, in these blocks that were certified, and whether its cut holds. Nothing is raised.
+
+    ``examples``: what the layout was read on, and one to try cuts on.
+    """
+    try:
+        found = describe(
+            source(derived, model, blocks), model.config.model_type, seen_by=(model, examples[0])
+        )
+        kinds = samples(found.flat(), on_meta(model.config, type(model)))
+    except Exception as e:  # a type without a description has nothing to cut
+        return [Cuttable("all", why=told(e))]
+    return [of_kind(model, found, kind, some, examples[-1]) for kind, some in kinds.items()]
+
+
+def of_kind(
+    model: PreTrainedModel, found: Description, kind: str, some: Samples, example: Example
+) -> Cuttable:
+    """One kind, cut in all of its spaces at once."""
+    try:
+        small, done, error = tried(model, found, some(False), example)
+        control = distance(reference(model, found, some(True), example), outputs(small, example))
+        said = bool(done.changes) and not differences(small)
+        why = "" if said else rebuilt(small, example)
+    except (InputError, RuntimeError, ValueError, AttributeError, LookupError, TypeError) as e:
+        return Cuttable(kind, why=told(e))
+    if not error <= TOLERANCE:
+        why = f"cut and zeroed differ by {error:.0e}"
+    return Cuttable(kind, error, control, said, why)
+
+
+def rebuilt(small: PreTrainedModel, example: Example) -> str:
+    """Why a model made of its config, its record and its weights is another one; empty where it is the same."""
+    told_ = record(small)
+    if isinstance(told_, str):
+        return told_
+    config = copy.deepcopy(small.config)
+    config.get_text_config().tie_word_embeddings = False  # as tiny models are
+    again = plain(config, type(small)).double().eval()
+    apply(again, told_)
+    again.load_state_dict(copy.deepcopy(small.state_dict()))
+    error = distance(outputs(small, example), outputs(again, example))
+    return "" if error <= BUFFERS else f"read again it differs by {error:.0e}"
+
+
+def told(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:160] or type(error).__name__
