@@ -49,7 +49,10 @@ class NarrowedConfig(PretrainedConfig):
             return super().from_dict(config_dict, **kwargs)
         where = str(kwargs.get("name_or_path") or "")
         family = _read(config_dict.get(KEY), where).family
-        if family not in CONFIG_MAPPING or CONFIG_MAPPING[family] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if (
+            family not in CONFIG_MAPPING
+            or CONFIG_MAPPING[family] not in MODEL_FOR_CAUSAL_LM_MAPPING
+        ):
             raise InputError(
                 f"{where or 'config'}: config.json: {KEY}.family: this version of transformers knows no causal model of type "
                 f"'{family}'. Install the version that wrote the checkpoint, or a later one."

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from ..core.errors import InputError
-from .derive import Derived
-from .derive.block import Block
 from .derive.certify import CONTROL, TOLERANCE, distance, outputs
 from .derive.trace import Example
 from .described.describe import describe
 from .described.description import Description
-from .described.source import source
+from .described.source import Source
 from .described.weightless import on_meta, plain
 from .narrow.certificate import reference, tried
 from .narrow.kinds import Samples, samples
@@ -36,20 +35,27 @@ class Cuttable:
 
     @property
     def holds(self) -> bool:
-        return self.error <= TOLERANCE and self.control > CONTROL and not self.why
+        return not self.reason
+
+    @property
+    def reason(self) -> str:
+        """Why it does not hold; empty where it does."""
+        if self.why or not self.error <= TOLERANCE:
+            return self.why or f"cut and zeroed differ by {self.error:.0e}"
+        return (
+            "" if self.control > CONTROL else f"zeros elsewhere differ by {self.control:.0e} only"
+        )
 
 
 def cuttable(
-    model: PreTrainedModel, derived: Derived, blocks: tuple[Block, ...], examples: list[Example]
+    model: PreTrainedModel, accepted: Source, examples: Sequence[Example]
 ) -> list[Cuttable]:
-    """Every kind that was derived, in these blocks that were certified, and whether its cut holds. Nothing is raised.
+    """Every kind of what was certified, and whether its cut holds. Nothing is raised.
 
-    ``examples``: what the layout was read on, and one to try cuts on.
+    ``examples``: what the layout is read on, and one to try cuts on.
     """
     try:
-        found = describe(
-            source(derived, model, blocks), model.config.model_type, seen_by=(model, examples[0])
-        )
+        found = describe(accepted, model.config.model_type, seen_by=(model, examples[0]))
         kinds = samples(found.flat(), on_meta(model.config, type(model)))
     except Exception as e:  # a type without a description has nothing to cut
         return [Cuttable("all", why=told(e))]
@@ -64,11 +70,9 @@ def of_kind(
         small, done, error = tried(model, found, some(False), example)
         control = distance(reference(model, found, some(True), example), outputs(small, example))
         said = bool(done.changes) and not differences(small)
-        why = "" if said else rebuilt(small, example)
+        why = "" if said or not error <= TOLERANCE else rebuilt(small, example)
     except (InputError, RuntimeError, ValueError, AttributeError, LookupError, TypeError) as e:
         return Cuttable(kind, why=told(e))
-    if not error <= TOLERANCE:
-        why = f"cut and zeroed differ by {error:.0e}"
     return Cuttable(kind, error, control, said, why)
 
 

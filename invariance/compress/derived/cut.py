@@ -106,9 +106,7 @@ class _Run:
         with timed(self.seconds, "slice"):
             small, done, error = self._cut(widths)
         lost = self._lost(widths)
-        return Made(
-            small, widths, spectra, certificate, done, error, self.seconds, lost, self.why
-        )
+        return Made(small, widths, spectra, certificate, done, error, self.seconds, lost, self.why)
 
     # --- Measuring.
 
@@ -148,12 +146,14 @@ class _Run:
         self.experts = added.moments()
 
     def _writers_of_stream(self, seen: Seen) -> list[Reader]:
-        """The readers behind which the stream is written: what they are given counts when channels are chosen."""
-        return [
+        """The readers behind which the stream is written: what they are given counts when channels are chosen. All of
+        them where nothing is said of the stream."""
+        writers = [
             reader
             for reader in seen.moments
             if any(p.writes for a in self.flat.of[reader[0]] for p in a.axis.points)
         ]
+        return writers or list(seen.moments)
 
     def _moments(self, space: Space, readers: list[Reader]) -> Moments:
         """Of some readers together, under every name that methods ask for it by; each token counts alike."""

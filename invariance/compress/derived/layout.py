@@ -20,7 +20,8 @@ from ...model.described.elements import blocks
 from ...model.described.pattern import RIGID, expand
 from ...model.described.weightless import on_meta
 from ...model.layout import Parameters
-from ...model.narrow.experts import chosen, is_experts
+from ...model.narrow.experts import chosen
+from ...model.narrow.kinds import channels, experts, stream
 
 STREAM = "x"
 Widths = Mapping[str, int]
@@ -52,7 +53,7 @@ class DerivedLayout:
     @property
     def stream(self) -> d.Space | None:
         """The one global space of the stream."""
-        return self.description.flat().spaces.get(self.own.get(STREAM, ""))
+        return stream(self.description.flat())
 
     def counting(self, widths: Widths) -> list[str]:
         """No attention goes, so none has to stay."""
@@ -113,27 +114,24 @@ def derived_spaces(config: PretrainedConfig, description: d.Description) -> Deri
     """The stream, channels behind which a matrix writes the stream, and whole experts."""
     flat = description.flat()
     found: dict[str, tuple[str, Space]] = {}
-    if (stream := flat.spaces.get("residual")) is not None and not stream.local:
-        group = _group(stream)
-        found[STREAM] = (
-            "residual",
-            Space(STREAM, Kind.RESIDUAL, stream.width, group, block=0, stage=0),
-        )
-    channels = [(n, s, p) for n, s in flat.spaces.items() if (p := _writes(flat, n, s)) is not None]
-    several = Counter(_block(n) for n, _, _ in channels)
-    for own, s, part in channels:
-        block = _block(own)
+    if (through := stream(flat)) is not None:
+        space = Space(STREAM, Kind.RESIDUAL, through.width, _group(through), block=0, stage=0)
+        found[STREAM] = through.name, space
+    parts = channels(flat)
+    several = Counter(map(_block, parts))
+    for own, part in parts.items():
+        block, s = _block(own), flat.spaces[own]
         name = f"{Kind.MLP}.{block}" + (f".{part}" if several[block] > 1 else "")
         dim = s.width // s.copies
         space = Space(name, Kind.MLP, dim, Group.PERMUTATION, s.copies, block=block, part=part)
         found[name] = own, space
     model = on_meta(config)
-    taken = chosen(model)
-    for own, s in flat.spaces.items():
-        if is_experts(own, s) and s.width in taken:  # else nobody knows how many must stay
-            name, block, least = f"{Kind.EXPERTS}.{_block(own)}", _block(own), taken[s.width]
-            space = Space(name, Kind.EXPERTS, s.width, Group.PERMUTATION, block=block, least=least)
-            found[name] = own, space
+    for own, least in experts(
+        flat, chosen(model)
+    ).items():  # of others nobody knows how many must stay
+        name, block, n = f"{Kind.EXPERTS}.{_block(own)}", _block(own), flat.spaces[own].width
+        space = Space(name, Kind.EXPERTS, n, Group.PERMUTATION, block=block, least=least)
+        found[name] = own, space
     own_names = {o: n for n, (o, _) in found.items()}
     return DerivedLayout(
         description,
@@ -152,20 +150,6 @@ def _group(stream: d.Space) -> Group:
 def _block(own: str) -> int:
     numbers = re.findall(r"\d+", own.partition("@")[2])
     return int(numbers[-1]) if numbers else 0
-
-
-def _writes(flat: d.Flat, name: str, space: d.Space) -> str | None:
-    """The matrix behind channels that writes the stream; None where the space is no such channels, or of heads."""
-    if space.kind is not d.Kind.PERM or "@" not in name:
-        return None
-    part = None
-    for a in flat.carrying(name):
-        if any(s.space.startswith("heads") for label in a.axis.labels for s, _ in expand(label)):
-            return None
-        others = [o for o in flat.of[a.parameter] if o.axis.dims != a.axis.dims]
-        if part is None and any(p.writes for o in others for p in o.axis.points):
-            part = a.axis.parameter.removesuffix(".weight")
-    return part
 
 
 def _costs(model: PreTrainedModel, flat: d.Flat, names: Mapping[str, str]) -> Iterable[Cost]:

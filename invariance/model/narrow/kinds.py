@@ -40,13 +40,16 @@ def _behind(flat: Flat, name: str, space: Space, pointed: bool) -> str | None:
         return None
     part = None
     for a in flat.carrying(name):
-        if space.copies > 1 and len(a.axis.dims) == 1:
-            return None  # several heads along one axis
+        first = {s.space for s, _ in expand(a.axis.labels[0])}
+        if space.copies > 1 and len(first) > 1:
+            return None  # of heads, beside queries and keys
         if any(s.space.startswith("heads") for label in a.axis.labels for s, _ in expand(label)):
             return None
         others = [o for o in flat.of[a.parameter] if o.axis.dims != a.axis.dims]
         writes = any(p.writes for o in others for p in o.axis.points)
-        reads = not pointed and bool(others) and a.axis.dims[-1] > max(o.axis.dims[-1] for o in others)
+        reads = (
+            not pointed and bool(others) and a.axis.dims[-1] > max(o.axis.dims[-1] for o in others)
+        )
         if part is None and (writes or reads):
             part = a.axis.parameter.removesuffix(".weight")
     return part
@@ -54,7 +57,9 @@ def _behind(flat: Flat, name: str, space: Space, pointed: bool) -> str | None:
 
 def experts(flat: Flat, taken: Mapping[int, int]) -> dict[str, int]:
     """Spaces of whole experts, and how many a token takes. ``taken``: how many, by how many there are."""
-    return {n: taken[s.width] for n, s in flat.spaces.items() if is_experts(n, s) and s.width in taken}
+    return {
+        n: taken[s.width] for n, s in flat.spaces.items() if is_experts(n, s) and s.width in taken
+    }
 
 
 def heads(flat: Flat) -> dict[str, list[list[int]]]:
@@ -87,7 +92,9 @@ def _together(space: Space) -> list[list[int]]:
 
 def values(flat: Flat) -> list[str]:
     """Spaces of values that any matrix may turn."""
-    return [n for n, s in flat.spaces.items() if s.kind is Kind.GL and n.startswith("vo") and "@" in n]
+    return [
+        n for n, s in flat.spaces.items() if s.kind is Kind.GL and n.startswith("vo") and "@" in n
+    ]
 
 
 def sample(space: Space, last: bool = False) -> np.ndarray:

@@ -43,9 +43,7 @@ def without_means(
             gain = norm.gain if own else None
             bias = norm.bias if len(own) > 1 else None
             owner, _, leaf = name.rpartition(".")
-            setattr(
-                model.get_submodule(owner), leaf, NormOver(width, False, norm.eps, gain, bias)
-            )
+            setattr(model.get_submodule(owner), leaf, NormOver(width, False, norm.eps, gain, bias))
     error = distance(before, outputs(model, example))
     if not error <= TOLERANCE:
         raise InputError(

@@ -35,7 +35,9 @@ class NormOver(nn.Module):
         self, of: int, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None
     ):
         super().__init__()
-        self.of = float(of)  # no whole number: those follow the widths of weights (``attributes.note``)
+        self.of = float(
+            of
+        )  # no whole number: those follow the widths of weights (``attributes.note``)
         self.centred, self.eps = centred, eps
         self.weight = None if weight is None else nn.Parameter(weight.detach(), False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), False)
