@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
@@ -18,7 +17,7 @@ from transformers import (
 )
 
 from ..core.errors import InputError
-from ..model.described.weightless import Class, on_meta
+from ..model.described.weightless import on_meta
 from ..model.narrow.record import Record, apply, fill_buffers, record
 from .form import LEFT_OUT
 
@@ -96,9 +95,10 @@ class NarrowedForCausalLM(Mixed):
         return found
 
 
-@cache
-def config_class(base: type[PretrainedConfig]) -> type[NarrowedConfig]:
+def config_class(base: Any) -> type[NarrowedConfig]:
     """The subclass of a family's config class; from here on AutoModelForCausalLM knows the model's."""
+    if base in _MADE:
+        return _MADE[base]
     own = {"__module__": __name__, "__annotations__": {KEY: dict[str, Any] | None}, KEY: None}
     made: Any = strict(
         type(f"Narrowed{base.__name__}", (NarrowedConfig, base), {**own, "model_type": TYPE})
@@ -109,11 +109,12 @@ def config_class(base: type[PretrainedConfig]) -> type[NarrowedConfig]:
         for name in ("_can_set_attn_implementation", "_can_set_experts_implementation")
     }  # which transformers reads off the source of the module that a class is in
     values = {"__module__": __name__, "config_class": made, "config": None, **can}
-    narrowed = type(f"Narrowed{family.__name__}", (NarrowedForCausalLM, family), values)
-    AutoModelForCausalLM.register(made, narrowed)
-    return made
+    sub = type(f"Narrowed{family.__name__}", (NarrowedForCausalLM, family), values)
+    AutoModelForCausalLM.register(made, sub)
+    return _MADE.setdefault(base, made)
 
 
+_MADE: dict[Any, type[NarrowedConfig]] = {}
 AutoConfig.register(TYPE, NarrowedConfig)
 
 
@@ -128,8 +129,11 @@ def narrowed(model: PreTrainedModel, where: str = "") -> PreTrainedModel:
         )
     values = {k: v for k, v in copy.deepcopy(model.config.to_dict()).items() if k not in LEFT_OUT}
     config = config_class(base)(**values, narrowed=found.model_dump(mode="json"))
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and table is not None and head.weight is not table.weight:
+        config.get_text_config().tie_word_embeddings = False
     config._attn_implementation = model.config._attn_implementation
-    kind: Class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     made = on_meta(config, kind)
     made.load_state_dict(model.state_dict(), assign=True)
     made.tie_weights()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pebble import ProcessPool
 from torch import nn
+from transformers import PreTrainedModel
 
 from invariance.core.errors import InputError
 
@@ -120,7 +121,7 @@ def examined(kind: str, made: Tiny) -> Row:
     certificate = certify(made.model, derived, tried)
     covered, missed = coverage(made.model, derived, certificate)
     cuts = []
-    if certificate.passed:
+    if certificate.passed and isinstance(made.model, PreTrainedModel):
         inputs = [made.tokens(8, 32), made.tokens(4, 11, 101)]
         accepted = source(derived, made.model, certificate.blocks, certificate.scales)
         cuts = cuttable(made.model, accepted, inputs)

@@ -163,7 +163,7 @@ def test_a_basis_under_layer_norm_fixes_the_ones() -> None:
             {"steps": [{**CHANNELS, "spaces": "vo"}]},
             "no space that can be cut is called",
         ),
-        ("gpt_neox", {"steps": [STREAM]}, "under LayerNorms"),
+        ("gpt_neox", {"steps": [STREAM], "stock": True}, "under LayerNorms"),
         ("gpt_neox", {"order": "sequential"}, "needs a declared family"),
         (
             "gpt_neox",
@@ -189,7 +189,7 @@ def test_what_a_derived_layout_cannot_give_is_refused_before_any_work(
 
 def test_widths_that_no_config_says_are_refused_with_the_line() -> None:
     with pytest.raises(InputError, match="no config of type 'gpt_neox' says these widths"):
-        made("gpt_neox", {**CHANNELS, "spaces": "mlp.0"})
+        made("gpt_neox", {**CHANNELS, "spaces": "mlp.0"}, stock=True)
 
 
 def test_the_model_that_is_given_stays_as_it_was() -> None:
