@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...calibrate.tap import Found, places
 from ...core.group import Group
 from ...core.kind import Kind
 from ...core.space import Space
@@ -21,7 +22,8 @@ from ...model.described.pattern import RIGID, expand
 from ...model.described.weightless import on_meta
 from ...model.layout import Parameters
 from ...model.narrow.experts import chosen
-from ...model.narrow.kinds import channels, experts, stream
+from ...model.narrow.kinds import channels, experts, heads, stream, values
+from .heads import Groups, codes_of, head_places
 
 STREAM = "x"
 Widths = Mapping[str, int]
@@ -29,7 +31,7 @@ Widths = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Cost:
-    """One stored parameter: its size, what it counts towards, and of each axis how many positions which space has."""
+    """One stored parameter: its size, what it counts towards, and of each label of each axis how many positions which space has."""
 
     size: int
     part: str
@@ -47,6 +49,7 @@ class DerivedLayout:
     tied: int  # numbers of a head that is the table of tokens too
     model: PreTrainedModel = field(repr=False)  # on meta
 
+    groups: Mapping[str, Groups] = field(default_factory=dict)  # of heads: what goes together
     branches: Mapping[str, str] = field(default_factory=dict)  # none vanishes
     windows: Mapping[str, int | None] = field(default_factory=dict)
 
@@ -74,12 +77,21 @@ class DerivedLayout:
 
     def kept(self, widths: Widths) -> dict[str, np.ndarray]:
         """For shapes alone: of each narrower space its first coordinates, by the layout's names."""
-        flat = self.description.flat()
         return {
-            self.own[n]: np.sort(blocks(flat.spaces[self.own[n]])[:, :k].reshape(-1))
+            self.own[n]: self.codes(n, np.tile(np.arange(k), (self.spaces[n].copies, 1)))
             for n, k in widths.items()
             if k < self.spaces[n].dim
         }
+
+    def codes(self, name: str, keep: np.ndarray) -> np.ndarray:
+        """The layout's coordinates that stay of a space, where each copy keeps those at ``keep``."""
+        return codes_of(self.description.flat(), self.own[name], self.groups.get(name), keep)
+
+    def places(self, name: str) -> Iterator[Found]:
+        """Where a space lies on the matrices that carry it; of heads, on those that read what they give."""
+        flat, own = self.description.flat(), self.own[name]
+        groups = self.groups.get(name)
+        return places(flat, own) if groups is None else head_places(flat, own, groups)
 
     def parameters(self, widths: Widths, untied: bool = False) -> Parameters:
         """What a choice of widths stores; a head that is turned apart from the table counts for itself."""
@@ -94,10 +106,10 @@ class DerivedLayout:
 
     def _size(self, cost: Cost, widths: Widths) -> int:
         size = cost.size
-        for total, places in cost.axes:
+        for total, where in cost.axes:
             gone = sum(
                 n * (self.spaces[s].dim - widths[s]) // self.spaces[s].dim
-                for s, n in places.items()
+                for s, n in where.items()
                 if s in widths
             )
             size = size * (total - gone) // total
@@ -111,7 +123,7 @@ class DerivedLayout:
 
 
 def derived_spaces(config: PretrainedConfig, description: d.Description) -> DerivedLayout:
-    """The stream, channels behind which a matrix writes the stream, and whole experts."""
+    """The stream, channels behind which a matrix writes the stream, whole experts, whole heads, values."""
     flat = description.flat()
     found: dict[str, tuple[str, Space]] = {}
     if (through := stream(flat)) is not None:
@@ -132,6 +144,21 @@ def derived_spaces(config: PretrainedConfig, description: d.Description) -> Deri
         name, block, n = f"{Kind.EXPERTS}.{_block(own)}", _block(own), flat.spaces[own].width
         space = Space(name, Kind.EXPERTS, n, Group.PERMUTATION, block=block, least=least)
         found[name] = own, space
+    groups = dict[str, Groups]()
+    for own, together in heads(flat).items():
+        read = [p for _, p in head_places(flat, own, together)]
+        if read:
+            name, block, n = f"{Kind.HEADS}.{_block(own)}", _block(own), len(together)
+            grain = read[0].at[0].size // n
+            space = Space(name, Kind.HEADS, n, Group.PERMUTATION, grain=grain, block=block)
+            found[name], groups[name] = (own, space), together
+    of_values = [n for n in values(flat) if blocks(flat.spaces[n]).shape[1] > 1]
+    several = Counter(map(_block, of_values))
+    for own in of_values:
+        copies, dim = blocks(flat.spaces[own]).shape
+        block, stem = _block(own), own.partition("@")[0]
+        name = f"{Kind.VO}.{block}" + (f".{stem}" if several[block] > 1 else "")
+        found[name] = own, Space(name, Kind.VO, dim, Group.INVERTIBLE, copies, block=block)
     own_names = {o: n for n, (o, _) in found.items()}
     return DerivedLayout(
         description,
@@ -140,6 +167,7 @@ def derived_spaces(config: PretrainedConfig, description: d.Description) -> Deri
         tuple(_costs(model, flat, own_names)),
         _tied(model),
         model,
+        groups,
     )
 
 
@@ -159,14 +187,14 @@ def _costs(model: PreTrainedModel, flat: d.Flat, names: Mapping[str, str]) -> It
         described = flat.of.get(name, [])
         axes = []
         for a in described:
-            places = Counter[str]()
             for label in a.axis.labels:
+                where = Counter[str]()
                 for symbol, codes in expand(label):
                     own = None if symbol == RIGID else names.get(a.space(symbol))
                     if own is not None:
-                        places[own] += len(codes)
-            if places:
-                axes.append((math.prod(p.shape[k] for k in a.axis.dims), places))
+                        where[own] += len(codes)
+                if where:
+                    axes.append((math.prod(p.shape[k] for k in a.axis.dims), where))
         first = any(pt.writes and pt.number == 0 for a in described for pt in a.axis.points)
         inside = name.startswith(layers)
         part = "blocks" if inside else "embedding" if first else "head"

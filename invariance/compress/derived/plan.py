@@ -129,6 +129,7 @@ class DerivedPlan:
         """Raises InputError for widths that experts' products do not take, and where a stock checkpoint must be, for
         those that no config of the family says."""
         self._check_stacks(widths)
+        self._check_values(widths)
         if self.must and (why := self.unsaid(widths)):
             raise InputError(
                 f"{self.recipe.where('steps', self.units[0].step, 'select')}: {why}, so plain transformers could not load the "
@@ -136,12 +137,24 @@ class DerivedPlan:
                 "where a config has one number for them, leave this space whole, or remove `stock`."
             )
 
+    def _check_values(self, widths: Widths) -> None:
+        """Raises InputError for values that no config gives a width of their own: their modules would not run."""
+        spaces = self.layout.spaces
+        narrower = {n: k for n, k in widths.items() if spaces[n].kind == "vo" and k < spaces[n].dim}
+        if narrower and self.unsaid(narrower):
+            step = next(u.step for u in self.units if u.space.name in narrower)
+            raise InputError(
+                f"{self.recipe.where('steps', step, 'spaces')}: in type '{self.config.model_type}' values have the width of "
+                "queries and keys, and no config says another, so its modules do not run with narrower ones. Cut `heads`, "
+                "whole ones, or leave values as they are."
+            )
+
     def _check_stacks(self, widths: Widths) -> None:
         """Raises InputError for widths in stacks of experts that products of groups do not take: rows of 16 bytes."""
-        stacked = any(s.copies > 1 for s in self.layout.spaces.values())
+        stacks = {n for n, s in self.layout.spaces.items() if s.copies > 1 and s.kind == "mlp"}
         for name, k in widths.items():
             space = self.layout.spaces[name]
-            inside = space.copies > 1 or (stacked and name == STREAM)
+            inside = name in stacks or (bool(stacks) and name == STREAM)
             if inside and k < space.dim and k % ROW:
                 step = next(u.step for u in self.units if name in u.members)
                 raise InputError(
@@ -154,7 +167,7 @@ class DerivedPlan:
         """The whole model is in memory, several times."""
         numbers = self.layout.parameters({}).total
         spaces = [self.layout.spaces[m] for u in self.units for m in u.members]
-        moments = [8 * s.copies * s.dim**2 for s in spaces]
+        moments = [8 * s.copies * s.seen**2 for s in spaces]
         vocabulary = self.config.get_text_config().vocab_size
         memory = IMPORTS + COPIES * numbers + sum(moments) + FITS * max(moments, default=0)
         widths = self.allocate(None)
@@ -284,6 +297,11 @@ def _check_unit(recipe: Recipe, unit: Unit, layout: DerivedLayout, must: bool) -
         raise InputError(
             f"{recipe.where('calibrate', 'skip')}: which tokens reach an expert is not followed, so all of them are measured. "
             "Remove `skip`, or leave experts whole."
+        )
+    if unit.space.kind == "heads" and unit.slice is not None and unit.slice.mixes:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: what reads whole heads is not refit where the layout is derived. "
+            "Use `slice: truncate` for this step."
         )
     if unit.space.kind != "residual":
         return

@@ -56,7 +56,7 @@ def tried(
             break
     if best is None:
         raise InputError(
-            f"cut: the narrower model does not run: {last}. Cut another space."
+            f"cut: the family's own modules do not run with these widths ({last}). Cut another space."
         ) from last
     return best
 
