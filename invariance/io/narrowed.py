@@ -131,7 +131,8 @@ def narrowed(model: PreTrainedModel, where: str = "") -> PreTrainedModel:
     config = config_class(base)(**values, narrowed=found.model_dump(mode="json"))
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and table is not None and head.weight is not table.weight:
-        config.get_text_config().tie_word_embeddings = False
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
     config._attn_implementation = model.config._attn_implementation
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     made = on_meta(config, kind)

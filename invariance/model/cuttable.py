@@ -82,7 +82,8 @@ def rebuilt(small: PreTrainedModel, example: Example) -> str:
     if isinstance(told_, str):
         return told_
     config = copy.deepcopy(small.config)
-    config.get_text_config().tie_word_embeddings = False  # as tiny models are
+    for part in (config, config.get_text_config()):
+        part.tie_word_embeddings = False  # as tiny models are
     again = plain(config, type(small)).double().eval()
     apply(again, told_)
     again.load_state_dict(copy.deepcopy(small.state_dict()))

@@ -16,7 +16,7 @@ from ..described.description import Description
 from .cut import Cut, Plan, Way, cut, plan, zero
 from .experts import NeverChosen
 from .positions import Kept
-from .spoken import Changes
+from .spoken import Changes, mark
 
 CONFIGS = 4  # that are tried
 
@@ -71,4 +71,4 @@ def _ways(
         yield from ((way, todo) for way in todo.ways())
         if todo.search.said is None:
             return
-        but.add(todo.search.said.changes)
+        but.add(mark(todo.search.said.changes))

@@ -74,7 +74,12 @@ class Search:
     partly: tuple[PreTrainedModel, ...] = field(repr=False)
 
 
-Changes = tuple[Change, ...]
+Changes = frozenset[tuple[Key, str]]  # keys, and their values as text: lists are no members of sets
+
+
+def mark(changes: Sequence[Change]) -> Changes:
+    """What tells some changes from others."""
+    return frozenset((c.key, repr(c.value)) for c in changes)
 
 
 def search(
@@ -97,7 +102,7 @@ def search(
         if made is None:
             continue
         now = shapes(made)
-        if now == target and (change,) in but:
+        if now == target and mark([change]) in but:
             continue
         if now == target:
             return Search(Spoken(changed(config, [change]), (change,), made), pairs, ())
@@ -135,7 +140,7 @@ def _together(
             changes = [*(c for c in alone if c.key != more.key), more]
         pinned = [[*changes, pin] for pin in _pins(left.config, wrong, changes)]
         for attempt in ([changes] if changes else []) + pinned:
-            if tuple(attempt) in left.but:
+            if mark(attempt) in left.but:
                 continue
             if next(left.budget) > MOST:
                 return None
