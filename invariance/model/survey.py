@@ -206,10 +206,10 @@ with all matrices times 4 and 30, and at positions beyond every length that the 
 - GL: any invertible matrix. O: rotations. O1: rotations that fix the vector of ones (LayerNorm). C: complex scales of rotary
   pairs. PERM: permutations, with scales (+) and signs (±). NODES: swaps.
 - cut: what was made narrower in the family's own modules and then computed what the whole model computes with zeros there
-  (to 1e-10, in float64), while zeros elsewhere did not; * where no stock config says the widths, so that the checkpoint is the
-  family's class with a record of them. mlp: channels. stream: the residual stream (under LayerNorms, norms take their place
-  that divide by the old width). vo: values alone. heads, experts: whole ones. What is derived and not listed was tried, and
-  the modules do not run so (most give queries, keys and values one width), or compute something else.
+  (to 1e-10, in float64), while zeros elsewhere did not. Recipes cut it by these names (the stream as `residual`). mlp: channels.
+  stream: the residual stream. vo: values alone. heads, experts: whole ones. With a *, no stock config says the widths, and the
+  checkpoint is the family's class with a record of them. A kind that is derived and not listed was tried: the modules do not
+  run so (most have one width for queries, keys and values), or compute something else.
 - error: relative, of all that stands in the row at once. control: the least that the outputs move when one side alone is
   changed. reached: the share of the matrices that text reaches. covered: the share of those that some group changes.
 

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from undeclared import IDS, cache_of_layouts, differs, made, model_of  # noqa: F401 - a fixture is imported
 
 from invariance.core.errors import InputError
+from invariance.io.layouts import derived_layout
+from invariance.io.models import load_model
 from invariance.io.narrowed import narrowed
 from invariance.model.derive.certify import TOLERANCE
 from invariance.model.described.whole import double
@@ -97,6 +99,16 @@ def test_a_damaged_record_is_refused(key: str, value: Any, says: str, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=says):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_narrowed_model_is_loaded_checked_and_not_cut_again(tmp_path: Path) -> None:
+    small = narrowed(made("gpt2", STREAM).model.float())
+    small.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path))
+    with torch.no_grad():
+        assert differs(again(IDS[:2]).logits, small(IDS[:2]).logits) < 1e-5
+    with pytest.raises(InputError, match="is cut already"):
+        derived_layout(again.config)
 
 
 def test_a_config_without_a_record_is_refused(tmp_path: Path) -> None:
