@@ -47,8 +47,8 @@ def tried(
         try:
             done = cut(small, description, kept, todo, way)
             error = distance(wanted, outputs(small, example))
-        except (RuntimeError, ValueError, AttributeError) as e:  # shapes that do not fit
-            last = e
+        except (RuntimeError, ValueError, AttributeError, LookupError, TypeError) as e:
+            last = e  # shapes that do not fit
             continue
         if best is None or error < best[2]:
             best = small, done, error
