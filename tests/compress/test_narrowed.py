@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "four times the stream, in the code": ("bloom", CHANNELS),
     "one layer narrower than the other": ("gpt_neox", {**CHANNELS, "spaces": "mlp.0"}),
     "under LayerNorms": ("gpt2", STREAM),
+    "under LayerNorms whose gain is the weight plus one": ("nemotron", STREAM),
     "under LayerNorms without weights": ("olmo", STREAM),
     "times the root of the width, in the code": ("gemma", STREAM),
     "heads as wide as stream / heads": ("phi3", STREAM),

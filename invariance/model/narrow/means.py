@@ -40,10 +40,18 @@ def without_means(
         if norm.centred:
             module = model.get_submodule(name)
             own = dict(module.named_parameters(recurse=False))
-            gain = norm.gain if own else None
+            told = next(
+                (flat.gains[f"{name}.{k}"] for k in own if f"{name}.{k}" in flat.gains), None
+            )
+            offset = 0.0 if told is None else told.offset
+            gain = norm.gain - offset if own else None
             bias = norm.bias if len(own) > 1 else None
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, NormOver(width, False, norm.eps, gain, bias))
+            setattr(
+                model.get_submodule(owner),
+                leaf,
+                NormOver(width, False, norm.eps, gain, bias, offset),
+            )
     error = distance(before, outputs(model, example))
     if not error <= TOLERANCE:
         raise InputError(

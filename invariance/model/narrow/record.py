@@ -29,6 +29,7 @@ class NormRecord(BaseModel):
     eps: Annotated[float, Field(ge=0, le=1)]
     weight: Extent | None
     bias: Extent | None
+    offset: float = 0.0
 
 
 class Record(BaseModel):
@@ -102,6 +103,7 @@ def _norm(module: NormOver) -> NormRecord:
         eps=module.eps,
         weight=None if weight is None else len(weight),
         bias=None if bias is None else len(bias),
+        offset=module.offset,
     )
 
 
@@ -115,7 +117,9 @@ def apply(model: PreTrainedModel, found: Record) -> None:
         getattr(model.get_submodule(owner), leaf)  # there must be one
         weight = None if norm.weight is None else torch.ones(norm.weight)
         bias = None if norm.bias is None else torch.zeros(norm.bias)
-        made = NormOver(norm.of, norm.centred, norm.eps, weight, bias).requires_grad_(True)
+        made = NormOver(norm.of, norm.centred, norm.eps, weight, bias, norm.offset).requires_grad_(
+            True
+        )
         setattr(model.get_submodule(owner), leaf, made)
     for name, numbers in found.numbers.items():
         module = model.get_submodule(name)
