@@ -8,7 +8,7 @@ from invariance.core.group import Group
 from invariance.core.operator import Operator
 from invariance.core.pick import Pick
 from invariance.core.space import Space
-from invariance.io import checkpoint  # registers the model type with transformers
+from invariance.io import checkpoint, narrowed  # register their model types with transformers
 from invariance.io.models import load_tokenizer
 from invariance.method.interfaces import Joint, Rotator, Selector, Slicer
 from invariance.method.joint import Scene
@@ -61,6 +61,7 @@ __all__ = [
     "load",
     "load_recipe",
     "load_tokenizer",
+    "narrowed",
     "perplexity",
     "rotate",
     "tolerance",

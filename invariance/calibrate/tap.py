@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -51,7 +51,10 @@ class Seen:
         return Moment(sum(self.moments[r] for r in chosen), rows)  # type: ignore[arg-type]
 
 
-def places(flat: Flat, space: str) -> Iterator[tuple[Reader, Places]]:
+Found = tuple[Reader, Places]
+
+
+def places(flat: Flat, space: str) -> Iterator[Found]:
     """Every axis of a matrix that carries a space, and where."""
     own = flat.spaces[space]
     for a in flat.carrying(space):
@@ -69,14 +72,16 @@ class Tap(TorchDispatchMode):
     rows of signals that have one a token (a mask, flat); others are routed, and count whole.
     """
 
-    def __init__(self, model: nn.Module, flat: Flat, spaces: list[str], once: frozenset[str]):
+    def __init__(
+        self, model: nn.Module, spaces: Mapping[str, Iterable[Found]], once: frozenset[str]
+    ):
         super().__init__()
         self.once = once
         self.params = stored(model)
         self.of = {p.untyped_storage()._cdata: name for name, p in self.params.items()}
         self.places: dict[str, list[tuple[str, Reader, Places]]] = {}
-        for space in spaces:
-            for reader, found in places(flat, space):
+        for space, where in spaces.items():
+            for reader, found in where:
                 self.places.setdefault(reader[0], []).append((space, reader, found))
         self.seen = {space: Seen() for space in spaces}
         self.last: dict[str, Tensor] = {}
@@ -146,8 +151,7 @@ class Tap(TorchDispatchMode):
 
 def tapped(
     model: nn.Module,
-    flat: Flat,
-    spaces: list[str],
+    spaces: Mapping[str, Iterable[Found]],
     once: frozenset[str],
     batches: Iterator[tuple[Tensor, Tensor]],
     skip: int = 0,
@@ -155,9 +159,10 @@ def tapped(
 ) -> Mapping[str, Seen]:
     """What is read of spaces while batches of (ids, mask) pass a model; the first ``skip`` tokens pass unmeasured.
 
+    ``spaces``: where each lies on which matrices, as ``places`` says.
     ``beside``: another mode that watches the same passes.
     """
-    tap = Tap(model, flat, spaces, once)
+    tap = Tap(model, spaces, once)
     device = next(model.parameters()).device
     for ids, mask in batches:
         keep = mask.clone()

@@ -133,8 +133,9 @@ AGAIN = "Save or download the model again."
 
 def check_config(where: str, config: Mapping[str, Any], *, whole: bool = False) -> None:
     """Raises InputError, with the key, for numbers that no model has; ``whole`` where a missing one would be guessed."""
-    for key, value in _numbers(config, where):
-        if isinstance(value, float) and not math.isfinite(value):
+    odd = [(k, v) for k, v in _numbers(config, where) if type(v) is float and not math.isfinite(v)]
+    for key, value in odd:
+        if (key, value) not in _unbounded(config.get("model_type")):
             raise InputError(f"{where}: {key}: {value} is not a finite number. {AGAIN}")
     form = config.get("invariance") if config.get("model_type") == "invariance" else None
     if isinstance(form, Mapping):
@@ -222,6 +223,13 @@ def _fields(kind: Any) -> set[str]:
         if found is None
         else {k for c in found.__mro__ for k in vars(c).get("__annotations__", ())}
     )
+
+
+def _unbounded(kind: Any) -> set[tuple[str, Any]]:
+    """The numbers that a family's own default has infinite: a range without an end."""
+    found = _config_class(kind)
+    values = {} if found is None else found().to_dict()
+    return {(k, v) for k, v in _numbers(values, str(kind)) if type(v) is float and math.isinf(v)}
 
 
 def _config_class(kind: Any) -> Any:

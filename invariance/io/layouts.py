@@ -12,6 +12,7 @@ from ..model.described.real import layout_text
 from ..model.described.weightless import on_meta
 from ..model.families import FAMILIES, family_of
 from .hub import line, progress, quiet
+from .narrowed import NarrowedConfig
 
 
 def declared(config: PretrainedConfig) -> bool:
@@ -21,6 +22,11 @@ def declared(config: PretrainedConfig) -> bool:
 
 def derived_layout(config: PretrainedConfig) -> Description:
     """The layout that is derived of a config. Raises InputError with what speaks against it."""
+    if isinstance(config, NarrowedConfig):
+        raise InputError(
+            "the model is cut already, in a form that no stock config holds. Start from the original model, with all steps in "
+            "one recipe."
+        )
     try:
         with quiet(), progress(f"Deriving the layout of '{config.model_type}'"):
             return kept(cache_dir("layouts"), config, on_meta(config), lambda: layout_text(config))

@@ -133,11 +133,17 @@ def architecture(config: PretrainedConfig) -> Architecture:
     return FAMILIES[kind]
 
 
+LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+"""How configs call the most tokens that a model takes."""
+
+
 def positions(config: PretrainedConfig) -> int | None:
     """The most tokens that a model takes; None where rotary positions set no limit. Of a type that is not declared, as
     many as its config names."""
     if family_of(config) not in FAMILIES:
-        return getattr(config.get_text_config(), "max_position_embeddings", None)
+        text = config.get_text_config()
+        found = (getattr(text, key, None) for key in LENGTHS)
+        return next((n for n in found if isinstance(n, int)), None)
     return None if architecture(config).rotary else config.max_position_embeddings
 
 

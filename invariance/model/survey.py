@@ -14,13 +14,16 @@ from typing import Any
 import torch
 from pebble import ProcessPool
 from torch import nn
+from transformers import PreTrainedModel
 
 from invariance.core.errors import InputError
 
+from .cuttable import cuttable
 from .derive import Block, Certificate, Derived, Kind, certify, derive
 from .derive.certify import TOLERANCE
 from .derive.probes import probes
 from .derive.record import weights_of
+from .described.source import source
 from .tiny import Tiny, tiny
 
 SECONDS = 180  # per type
@@ -32,6 +35,7 @@ class Row:
     """One type. spaces: "residual O(32)" and the like, each with how many there are of it; ``reason``: of a refusal.
 
     coverage: share of the matrices that the examples reached which some group changes. unseen: share that they did not.
+    cuts: kinds of spaces that were cut and seen to hold, each with whether a stock config says it. uncut: why others were not.
     """
 
     type: str
@@ -47,6 +51,8 @@ class Row:
     unseen: float = 0.0
     refuted: tuple[str, ...] = ()
     rigid: tuple[str, ...] = ()
+    cuts: dict[str, bool] = field(default_factory=dict)
+    uncut: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def has(self, stem: str, *kinds: str) -> bool:
@@ -114,6 +120,11 @@ def examined(kind: str, made: Tiny) -> Row:
     tried = probes(made.model, made.tokens, made.config.to_dict())
     certificate = certify(made.model, derived, tried)
     covered, missed = coverage(made.model, derived, certificate)
+    cuts = []
+    if certificate.passed and isinstance(made.model, PreTrainedModel):
+        inputs = [made.tokens(8, 32), made.tokens(4, 11, 101)]
+        accepted = source(derived, made.model, certificate.blocks, certificate.scales)
+        cuts = cuttable(made.model, accepted, inputs)
     return Row(
         type=kind,
         certified=certificate.passed,
@@ -128,6 +139,8 @@ def examined(kind: str, made: Tiny) -> Row:
         unseen=missed,
         refuted=tuple(f"{k}: {v}" for k, v in certificate.refuted.items()),
         rigid=tuple(sorted(derived.unknown)),
+        cuts={c.kind: c.plain for c in cuts if c.holds},
+        uncut={c.kind: c.reason for c in cuts if not c.holds},
     )
 
 
@@ -192,6 +205,11 @@ with all matrices times 4 and 30, and at positions beyond every length that the 
   like. inner: other spaces under a norm. heads, experts: whole ones that change places.
 - GL: any invertible matrix. O: rotations. O1: rotations that fix the vector of ones (LayerNorm). C: complex scales of rotary
   pairs. PERM: permutations, with scales (+) and signs (±). NODES: swaps.
+- cut: what was made narrower in the family's own modules and then computed what the whole model computes with zeros there
+  (to 1e-10, in float64), while zeros elsewhere did not. Recipes cut it by these names (the stream as `residual`). mlp: channels.
+  stream: the residual stream. vo: values alone. heads, experts: whole ones. With a *, no stock config says the widths, and the
+  checkpoint is the family's class with a record of them. A kind that is derived and not listed was tried: the modules do not
+  run so (most have one width for queries, keys and values), or compute something else.
 - error: relative, of all that stands in the row at once. control: the least that the outputs move when one side alone is
   changed. reached: the share of the matrices that text reaches. covered: the share of those that some group changes.
 
@@ -211,8 +229,8 @@ def table(rows: Sequence[Row]) -> str:
         "",
         *(f"- {what}: {n}" for what, n in totals(rows).items()),
         "",
-        "| type | spaces | scales, signs | error | control | longest | reached | covered |",
-        "|---|---|---|---|---|---|---|---|",
+        "| type | cut | spaces | scales, signs | error | control | longest | reached | covered |",
+        "|---|---|---|---|---|---|---|---|---|",
         *map(line_of, done),
         "",
         "| refused | why |",
@@ -220,6 +238,15 @@ def table(rows: Sequence[Row]) -> str:
         *(f"| {r.type} | {escaped(r.reason)} |" for r in rows if not r.certified),
     ]
     return "\n".join(lines) + "\n"
+
+
+KINDS = {
+    "mlp": "channels of MLPs",
+    "stream": "stream",
+    "vo": "values",
+    "heads": "heads",
+    "experts": "experts",
+}
 
 
 def totals(rows: Sequence[Row]) -> dict[str, int]:
@@ -242,6 +269,11 @@ def totals(rows: Sequence[Row]) -> dict[str, int]:
         "heads swapped": sum(r.certified and r.has("heads", "NODES") for r in rows),
         "experts swapped": sum(r.certified and r.has("experts", "NODES") for r in rows),
         "nothing refuted": sum(r.certified and not r.refuted for r in rows),
+        **{f"{what} cut": sum(kind in r.cuts for r in rows) for kind, what in KINDS.items()},
+        **{
+            f"{what} cut, as a stock config says": sum(r.cuts.get(kind, False) for r in rows)
+            for kind, what in KINDS.items()
+        },
     }
 
 
@@ -250,6 +282,7 @@ def line_of(r: Row) -> str:
     note = f"; refuted: {'; '.join(r.refuted)}" if r.refuted else ""
     cells: list[Any] = [
         r.type,
+        ", ".join(kind if plain else f"{kind}*" for kind, plain in r.cuts.items()) or "-",
         escaped(named + note),
         f"{r.scales}, {r.signs}",
         f"{r.error:.0e}",

@@ -102,7 +102,8 @@ def copy_in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
         for b in model.buffers()
     }
     twin = copy.deepcopy(model, made).eval()
-    twin.config._attn_implementation = "sdpa"
+    if twin._can_set_attn_implementation():  # else masks would be made for another attention
+        twin.config._attn_implementation = "sdpa"
     return twin
 
 

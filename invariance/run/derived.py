@@ -16,6 +16,7 @@ from ..compress.sliced import Sliced
 from ..core.progress import Progress
 from ..io.layouts import derived_layout
 from ..io.memo import Memo
+from ..io.narrowed import narrowed
 from ..measure.evaluate import Models, peak_memory
 from ..model.verify import Certificate, copy_in
 from ..recipe.recipe import Recipe
@@ -56,8 +57,10 @@ def finish(
     """Cut, measure, report."""
     carried = carry_out(model, chart, data.calibration, progress)
     small = small_model(carried, stored, model)
+    if carried.why:
+        small = narrowed(small, chart.recipe.where("steps"))
     numbers = sum(p.numel() for p in small.parameters())
-    made = Made(small.config, True, "", stored, numbers, 0)
+    made = Made(small.config, not carried.why, carried.why, stored, numbers, 0)
     sliced = Sliced(
         small,
         chart.layout,  # type: ignore[arg-type]

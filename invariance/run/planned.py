@@ -46,6 +46,13 @@ def planned(
     widths = chart.allocate(None)
     deep = {unit.step for unit in chart.depth}
     units = (*chart.depth, *(unit for unit in chart.units if unit.step not in deep))
+    why = None
+    if widths is not None:
+        why = (
+            chart.unsaid(widths) or None
+            if isinstance(chart, DerivedPlan)
+            else chart.why_not_stock(widths)
+        )
     return {
         "model": asked.model,
         "order": asked.order,
@@ -73,8 +80,8 @@ def planned(
             for share, found in chart.nested(widths).items()
         },
         "needs": {"memory_bytes": needed.memory, "disk_bytes": needed.disk, "whole": needed.whole},
-        "stock": None if widths is None else chart.why_not_stock(widths) is None,
-        "why_not_stock": None if widths is None else chart.why_not_stock(widths),
+        "stock": None if widths is None else why is None,
+        "why_not_stock": why,
     }
 
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from undeclared import IDS, cache_of_layouts, differs, made, model_of, recipe  # noqa: F401 - a fixture is imported
 
-from invariance.calibrate.tap import tapped
+from invariance.calibrate.tap import places, tapped
 from invariance.compress.derived import cut as cutting
 from invariance.compress.derived.ones import fixing_ones, helmert
 from invariance.compress.derived.plan import derived_plan
 from invariance.core.change import Basis
 from invariance.core.errors import CertificateError, InputError
+from invariance.io.narrowed import narrowed
 from invariance.model.derive.certify import TOLERANCE
 from invariance.recipe.recipe import Recipe
 
@@ -102,7 +103,9 @@ def test_the_tap_sees_what_the_modules_are_given() -> None:
     flat = layout.description.flat()
     mask = torch.ones_like(IDS, dtype=torch.bool)
     mask[:, -3:] = False  # padding: rows that no moment sees
-    found = tapped(model, flat, ["ch@1"], frozenset(), iter([(IDS, mask)]), skip=2)["ch@1"]
+    found = tapped(model, {"ch@1": places(flat, "ch@1")}, frozenset(), iter([(IDS, mask)]), skip=2)[
+        "ch@1"
+    ]
     hook.remove()
     (moment,) = found.moments.values()
     x = inputs[0][:, 2:-3].flatten(0, 1).double()
@@ -114,11 +117,81 @@ def test_experts_are_measured_by_the_tokens_that_they_get() -> None:
     mask = torch.ones_like(IDS, dtype=torch.bool)
     flat = layout.description.flat()
     twin = cutting.double(model).float()
-    found = tapped(twin, flat, ["ch@0"], frozenset(), iter([(IDS, mask)]))["ch@0"]
+    found = tapped(twin, {"ch@0": places(flat, "ch@0")}, frozenset(), iter([(IDS, mask)]))["ch@0"]
     ((reader, counts),) = found.counts.items()
     assert reader[0].endswith("experts.down_proj")
     assert counts.sum() == 2 * IDS.numel()  # two experts a token
     assert found.moments[reader].shape == (4, 40, 40)
+
+
+HEADS = {
+    "spaces": "heads",
+    "rotate": "permute",
+    "select": {"uniform": {"width": 1}},
+    "slice": "truncate",
+}
+
+
+def test_whole_heads_go_by_what_they_give_to_the_stream(tmp_path: Any) -> None:
+    model, _ = model_of("mixtral")  # four heads of queries, two of keys and values
+    found = made("mixtral", HEADS)
+    assert found.certificate.passed and found.error <= TOLERANCE
+    for i in (0, 1):
+        reader = model.get_submodule(f"model.layers.{i}.self_attn.o_proj")
+        inputs: list[Tensor] = []
+        hook = reader.register_forward_pre_hook(lambda m, a, inputs=inputs: inputs.append(a[0]))
+        with torch.no_grad():
+            model(IDS)
+        hook.remove()
+        x, W = inputs[0].flatten(0, 1).double(), reader.weight.detach().double()
+        given = [(x[:, g] @ W[:, g].T).square().sum() for g in (slice(0, 16), slice(16, 32))]
+        best = 0 if given[0] > given[1] else 1
+        own = f"model.layers.{i}.self_attn.v_proj"
+        rows = model.get_submodule(own).weight.detach().double().split(8)
+        kept = found.model.get_submodule(own).weight.detach().double()
+        assert differs(kept, rows[best]) < 1e-6 and differs(kept, rows[1 - best]) > 1e-2
+    small = narrowed(found.model.float())
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert differs(again(IDS[:2]).logits, small(IDS[:2]).logits) < 1e-5
+    prompt: dict[str, Any] = {"inputs": IDS[:2, :5], "max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(
+        again.generate(**prompt, use_cache=True), again.generate(**prompt, use_cache=False)
+    )
+
+
+VALUES = {
+    "spaces": "vo",
+    "rotate": "head_svd",
+    "select": {"uniform": {"width": 6}},
+    "slice": "truncate",
+}
+
+
+def test_values_are_cut_where_they_have_a_width_of_their_own(tmp_path: Any) -> None:
+    model, _ = model_of("deepseek_v3")
+    found = made("deepseek_v3", VALUES)
+    assert found.certificate.passed and found.error <= TOLERANCE and not found.why
+    assert found.model.config.v_head_dim == 6
+    given = []
+    for each in (cutting.double(model), found.model):  # what each head gives to the stream
+        reader = each.get_submodule("model.layers.0.self_attn.o_proj")
+        inputs: list[Tensor] = []
+        hook = reader.register_forward_pre_hook(lambda m, a, inputs=inputs: inputs.append(a[0]))
+        with torch.no_grad():
+            each(IDS)
+        hook.remove()
+        x, W = inputs[0].flatten(0, 1).double(), reader.weight.double()
+        heads_ = zip(x.chunk(4, 1), W.chunk(4, 1), strict=True)
+        given.append(torch.stack([a @ b.T for a, b in heads_]))
+    lost = (given[0] - given[1]).square().sum((1, 2)) / (4 * IDS.numel())  # four copies
+    energy = found.spectra["vo.0"]
+    assert torch.allclose(lost, energy[:, 6:].sum(1), rtol=1e-3)  # no basis loses less
+    assert float(lost.sum()) < 0.2 * float(energy.sum())
+    found.model.float().save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again.generate(IDS[:1, :5], max_new_tokens=3, do_sample=False)
 
 
 def test_readers_are_refit_by_least_squares() -> None:
@@ -160,10 +233,12 @@ def test_a_basis_under_layer_norm_fixes_the_ones() -> None:
     [
         (
             "gpt_neox",
-            {"steps": [{**CHANNELS, "spaces": "vo"}]},
+            {"steps": [{**CHANNELS, "spaces": "qk"}]},
             "no space that can be cut is called",
         ),
-        ("gpt_neox", {"steps": [STREAM]}, "under LayerNorms"),
+        ("gpt_neox", {"steps": [STREAM], "stock": True}, "under LayerNorms"),
+        ("gpt_neox", {"steps": [VALUES]}, "values have the width of queries and keys"),
+        ("mixtral", {"steps": [{**HEADS, "slice": "least_squares"}]}, "is not refit"),
         ("gpt_neox", {"order": "sequential"}, "needs a declared family"),
         (
             "gpt_neox",
@@ -189,7 +264,7 @@ def test_what_a_derived_layout_cannot_give_is_refused_before_any_work(
 
 def test_widths_that_no_config_says_are_refused_with_the_line() -> None:
     with pytest.raises(InputError, match="no config of type 'gpt_neox' says these widths"):
-        made("gpt_neox", {**CHANNELS, "spaces": "mlp.0"})
+        made("gpt_neox", {**CHANNELS, "spaces": "mlp.0"}, stock=True)
 
 
 def test_the_model_that_is_given_stays_as_it_was() -> None:

@@ -66,7 +66,7 @@ def test_compress_gives_the_same_model(root: Path) -> None:
 
 
 def test_what_cannot_be_is_refused_with_the_line_and_nothing_is_written(root: Path) -> None:
-    (root / "bad.yaml").write_text(RECIPE.replace("spaces: mlp", "spaces: vo"))
+    (root / "bad.yaml").write_text(RECIPE.replace("spaces: mlp", "spaces: qk"))
     status, _, err = invoke("run", "bad.yaml", "--output", "bad")
     assert status == 2 and "bad.yaml:4" in err and "Traceback" not in err
     assert not (root / "bad").exists()

@@ -15,7 +15,7 @@ from ...calibrate.experts import Added
 from ...calibrate.moment import Gram, Moment, Weights
 from ...calibrate.moments import Moments, check_finite
 from ...calibrate.statistic import Statistic
-from ...calibrate.tap import Reader, Seen, places, tapped
+from ...calibrate.tap import Reader, Seen, tapped
 from ...core.change import Basis
 from ...core.errors import CertificateError, InputError, InvarianceError
 from ...core.group import Group
@@ -27,17 +27,18 @@ from ...method.interfaces import Rotator
 from ...model.derive.certify import TOLERANCE
 from ...model.described.accept import Trial
 from ...model.described.description import Kind
-from ...model.described.elements import Element, blocks
 from ...model.described.turn import sides, turn
 from ...model.described.weightless import stored
 from ...model.described.whole import double, tokens
 from ...model.narrow.certificate import tried
 from ...model.narrow.cut import Cut
+from ...model.narrow.means import without_means
 from ...model.narrow.stock import differences
 from ...model.verify import Certificate
 from ..calibration import timed
 from ..demand import Unit, Widths
 from ..exactness import probe
+from .elements import as_element, is_still, moving
 from .layout import STREAM
 from .lines import lines, read_from_kept
 from .ones import centred, fixing_ones
@@ -56,6 +57,7 @@ class Made:
     error: float  # ‖cut − zeroed‖ / ‖zeroed‖
     seconds: dict[str, float]
     energy: dict[str, float] = field(default_factory=dict)
+    why: str = ""  # no stock config says it; empty where one does
 
 
 def carry_out(
@@ -80,8 +82,15 @@ class _Run:
             if plan.turns:
                 turn(self.twin, self.description, {})  # gains folded, nothing turned
         self.bases: dict[str, Basis] = {}
+        self.why = ""
         vocabulary = model.config.get_text_config().vocab_size
         self.ids = probe(vocabulary, plan.recipe.seed, None)
+        cut = any(STREAM in u.members and u.slice is not None for u in plan.units)
+        stream = self.layout.stream
+        self.fixes_ones = stream is not None and stream.kind is Kind.O1
+        if cut and self.fixes_ones:
+            without_means(self.twin, self.description, self.layout.own[STREAM], tokens(self.ids))
+            self.fixes_ones = False
 
     def run(self) -> Made:
         self._measure()
@@ -96,9 +105,8 @@ class _Run:
         self.plan.check_widths(widths)
         with timed(self.seconds, "slice"):
             small, done, error = self._cut(widths)
-        return Made(
-            small, widths, spectra, certificate, done, error, self.seconds, self._lost(widths)
-        )
+        lost = self._lost(widths)
+        return Made(small, widths, spectra, certificate, done, error, self.seconds, lost, self.why)
 
     # --- Measuring.
 
@@ -131,32 +139,35 @@ class _Run:
             whole = [n for n in own if self.layout.spaces[n].kind == "experts"]
             signals = {n: o for n, o in own.items() if n not in whole}
             added = Added(model, self.flat, [own[n] for n in whole])
-            seen = tapped(
-                model, self.flat, list(signals.values()), once, steps, calibrate.skip, added
-            )
+            where = {o: self.layout.places(n) for n, o in signals.items()}
+            seen = tapped(model, where, once, steps, calibrate.skip, added)
         self.seen = {name: seen[o] for name, o in signals.items()}
         self.experts = added.moments()
 
     def _writers_of_stream(self, seen: Seen) -> list[Reader]:
-        """The readers behind which the stream is written: what they are given counts when channels are chosen."""
-        return [
+        """The readers behind which the stream is written: what they are given counts when channels are chosen. All of
+        them where nothing is said of the stream."""
+        writers = [
             reader
             for reader in seen.moments
             if any(p.writes for a in self.flat.of[reader[0]] for p in a.axis.points)
         ]
+        return writers or list(seen.moments)
 
     def _moments(self, space: Space, readers: list[Reader]) -> Moments:
         """Of some readers together, under every name that methods ask for it by; each token counts alike."""
         seen = self.seen[space.name]
-        moment = _steadied(seen.total(readers))
+        moment = seen.total(readers)
+        if space.kind == "mlp":
+            moment = _steadied(moment)
         if space.kind == "residual" and self.layout.stream is not None:
-            moment = centred(moment) if self._fixes_ones else moment
+            moment = centred(moment) if self.fixes_ones else moment
         of = (
             (Statistic.NORMED,) if space.kind == "residual" else (Statistic.WEIGHTED, Statistic.RAW)
         )
         found = Moments({(space.name, s): moment for s in of})
         check_finite(found)
-        gram = Gram(space.copies, space.dim, lambda: self._weights(space, seen.readers))
+        gram = Gram(space.copies, space.seen, lambda: self._weights(space, seen.readers))
         return found.merge(Moments({(space.name, Statistic.READERS): gram}))
 
     def _known(self, space: Space) -> Moments:
@@ -182,15 +193,10 @@ class _Run:
             )
         return Moments({(space.name, Statistic.EXPERTS): moment})
 
-    @property
-    def _fixes_ones(self) -> bool:
-        stream = self.layout.stream
-        return stream is not None and stream.kind is Kind.O1
-
     def _weights(self, space: Space, readers: Collection[Reader]) -> Weights:
         """The weights that read a space: [out, copies · dim]."""
         named = stored(self.twin)
-        for reader, where in places(self.flat, self.layout.own[space.name]):
+        for reader, where in self.layout.places(space.name):
             if reader in readers:
                 W = lines(named[reader[0]], reader[1])
                 for each in where.at:
@@ -206,19 +212,19 @@ class _Run:
                 f"{self.plan.recipe.where('steps', unit.step, 'rotate')}: rotator '{unit.rotate.name}' scales coordinates, and "
                 "cuts of a derived layout only choose them. Use `permute`."
             )
-        if unit.space.kind == "residual" and self._fixes_ones and basis.A.picks is None:
+        if unit.space.kind == "residual" and self.fixes_ones and basis.A.picks is None:
             basis = fixing_ones(basis)
         return basis
 
     def _certify(self) -> Certificate:
         """All bases at once on tokens that no text is needed for; then one side of each space alone."""
-        chosen = {self.layout.own[n]: self._element(n) for n in self.bases}
+        chosen = {self.layout.own[n]: moving(self.layout, n, self.bases[n].A) for n in self.bases}
         with timed(self.seconds, "verify"):
             trial = Trial(self.twin, self.description, [tokens(self.ids)])
             error = trial.error(self.flat, chosen)
             controls = []
             for name, element in chosen.items():
-                if _still(element):
+                if is_still(element):
                     continue  # nothing that a control could leave out
                 moved = 0.0
                 for side in reversed(sides(self.description, name)):
@@ -231,19 +237,6 @@ class _Run:
             raise CertificateError(f"the certificate failed: {certificate.failure}.")
         return certificate
 
-    def _element(self, name: str) -> Element:
-        """A basis as an element of the layout's space."""
-        space = self.flat.spaces[self.layout.own[name]]
-        A = self.bases[name].A
-        still = tuple(torch.ones(space.width, dtype=torch.float64) for _ in space.scales)
-        if A.picks is None:
-            return Element(matrices=A.matrix().mT.contiguous(), scales=still)
-        permutation = np.arange(space.width)
-        each = blocks(space)
-        for block, order in zip(each, A.picks.numpy(), strict=True):
-            permutation[block] = block[order]
-        return Element(permutation=permutation, scales=still)
-
     # --- Cutting.
 
     def _cut(self, widths: Widths) -> tuple[PreTrainedModel, Cut | None, float]:
@@ -253,18 +246,21 @@ class _Run:
             own, k = self.layout.own[name], widths[name]
             basis = self.bases[name]
             if basis.A.picks is None:
-                turn(self.twin, self.description, {own: self._element(name)})
-                keep = np.arange(k)[None]
+                turn(self.twin, self.description, {own: as_element(self.layout, name, basis.A)})
+                keep = np.tile(np.arange(k), (unit.space.copies, 1))
             else:
                 keep = np.sort(basis.A.picks.numpy()[:, :k], axis=-1)
                 if k < unit.space.dim:
                     self._refit(unit, k)
             if k < unit.space.dim:
-                each = blocks(self.flat.spaces[own])
-                kept[own] = np.sort(np.take_along_axis(each, keep, -1).reshape(-1))
+                kept[own] = self.layout.codes(name, keep)
         if not kept:
             return self._finished(self.twin), None, 0.0
-        small, done, error = tried(self.twin, self.description, kept, tokens(self.ids))
+        try:
+            small, done, error = tried(self.twin, self.description, kept, tokens(self.ids))
+        except InputError as e:
+            told = str(e).removeprefix("cut: ")
+            raise InputError(f"{self.plan.recipe.where('steps')}: {told}") from None
         if not error <= TOLERANCE:
             raise CertificateError(
                 f"the narrower model differs by {error:.1e} from the one whose coordinates are zero, where rounding explains "
@@ -273,10 +269,12 @@ class _Run:
         why = differences(small)
         if why or not done.changes:
             name, (was, now) = next(iter(why.items()), ("its widths", ("the config's", "others")))
-            raise InputError(
-                f"{self.plan.recipe.where('steps')}: no stock config says what was cut: a model of it has {was} at {name}, and "
-                f"this one {now}. Use other widths, or cut other spaces."
-            )
+            self.why = f"a model of the family has {was} at {name}, and this one {now}"
+            if self.plan.must:
+                raise InputError(
+                    f"{self.plan.recipe.where('stock')}: no stock config says what was cut: {self.why}. Use other widths, cut "
+                    "other spaces, or remove `stock`."
+                )
         return self._finished(small), done, error
 
     def _finished(self, small: PreTrainedModel) -> PreTrainedModel:
@@ -295,7 +293,7 @@ class _Run:
         if seen is None or not unit.slice.mixes:
             return
         named = stored(self.twin)
-        where = {r: p for r, p in places(self.flat, self.layout.own[unit.space.name])}
+        where = dict(self.layout.places(unit.space.name))
         for reader in seen.moments:
             moments = self._moments(unit.space, [reader])
             change = checked.cut(unit.slice, unit.space, self.bases[unit.space.name], k, moments)
@@ -323,9 +321,3 @@ def _steadied(moment: Moment) -> Moment:
     mean = moment.total.diagonal(dim1=1, dim2=2).sum() / (copies * d)
     rows = max(1.0, moment.count / copies)
     return Moment(moment.total + torch.eye(d, dtype=torch.float64) * mean / rows, moment.count)
-
-
-def _still(element: Element) -> bool:
-    """Whether an element changes nothing."""
-    p = element.permutation
-    return element.matrices is None and p is not None and bool((p == np.arange(len(p))).all())

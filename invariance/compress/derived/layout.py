@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ...calibrate.tap import Found, places
 from ...core.group import Group
 from ...core.kind import Kind
 from ...core.space import Space
@@ -20,7 +21,9 @@ from ...model.described.elements import blocks
 from ...model.described.pattern import RIGID, expand
 from ...model.described.weightless import on_meta
 from ...model.layout import Parameters
-from ...model.narrow.experts import chosen, is_experts
+from ...model.narrow.experts import chosen
+from ...model.narrow.kinds import channels, experts, heads, stream, values
+from .heads import Groups, codes_of, head_places
 
 STREAM = "x"
 Widths = Mapping[str, int]
@@ -28,7 +31,7 @@ Widths = Mapping[str, int]
 
 @dataclass(frozen=True)
 class Cost:
-    """One stored parameter: its size, what it counts towards, and of each axis how many positions which space has."""
+    """One stored parameter: its size, what it counts towards, and of each label of each axis how many positions which space has."""
 
     size: int
     part: str
@@ -46,13 +49,14 @@ class DerivedLayout:
     tied: int  # numbers of a head that is the table of tokens too
     model: PreTrainedModel = field(repr=False)  # on meta
 
+    groups: Mapping[str, Groups] = field(default_factory=dict)  # of heads: what goes together
     branches: Mapping[str, str] = field(default_factory=dict)  # none vanishes
     windows: Mapping[str, int | None] = field(default_factory=dict)
 
     @property
     def stream(self) -> d.Space | None:
         """The one global space of the stream."""
-        return self.description.flat().spaces.get(self.own.get(STREAM, ""))
+        return stream(self.description.flat())
 
     def counting(self, widths: Widths) -> list[str]:
         """No attention goes, so none has to stay."""
@@ -73,12 +77,21 @@ class DerivedLayout:
 
     def kept(self, widths: Widths) -> dict[str, np.ndarray]:
         """For shapes alone: of each narrower space its first coordinates, by the layout's names."""
-        flat = self.description.flat()
         return {
-            self.own[n]: np.sort(blocks(flat.spaces[self.own[n]])[:, :k].reshape(-1))
+            self.own[n]: self.codes(n, np.tile(np.arange(k), (self.spaces[n].copies, 1)))
             for n, k in widths.items()
             if k < self.spaces[n].dim
         }
+
+    def codes(self, name: str, keep: np.ndarray) -> np.ndarray:
+        """The layout's coordinates that stay of a space, where each copy keeps those at ``keep``."""
+        return codes_of(self.description.flat(), self.own[name], self.groups.get(name), keep)
+
+    def places(self, name: str) -> Iterator[Found]:
+        """Where a space lies on the matrices that carry it; of heads, on those that read what they give."""
+        flat, own = self.description.flat(), self.own[name]
+        groups = self.groups.get(name)
+        return places(flat, own) if groups is None else head_places(flat, own, groups)
 
     def parameters(self, widths: Widths, untied: bool = False) -> Parameters:
         """What a choice of widths stores; a head that is turned apart from the table counts for itself."""
@@ -93,10 +106,10 @@ class DerivedLayout:
 
     def _size(self, cost: Cost, widths: Widths) -> int:
         size = cost.size
-        for total, places in cost.axes:
+        for total, where in cost.axes:
             gone = sum(
                 n * (self.spaces[s].dim - widths[s]) // self.spaces[s].dim
-                for s, n in places.items()
+                for s, n in where.items()
                 if s in widths
             )
             size = size * (total - gone) // total
@@ -110,30 +123,42 @@ class DerivedLayout:
 
 
 def derived_spaces(config: PretrainedConfig, description: d.Description) -> DerivedLayout:
-    """The stream, channels behind which a matrix writes the stream, and whole experts."""
+    """The stream, channels behind which a matrix writes the stream, whole experts, whole heads, values."""
     flat = description.flat()
     found: dict[str, tuple[str, Space]] = {}
-    if (stream := flat.spaces.get("residual")) is not None and not stream.local:
-        group = _group(stream)
-        found[STREAM] = (
-            "residual",
-            Space(STREAM, Kind.RESIDUAL, stream.width, group, block=0, stage=0),
-        )
-    channels = [(n, s, p) for n, s in flat.spaces.items() if (p := _writes(flat, n, s)) is not None]
-    several = Counter(_block(n) for n, _, _ in channels)
-    for own, s, part in channels:
-        block = _block(own)
+    if (through := stream(flat)) is not None:
+        space = Space(STREAM, Kind.RESIDUAL, through.width, _group(through), block=0, stage=0)
+        found[STREAM] = through.name, space
+    parts = channels(flat)
+    several = Counter(map(_block, parts))
+    for own, part in parts.items():
+        block, s = _block(own), flat.spaces[own]
         name = f"{Kind.MLP}.{block}" + (f".{part}" if several[block] > 1 else "")
         dim = s.width // s.copies
         space = Space(name, Kind.MLP, dim, Group.PERMUTATION, s.copies, block=block, part=part)
         found[name] = own, space
     model = on_meta(config)
-    taken = chosen(model)
-    for own, s in flat.spaces.items():
-        if is_experts(own, s) and s.width in taken:  # else nobody knows how many must stay
-            name, block, least = f"{Kind.EXPERTS}.{_block(own)}", _block(own), taken[s.width]
-            space = Space(name, Kind.EXPERTS, s.width, Group.PERMUTATION, block=block, least=least)
-            found[name] = own, space
+    for own, least in experts(
+        flat, chosen(model)
+    ).items():  # of others nobody knows how many must stay
+        name, block, n = f"{Kind.EXPERTS}.{_block(own)}", _block(own), flat.spaces[own].width
+        space = Space(name, Kind.EXPERTS, n, Group.PERMUTATION, block=block, least=least)
+        found[name] = own, space
+    groups = dict[str, Groups]()
+    for own, together in heads(flat).items():
+        read = [p for _, p in head_places(flat, own, together)]
+        if read:
+            name, block, n = f"{Kind.HEADS}.{_block(own)}", _block(own), len(together)
+            grain = read[0].at[0].size // n
+            space = Space(name, Kind.HEADS, n, Group.PERMUTATION, grain=grain, block=block)
+            found[name], groups[name] = (own, space), together
+    of_values = [n for n in values(flat) if blocks(flat.spaces[n]).shape[1] > 1]
+    several = Counter(map(_block, of_values))
+    for own in of_values:
+        copies, dim = blocks(flat.spaces[own]).shape
+        block, stem = _block(own), own.partition("@")[0]
+        name = f"{Kind.VO}.{block}" + (f".{stem}" if several[block] > 1 else "")
+        found[name] = own, Space(name, Kind.VO, dim, Group.INVERTIBLE, copies, block=block)
     own_names = {o: n for n, (o, _) in found.items()}
     return DerivedLayout(
         description,
@@ -142,6 +167,7 @@ def derived_spaces(config: PretrainedConfig, description: d.Description) -> Deri
         tuple(_costs(model, flat, own_names)),
         _tied(model),
         model,
+        groups,
     )
 
 
@@ -154,20 +180,6 @@ def _block(own: str) -> int:
     return int(numbers[-1]) if numbers else 0
 
 
-def _writes(flat: d.Flat, name: str, space: d.Space) -> str | None:
-    """The matrix behind channels that writes the stream; None where the space is no such channels, or of heads."""
-    if space.kind is not d.Kind.PERM or "@" not in name:
-        return None
-    part = None
-    for a in flat.carrying(name):
-        if any(s.space.startswith("heads") for label in a.axis.labels for s, _ in expand(label)):
-            return None
-        others = [o for o in flat.of[a.parameter] if o.axis.dims != a.axis.dims]
-        if part is None and any(p.writes for o in others for p in o.axis.points):
-            part = a.axis.parameter.removesuffix(".weight")
-    return part
-
-
 def _costs(model: PreTrainedModel, flat: d.Flat, names: Mapping[str, str]) -> Iterable[Cost]:
     """Every parameter, a tied one once; outside of the layers, what writes the stream first is the embedding."""
     layers = tuple(_stems(flat))
@@ -175,14 +187,14 @@ def _costs(model: PreTrainedModel, flat: d.Flat, names: Mapping[str, str]) -> It
         described = flat.of.get(name, [])
         axes = []
         for a in described:
-            places = Counter[str]()
             for label in a.axis.labels:
+                where = Counter[str]()
                 for symbol, codes in expand(label):
                     own = None if symbol == RIGID else names.get(a.space(symbol))
                     if own is not None:
-                        places[own] += len(codes)
-            if places:
-                axes.append((math.prod(p.shape[k] for k in a.axis.dims), places))
+                        where[own] += len(codes)
+                if where:
+                    axes.append((math.prod(p.shape[k] for k in a.axis.dims), where))
         first = any(pt.writes and pt.number == 0 for a in described for pt in a.axis.points)
         inside = name.startswith(layers)
         part = "blocks" if inside else "embedding" if first else "head"

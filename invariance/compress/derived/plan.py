@@ -39,14 +39,19 @@ FITS = 3  # matrices as large as a moment that a method makes at a time
 
 @dataclass(frozen=True)
 class DerivedPlan:
-    """Everything that a run on a derived layout will do. Its recipe asks for a stock checkpoint in any case."""
+    """Everything that a run on a derived layout will do.
+
+    Its recipe asks selectors for widths that a stock config can say, in any case; ``must``: nothing else is wanted.
+    """
 
     recipe: Recipe
     layout: DerivedLayout
     units: tuple[Unit, ...]
     config: PretrainedConfig
+    must: bool = False
     depth: tuple[Unit, ...] = ()
-    said: set[tuple[tuple[str, int], ...]] = field(default_factory=set)  # widths that a config says
+    said: dict[tuple[tuple[str, int], ...], str] = field(default_factory=dict)
+    """Of widths that were looked up: why no config of the family says them; empty where one does."""
 
     @property
     def dense(self) -> DerivedLayout:
@@ -102,33 +107,54 @@ class DerivedPlan:
         """The width of every unit's members (``allocation.allocate``)."""
         return allocate(self, spectra, loss, influence, within)
 
-    def check_widths(self, widths: Widths) -> None:
-        """Raises InputError where no config of the family says these widths."""
-        self._check_stacks(widths)
+    def unsaid(self, widths: Widths) -> str:
+        """Why no config of the family says these widths; empty where one does."""
         kept = self.layout.kept(widths)
         asked = tuple(sorted(widths.items()))
-        if not kept or asked in self.said:
-            return
-        model = self.layout.model
-        target = shapes(model, narrowings(self.layout.description, model, kept))
-        if search(self.config, model, target).said is None:
+        if kept and asked not in self.said:
+            model = self.layout.model
+            target = shapes(model, narrowings(self.layout.description, model, kept))
+            found = search(self.config, model, target).said
             told = ", ".join(
                 f"{n} {k}" for n, k in sorted(widths.items()) if self.layout.own[n] in kept
             )
-            raise InputError(
-                f"{self.recipe.where('steps', self.units[0].step, 'select')}: no config of type '{self.config.model_type}' says "
-                f"these widths ({told[:200]}), so plain transformers could not load the model. Use other widths (a multiple of "
-                "what the config divides by), name all spaces of a kind (`spaces: mlp`) where a config has one number for them, or "
-                "leave this space whole."
+            self.said[asked] = (
+                f"no config of type '{self.config.model_type}' says these widths ({told[:200]})"
+                if found is None
+                else ""
             )
-        self.said.add(asked)
+        return self.said.get(asked, "")
+
+    def check_widths(self, widths: Widths) -> None:
+        """Raises InputError for widths that experts' products do not take, and where a stock checkpoint must be, for
+        those that no config of the family says."""
+        self._check_stacks(widths)
+        self._check_values(widths)
+        if self.must and (why := self.unsaid(widths)):
+            raise InputError(
+                f"{self.recipe.where('steps', self.units[0].step, 'select')}: {why}, so plain transformers could not load the "
+                "model. Use other widths (a multiple of what the config divides by), name all spaces of a kind (`spaces: mlp`) "
+                "where a config has one number for them, leave this space whole, or remove `stock`."
+            )
+
+    def _check_values(self, widths: Widths) -> None:
+        """Raises InputError for values that no config gives a width of their own: their modules would not run."""
+        spaces = self.layout.spaces
+        narrower = {n: k for n, k in widths.items() if spaces[n].kind == "vo" and k < spaces[n].dim}
+        if narrower and self.unsaid(narrower):
+            step = next(u.step for u in self.units if u.space.name in narrower)
+            raise InputError(
+                f"{self.recipe.where('steps', step, 'spaces')}: in type '{self.config.model_type}' values have the width of "
+                "queries and keys, and no config says another, so its modules do not run with narrower ones. Cut `heads`, "
+                "whole ones, or leave values as they are."
+            )
 
     def _check_stacks(self, widths: Widths) -> None:
         """Raises InputError for widths in stacks of experts that products of groups do not take: rows of 16 bytes."""
-        stacked = any(s.copies > 1 for s in self.layout.spaces.values())
+        stacks = {n for n, s in self.layout.spaces.items() if s.copies > 1 and s.kind == "mlp"}
         for name, k in widths.items():
             space = self.layout.spaces[name]
-            inside = space.copies > 1 or (stacked and name == STREAM)
+            inside = name in stacks or (bool(stacks) and name == STREAM)
             if inside and k < space.dim and k % ROW:
                 step = next(u.step for u in self.units if name in u.members)
                 raise InputError(
@@ -141,7 +167,7 @@ class DerivedPlan:
         """The whole model is in memory, several times."""
         numbers = self.layout.parameters({}).total
         spaces = [self.layout.spaces[m] for u in self.units for m in u.members]
-        moments = [8 * s.copies * s.dim**2 for s in spaces]
+        moments = [8 * s.copies * s.seen**2 for s in spaces]
         vocabulary = self.config.get_text_config().vocab_size
         memory = IMPORTS + COPIES * numbers + sum(moments) + FITS * max(moments, default=0)
         widths = self.allocate(None)
@@ -151,7 +177,7 @@ class DerivedPlan:
 
 def derived_plan(recipe: Recipe, config: PretrainedConfig, layout: DerivedLayout) -> DerivedPlan:
     """Check a recipe against a derived layout. Raises InputError with the recipe's line."""
-    kind = config.model_type
+    kind, must = config.model_type, recipe.stock
     _check_recipe(recipe, kind)
     recipe = recipe.model_copy(update={"stock": True})
     units: list[Unit] = []
@@ -167,10 +193,10 @@ def derived_plan(recipe: Recipe, config: PretrainedConfig, layout: DerivedLayout
             taken[name] = n
             space = layout.spaces[name]
             unit = Unit((name,), (space.block or 0,), space, n, *_methods(recipe, step))
-            _check_unit(recipe, unit, layout, kind)
+            _check_unit(recipe, unit, layout, must)
             units.append(unit)
     check_selectors(recipe, units)
-    made = DerivedPlan(recipe, layout, tuple(units), config)
+    made = DerivedPlan(recipe, layout, tuple(units), config, must)
     if made.turns and recipe.tie == "keep" and layout.tied:
         raise InputError(
             f"{recipe.where('tie')}: the stream gets another basis, and the head takes up a norm's gain that the table does not. "
@@ -263,7 +289,8 @@ def _named(recipe: Recipe, n: int, step: Step, layout: DerivedLayout, kind: str)
     return layout.select(step.spaces)
 
 
-def _check_unit(recipe: Recipe, unit: Unit, layout: DerivedLayout, kind: str) -> None:
+def _check_unit(recipe: Recipe, unit: Unit, layout: DerivedLayout, must: bool) -> None:
+    kind = layout.model.config.model_type
     check_unit(recipe, unit, layout)  # type: ignore[arg-type]
     skips = recipe.calibrate is not None and recipe.calibrate.skip > 0
     if unit.space.kind == "experts" and skips:
@@ -271,14 +298,20 @@ def _check_unit(recipe: Recipe, unit: Unit, layout: DerivedLayout, kind: str) ->
             f"{recipe.where('calibrate', 'skip')}: which tokens reach an expert is not followed, so all of them are measured. "
             "Remove `skip`, or leave experts whole."
         )
+    if unit.space.kind == "heads" and unit.slice is not None and unit.slice.mixes:
+        raise InputError(
+            f"{recipe.where('steps', unit.step, 'slice')}: what reads whole heads is not refit where the layout is derived. "
+            "Use `slice: truncate` for this step."
+        )
     if unit.space.kind != "residual":
         return
     stream = layout.stream
     assert stream is not None
-    if unit.slice is not None and stream.kind is Kind.O1:
+    if unit.slice is not None and stream.kind is Kind.O1 and must:
         raise InputError(
             f"{recipe.where('steps', unit.step, 'slice')}: the stream of type '{kind}' lies under LayerNorms, which take the mean "
-            "over all of its width; a narrower one would take another, and no stock config says so. Cut other spaces."
+            "over all of its width; a narrower one would take another, and no stock config says so. Cut other spaces, or remove "
+            "`stock`."
         )
     if unit.slice is not None and (unit.slice.mixes or unit.slice.needs):
         raise InputError(

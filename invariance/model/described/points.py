@@ -85,8 +85,9 @@ def _of_stream(
     source: Source, axes: Sequence[Line], seen: Mapping[str, Seen]
 ) -> Mapping[Key, tuple[Point, ...]]:
     axes = [x for x in axes if x.parameter in seen and not _of_norm(source, x)]
-    readers = [x for x in axes if int(x.ids[0]) in source.readers]
-    writers = [x for x in axes if int(x.ids[0]) not in source.readers]
+    tables = {x.key for x in axes if seen[x.parameter] == {INPUT}}  # rows that tokens looked up
+    readers = [x for x in axes if int(x.ids[0]) in source.readers and x.key not in tables]
+    writers = [x for x in axes if int(x.ids[0]) not in source.readers or x.key in tables]
     wrote = {x.parameter for x in writers}
     sets = sorted({seen[x.parameter] & wrote for x in readers}, key=len)
     if any(not a < b for a, b in itertools.pairwise(sets)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +30,7 @@ def plain(config: PretrainedConfig, kind: Class | None = None) -> PreTrainedMode
     make: Any = transformers.AutoModelForCausalLM.from_config if kind is None else kind._from_config
     for options in OPTIONS:
         try:
-            made = make(config, **options)
+            made = make(copy.deepcopy(config), **options)  # which notes its options in the config
             break
         except (ValueError, TypeError):
             if not options:

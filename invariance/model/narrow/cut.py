@@ -6,7 +6,7 @@ an input before it counts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..derive.trace import Example
-from ..described.description import Description, Flat, Kind
+from ..described.description import Description, Flat, FlatAxis, Kind
 from ..described.elements import blocks
+from ..described.pattern import expand
 from ..described.weightless import on_meta, stored
-from .attributes import extents, moved, note
+from .attributes import extents, moved, note, plain
 from .norms import Norm
 from .positions import Kept, Narrowing, narrowed, narrowings, shapes, zeroed
 from .renorm import norms_of, renorm
-from .spoken import Change, Search, search
+from .spoken import Change, Changes, Search, search
 from .stock import speak
 
 
@@ -34,6 +35,8 @@ class Way(Enum):
     HELD = "they hold them as a model of such a config does, and the config stays"
     FOUND = "those that own what was cut note its extents"
     FOLLOWED = "all that a key of such a width moves is moved"
+    COUNTED = "modules around what was cut count fewer heads"
+    JOINED = "and note the width of all heads together"
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,12 @@ class Plan:
     base: PreTrainedModel = field(repr=False)  # on meta
     search: Search = field(repr=False)
     norms: Mapping[str, tuple[Norm, str]] = field(repr=False)
+    heads: bool = False  # whether whole heads go
 
     def ways(self) -> tuple[Way, ...]:
-        return (Way.FOUND, Way.FOLLOWED) if self.search.said is None else (Way.SAID, Way.HELD)
+        if self.search.said is not None:
+            return Way.SAID, Way.HELD
+        return Way.FOUND, Way.FOLLOWED, *((Way.COUNTED, Way.JOINED) if self.heads else ())
 
 
 @dataclass(frozen=True)
@@ -72,13 +78,21 @@ def zero(model: nn.Module, description: Description, kept: Kept) -> None:
             named[n.parameter].copy_(value)
 
 
-def plan(model: PreTrainedModel, description: Description, kept: Kept, example: Example) -> Plan:
-    """What a cut will do. ``example``: an input, to see which modules are norms of what."""
+def plan(
+    model: PreTrainedModel,
+    description: Description,
+    kept: Kept,
+    example: Example,
+    but: Set[Changes] = frozenset(),
+) -> Plan:
+    """What a cut will do. ``example``: an input, to see which modules are norms of what; ``but``: as of ``search``."""
     found = narrowings(description, model, kept)
     base = on_meta(model.config, type(model))
     target = shapes(model, found)
-    norms = norms_of(model, description.flat(), found, kept, example)
-    return Plan(tuple(found), base, search(model.config, base, target), norms)
+    flat = description.flat()
+    norms = norms_of(model, flat, found, kept, example)
+    heads = any(flat.spaces[n].kind is Kind.SWAP and n.startswith("heads") for n in kept)
+    return Plan(tuple(found), base, search(model.config, base, target, but), norms, heads)
 
 
 def cut(model: PreTrainedModel, description: Description, kept: Kept, plan: Plan, way: Way) -> Cut:
@@ -101,6 +115,8 @@ def cut(model: PreTrainedModel, description: Description, kept: Kept, plan: Plan
         speak(model)
     if way is Way.FOLLOWED:
         _follow(model, plan)
+    if way in (Way.COUNTED, Way.JOINED):
+        _count(model, flat, kept, plan.narrowings, way is Way.JOINED)
     changes = said.changes if said is not None and way is Way.SAID else ()
     return Cut(plan.narrowings, changes, tuple(replaced), way)
 
@@ -135,6 +151,37 @@ def _follow(model: nn.Module, plan: Plan) -> None:
         for (name, attribute), change in moved(plan.base, twin).items():
             if change in plan.search.pairs:
                 setattr(model.get_submodule(name), attribute, change[1])
+
+
+def _count(
+    model: nn.Module, flat: Flat, kept: Kept, found: Sequence[Narrowing], joined: bool
+) -> None:
+    """Modules that hold matrices of heads, or such modules, note how many there are now; where ``joined``, also the
+    width of all of them."""
+    numbers = dict[str, dict[int, int]]()
+    for n in found:
+        if flat.spaces[n.space].kind is not Kind.SWAP or n.stay.ndim != 1:
+            continue
+        owner = n.parameter.rpartition(".")[0].rpartition(".")[0]
+        was, now = len(n.stay) + len(n.go), len(n.stay)
+        for a in flat.of[n.parameter]:
+            codes = {int(c) for c in _things(a, n.space)} if a.axis.dims == n.dims else set()
+            if codes:
+                own = numbers.setdefault(owner, {})
+                own[len(codes)] = len(codes & set(kept[n.space].tolist()))
+                if joined:
+                    own[was] = now
+    for name, changes in numbers.items():
+        module = model.get_submodule(name)
+        for attribute, value in plain(module).items():
+            if value in changes:
+                setattr(module, attribute, changes[value])
+
+
+def _things(a: FlatAxis, space: str) -> np.ndarray:
+    """The heads along an axis."""
+    each = [c for label in a.axis.labels for s, c in expand(label) if a.space(s) == space]
+    return np.concatenate(each) if each else np.zeros(0, np.int64)
 
 
 def narrow_buffer(model: nn.Module, name: str, dim: int, index: Tensor) -> None:

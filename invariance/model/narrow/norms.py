@@ -32,10 +32,19 @@ class NormOver(nn.Module):
     """
 
     def __init__(
-        self, of: int, centred: bool, eps: float, weight: Tensor | None, bias: Tensor | None
+        self,
+        of: int,
+        centred: bool,
+        eps: float,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        offset: float = 0.0,  # of the gain, which is the weight plus that
     ):
         super().__init__()
-        self.of, self.centred, self.eps = of, centred, eps
+        self.of = float(
+            of
+        )  # no whole number: those follow the widths of weights (``attributes.note``)
+        self.centred, self.eps, self.offset = centred, eps, offset
         self.weight = None if weight is None else nn.Parameter(weight.detach(), False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), False)
 
@@ -44,7 +53,7 @@ class NormOver(nn.Module):
         mean = y.sum(-1, keepdim=True) / self.of if self.centred else 0.0
         variance = y.square().sum(-1, keepdim=True) / self.of - (mean**2 if self.centred else 0.0)
         y = ((y - mean) * torch.rsqrt(variance + self.eps)).to(x.dtype)
-        y = y if self.weight is None else y * self.weight
+        y = y if self.weight is None else y * (self.weight + self.offset)
         return y if self.bias is None else y + self.bias
 
 

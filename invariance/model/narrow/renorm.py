@@ -79,6 +79,8 @@ def renorm(
     """
     norm, _ = found
     module = model.get_submodule(name)
+    if isinstance(module, NormOver):
+        return True  # its width is said apart from those of its weights
     own = dict(module.named_parameters(recurse=False))
     mine = [n for n in narrowings if n.parameter.rpartition(".")[0] == name and n.dims == (0,)]
     stay = torch.from_numpy(mine[0].stay) if mine else None

@@ -74,8 +74,21 @@ class Search:
     partly: tuple[PreTrainedModel, ...] = field(repr=False)
 
 
-def search(config: PretrainedConfig, base: PreTrainedModel, target: Shapes) -> Search:
-    """Which config says the target's shapes: keys are changed one by one, then together."""
+Changes = frozenset[tuple[Key, str]]  # keys, and their values as text: lists are no members of sets
+
+
+def mark(changes: Sequence[Change]) -> Changes:
+    """What tells some changes from others."""
+    return frozenset((c.key, repr(c.value)) for c in changes)
+
+
+def search(
+    config: PretrainedConfig, base: PreTrainedModel, target: Shapes, but: Set[Changes] = frozenset()
+) -> Search:
+    """Which config says the target's shapes: keys are changed one by one, then together.
+
+    ``but``: changes that are known to compute something else (narrower heads have the shapes of fewer heads).
+    """
     was, budget, kind = shapes(base), itertools.count(), type(base)
     pairs = frozenset(
         (o, n) for name, s in was.items() for o, n in zip(s, target[name], strict=True) if o != n
@@ -89,6 +102,8 @@ def search(config: PretrainedConfig, base: PreTrainedModel, target: Shapes) -> S
         if made is None:
             continue
         now = shapes(made)
+        if now == target and mark([change]) in but:
+            continue
         if now == target:
             return Search(Spoken(changed(config, [change]), (change,), made), pairs, ())
         right, wrong = _compared(was, now, target)
@@ -98,16 +113,23 @@ def search(config: PretrainedConfig, base: PreTrainedModel, target: Shapes) -> S
             mixed.append((change, wrong))
         elif right:
             good.append(change)
-    return Search(_together(config, target, good, mixed, budget, kind), pairs, tuple(partly))
+    left = _Left(config, target, budget, kind, but)
+    return Search(_together(left, good, mixed), pairs, tuple(partly))
+
+
+@dataclass(frozen=True)
+class _Left:
+    """What is searched for still, and how many models may be built for it."""
+
+    config: PretrainedConfig
+    target: Shapes
+    budget: Iterator[int]
+    kind: Class
+    but: Set[Changes]
 
 
 def _together(
-    config: PretrainedConfig,
-    target: Shapes,
-    good: list[Change],
-    mixed: list[tuple[Change, set[tuple[int, int]]]],
-    budget: Iterator[int],
-    kind: Class,
+    left: _Left, good: list[Change], mixed: list[tuple[Change, set[tuple[int, int]]]]
 ) -> Spoken | None:
     """Several keys at once; a key that moves too much with another that holds the rest in place."""
     alone = _one_each(good)
@@ -116,11 +138,13 @@ def _together(
         changes = alone
         if more is not None:
             changes = [*(c for c in alone if c.key != more.key), more]
-        pinned = [[*changes, pin] for pin in _pins(config, wrong, changes)]
+        pinned = [[*changes, pin] for pin in _pins(left.config, wrong, changes)]
         for attempt in ([changes] if changes else []) + pinned:
-            if next(budget) > MOST:
+            if mark(attempt) in left.but:
+                continue
+            if next(left.budget) > MOST:
                 return None
-            found = _tried(config, attempt, target, kind)
+            found = _tried(left, attempt)
             if found is not None:
                 return found
     return None
@@ -133,13 +157,11 @@ def _one_each(changes: list[Change]) -> list[Change]:
     return list(first.values())
 
 
-def _tried(
-    config: PretrainedConfig, changes: list[Change], target: Shapes, kind: Class
-) -> Spoken | None:
-    made = built(config, changes, kind)
-    if made is None or shapes(made) != target:
+def _tried(left: _Left, changes: list[Change]) -> Spoken | None:
+    made = built(left.config, changes, left.kind)
+    if made is None or shapes(made) != left.target:
         return None
-    return Spoken(changed(config, changes), tuple(changes), made)
+    return Spoken(changed(left.config, changes), tuple(changes), made)
 
 
 def _candidates(config: PretrainedConfig, pairs: Set[tuple[int, int]]) -> Iterator[Change]:

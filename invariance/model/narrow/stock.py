@@ -35,12 +35,12 @@ def differences(model: PreTrainedModel) -> dict[str, tuple[object, object]]:
             if mine is None or mine.shape != p.shape:
                 found[f"{name}.{k}"] = tuple(p.shape), None if mine is None else tuple(mine.shape)
         for k, b in other.named_buffers(recurse=False):
-            if not _alike(b, getattr(module, k, None)):
+            if not alike(b, getattr(module, k, None)):
                 found[f"{name}.{k}"] = b, getattr(module, k, None)
     return found
 
 
-def _alike(one: Tensor, other: Tensor | None) -> bool:
+def alike(one: Tensor, other: Tensor | None) -> bool:
     if other is None or one.shape != other.shape:
         return False
     if not one.is_floating_point():

@@ -1,0 +1,135 @@
+"""What no stock config says: saved in the family's own class with a record of what is narrower, and read again."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from undeclared import IDS, cache_of_layouts, differs, made, model_of  # noqa: F401 - a fixture is imported
+
+from invariance.core.errors import InputError
+from invariance.io.layouts import derived_layout
+from invariance.io.models import load_model
+from invariance.io.narrowed import narrowed
+from invariance.model.derive.certify import TOLERANCE
+from invariance.model.described.whole import double
+
+CHANNELS = {
+    "spaces": "mlp",
+    "rotate": "permute",
+    "select": {"uniform": {"keep": 0.75}},
+    "slice": "least_squares",
+}
+STREAM = {
+    "spaces": "residual",
+    "rotate": {"pca": {"of": "normed"}},
+    "select": {"uniform": {"width": 24}},
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "four times the stream, in the code": ("bloom", CHANNELS),
+    "one layer narrower than the other": ("gpt_neox", {**CHANNELS, "spaces": "mlp.0"}),
+    "under LayerNorms": ("gpt2", STREAM),
+    "under LayerNorms whose gain is the weight plus one": ("nemotron", STREAM),
+    "under LayerNorms without weights": ("olmo", STREAM),
+    "times the root of the width, in the code": ("gemma", STREAM),
+    "heads as wide as stream / heads": ("phi3", STREAM),
+    "no points of the stream": ("rwkv", CHANNELS),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_cut_is_saved_read_again_and_generates(case: str, tmp_path: Path) -> None:
+    kind, step = CASES[case]
+    found = made(kind, step)
+    assert found.certificate.passed and found.error <= TOLERANCE
+    assert bool(found.why) == (kind != "rwkv")
+    small = narrowed(found.model.float())
+    dense = model_of(kind)[0]
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in dense.parameters())
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert (
+        isinstance(again, type(dense)) and type(again).__name__ == f"Narrowed{type(dense).__name__}"
+    )
+    with torch.no_grad():
+        assert differs(again(IDS[:2]).logits, found.model(IDS[:2]).logits) < 1e-5
+        assert differs(again(IDS[:2]).logits, dense(IDS[:2]).logits) > 1e-4
+    prompt: dict[str, Any] = {"inputs": IDS[:2, :5], "max_new_tokens": 5, "do_sample": False}
+    for c in (False, True):
+        written = again.generate(**prompt, use_cache=c)
+        assert torch.equal(written, small.generate(**prompt, use_cache=c))
+
+
+def test_a_record_that_forgets_the_old_width_computes_something_else(tmp_path: Path) -> None:
+    small = narrowed(made("gpt2", STREAM).model.float())
+    small.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    norms = config["narrowed"]["norms"]
+    assert {n["of"] for n in norms.values()} == {32} and {n["weight"] for n in norms.values()} == {
+        24
+    }
+    for norm in norms.values():
+        norm["of"] = 24
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)(IDS[:2]).logits
+        assert differs(again, small(IDS[:2]).logits) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("shapes", {"transformer.h.0.mlp.c_fc.weight": [0, 4]}, "narrowed.shapes"),
+        ("shapes", {"transformer.h.0.mlp.c_fc.weight": [32, 4000]}, "is no part"),
+        ("shapes", {"transformer.h.7.mlp.c_fc.weight": [32, 4]}, "KeyError"),
+        ("numbers", {"transformer.h.0.attn": {"forward": 3}}, "no number 'forward'"),
+        ("norms", {"transformer.h.0.ln_9": {}}, "narrowed.norms"),
+        ("family", "llama9", "no causal model of type 'llama9'"),
+    ],
+)
+def test_a_damaged_record_is_refused(key: str, value: Any, says: str, tmp_path: Path) -> None:
+    small = narrowed(made("gpt2", STREAM).model.float())
+    small.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["narrowed"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=says):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_narrowed_model_is_loaded_checked_and_not_cut_again(tmp_path: Path) -> None:
+    small = narrowed(made("gpt2", STREAM).model.float())
+    small.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path))
+    with torch.no_grad():
+        assert differs(again(IDS[:2]).logits, small(IDS[:2]).logits) < 1e-5
+    with pytest.raises(InputError, match="is cut already"):
+        derived_layout(again.config)
+
+
+def test_a_config_without_a_record_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "invariance-narrowed"}))
+    with pytest.raises(InputError, match="narrowed"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma"])
+def test_where_a_stock_checkpoint_is_asked_for_such_a_cut_is_refused(kind: str) -> None:
+    with pytest.raises(InputError, match=r"no stock config says|LayerNorms"):
+        made(kind, STREAM, stock=True)
+
+
+def test_a_copy_in_float64_computes_what_the_model_does() -> None:
+    model = model_of("gptj")[
+        0
+    ]  # one way of attention only: masks for another let it see the future
+    config = copy.deepcopy(model.config)
+    twin = double(model)
+    with torch.no_grad():
+        assert differs(twin(IDS[:2]).logits.float(), model(IDS[:2]).logits) < 1e-5
+    assert model.config._attn_implementation == config._attn_implementation
