@@ -71,7 +71,12 @@ NARROWER: dict[str, dict[str, Any]] = {
     "modegpt": {f"steps.{n}.widths.multiple_of": k for n, k in enumerate((8, 2, 2))},
     "nonuniform": {"steps.0.widths.multiple_of": 2},
     "depth-and-width": {"steps.0.select.shortgpt.blocks": 1, "budget.parameters": 0.5},
-    "best-mixture": {"steps.0.widths.multiple_of": 8, "steps.1.widths.multiple_of": 2},
+    "best-mixture": {
+        "steps.0.widths.multiple_of": 8,
+        "steps.1.widths.multiple_of": 2,
+        "vocabulary.common": 12,
+        "vocabulary.rank": 8,
+    },
     "best": {"steps.0.widths.multiple_of": 8, "steps.1.widths.multiple_of": 2},
     "family": {"recover.held_out": 2, "recover.tokens": 320, "recover.batch": 2},
     "recover-distill": {"recover.held_out": 2, "recover.tokens": 320, "recover.batch": 2},

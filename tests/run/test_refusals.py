@@ -329,8 +329,8 @@ CASES = [
     # models
     Case("no such folder", "there is no such file or folder", **model("nowhere")),
     Case(
-        "a stream under LayerNorms of a type that nobody declared",
-        "type 'gpt2' lies under LayerNorms",
+        "a stream of a type that nobody declared, not as readers see it",
+        "Use `of: normed`",
         edits=(("ROOT/llama", "ROOT/gpt2"),),
         at="4",
     ),
