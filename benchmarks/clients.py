@@ -48,6 +48,8 @@ import json, sys, xllamacpp as xlc
 params = xlc.CommonParams()
 params.model.path, params.n_ctx, params.n_gpu_layers = sys.argv[1], 512, 0
 params.cpuparams.n_threads = 2
+params.flash_attn_type = xlc.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it computes in float16
+params.cache_type_k = params.cache_type_v = xlc.ggml_type.GGML_TYPE_F32
 server = xlc.Server(params)
 asked = {"prompt": json.loads(sys.argv[2]), "n_predict": int(sys.argv[3]), "temperature": 0, "top_k": 1, "ignore_eos": True,
          "n_probs": 10, "cache_prompt": False, "stream": False}

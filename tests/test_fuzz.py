@@ -49,6 +49,7 @@ RECIPE: dict[str, Any] = {
     "quantize": {"bits": 4, "group": 8},
     "evaluate": [{"perplexity": {"data": "tokens.npy", "batch": 4}}, {"samples": {"tokens": 4}}],
 }
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "model", "r": 8}
 STUDY = {
     "base": RECIPE,
     "search": {"trials": 2, "over": {"seed": {"low": 0, "high": 9, "step": 1}}},
@@ -77,6 +78,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         save_tokens(root / "tokens.npy")
         (root / "text.jsonl").write_text('{"text": "The people of the United States"}\n' * 50)
         (root / "r.yaml").write_text(json.dumps(RECIPE))
+        (root / "adapter").mkdir()
+        (root / "adapter" / "adapter_config.json").write_text(json.dumps(ADAPTER))
         yield root
 
 
@@ -187,6 +190,7 @@ FILES = {
         "8",
     ),
     "r.yaml": ("plan", "r.yaml"),
+    "adapter/adapter_config.json": ("inspect", "adapter"),
 }
 
 
@@ -230,6 +234,6 @@ WORDS = [c.callback.__name__ for c in commands.app.registered_commands if c.call
 @given(arguments=st.lists(st.sampled_from(WORDS), max_size=5))
 @fuzz
 def test_command_lines(root: Path, arguments: list[str]) -> None:
-    if arguments[:1] in (["run"], ["recover"], ["ablate"], ["bench"], ["extract"]):
+    if set(arguments[:1]) & {"run", "recover", "ablate", "bench", "extract", "families"}:
         arguments = [*arguments, "--no-such-flag"]  # what they would do takes too long here
     clean(*arguments)

@@ -83,7 +83,8 @@ def families(
         )
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers"])
-    with ProcessPool(max_workers=jobs, max_tasks=1, context=context) as pool:
+    pool = ProcessPool(max_workers=jobs, max_tasks=1, context=context)
+    try:
         futures = [(kind, pool.schedule(work, args=(kind,), timeout=seconds)) for kind in types]
         for kind, future in futures:
             try:
@@ -96,6 +97,9 @@ def families(
                 )
             progress(row)
             yield row
+    finally:  # Ctrl-C does not wait for what is left
+        pool.stop()
+        pool.join()
 
 
 def work(kind: str) -> Row:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,3 +24,17 @@ def test_what_is_not_its_own_page_is_refused_before_any_work(kind: str, tmp_path
     status, _, err = invoke("families", "llama", "--output", notes)
     assert status == 2 and "--output" in err
     assert kind != "file" or notes.read_text() == "mine"
+
+
+def test_ctrl_c_does_not_wait_for_the_types_that_are_left() -> None:
+    """Of all types, which take half an hour; it reaches every process of the terminal."""
+    command = [sys.executable, "-m", "invariance", "families", "--jobs", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline()  # of the first type
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            assert process.wait(timeout=60) == 130
+        finally:
+            process.kill()
+        assert "stopped" in process.stderr.read()
