@@ -23,7 +23,7 @@ from ..recipe.recipe import Recipe
 from .allocation import allocate
 from .demand import Loss, Spectra, Unit, Widths
 from .rounding.scheme import check_groups
-from .vocabulary import spared
+from .vocabulary import check_vocabulary, spared
 
 NOT_MEASURED = {
     Statistic.SEEN,
@@ -323,6 +323,7 @@ class Plan:
     def check_widths(self, widths: Widths) -> None:
         """Raises InputError where these widths would leave a model that cannot run or cannot be quantised as asked."""
         self.check_attention(widths)
+        check_vocabulary(self.recipe, self.layout, widths)
         if self.recipe.quantize is not None:
             check_groups(
                 self.layout, widths, self.recipe.quantize, self.recipe.where("quantize", "group")

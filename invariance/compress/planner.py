@@ -35,7 +35,7 @@ def plan(
     """
     check_dense(config)
     dense = layout_of(config)
-    check_vocabulary(recipe, dense)
+    check_vocabulary(recipe, dense, {})
     touched = [name for step in recipe.steps for name in dense.select(step.spaces)]
     fold = any(dense.spaces[name].kind == "residual" for name in touched)
     split = dense.splits(p for step in recipe.steps for p in step.spaces)

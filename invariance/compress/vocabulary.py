@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
@@ -23,12 +25,13 @@ BATCH = 4  # windows that pass the model side by side
 WINDOWS = 64  # at most, spread over the calibration data: d² numbers want no more
 
 
-def check_vocabulary(recipe: Recipe, layout: Layout) -> None:
-    """Raises InputError where the vocabulary cannot be stored as asked."""
+def check_vocabulary(recipe: Recipe, layout: Layout, widths: Mapping[str, int]) -> None:
+    """Raises InputError where the vocabulary cannot be stored as asked, of a stream of some widths."""
     asked = recipe.vocabulary
     if asked is None:
         return
-    rows, width = layout.shapes[f"{layout.architecture.embed[0]}.weight"]
+    rows = layout.shapes[f"{layout.architecture.embed[0]}.weight"][0]
+    width = min(layout.width(point, widths) for point in (layout.points[0], layout.points[-1]))
     if asked.common >= rows:
         raise InputError(
             f"{recipe.where('vocabulary', 'common')}: all {rows} tokens would keep rows of their own. Give fewer."
@@ -38,7 +41,7 @@ def check_vocabulary(recipe: Recipe, layout: Layout) -> None:
         most = (rows - asked.common) * width // (rows - asked.common + width)
         raise InputError(
             f"{recipe.where('vocabulary', 'rank')}: two factors of rank {asked.rank} store no less than the "
-            f"{rows - asked.common} rows of {width}. Give at most {most}."
+            f"{rows - asked.common} rows of {width}. {f'Give a rank of at most {most}' if most else 'Give a smaller `common`'}."
         )
 
 

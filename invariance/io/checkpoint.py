@@ -138,6 +138,14 @@ class InvarianceForCausalLM(Mixed):
         if not isinstance(output_embeddings, Head):
             super()._adjust_bias(output_embeddings, input_embeddings)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(self.get_input_embeddings(), Rows):
+            raise InputError(
+                "the rows of rare tokens are two factors, and no tokens can be added or taken. Resize the model that it was "
+                "made of, and run the recipe again."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
+
     def _get_static_cache_init_shape(self) -> tuple[list[int], list[int]] | None:
         """Heads and their width by layer, for caches that are made in advance; None where one number is not all."""
         attentions = [m for m in self.modules() if isinstance(m, Attention)]

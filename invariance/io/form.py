@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
@@ -29,8 +29,8 @@ class Vocabulary(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    common: PositiveInt
-    rank: PositiveInt
+    common: Annotated[int, Field(ge=1, strict=True)]
+    rank: Annotated[int, Field(ge=1, strict=True)]
 
 
 class Form(BaseModel):

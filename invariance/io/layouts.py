@@ -24,8 +24,8 @@ def derived_layout(config: PretrainedConfig) -> Description:
     """The layout that is derived of a config. Raises InputError with what speaks against it."""
     if isinstance(config, NarrowedConfig):
         raise InputError(
-            "the model is cut already, in a form that no stock config holds. Start from the original model, with all steps in "
-            "one recipe."
+            f"{config._name_or_path or 'the model'}: it is cut already, in a form that no stock config holds, of which no layout "
+            "is derived. Give the model that it was cut from."
         )
     try:
         with quiet(), progress(f"Deriving the layout of '{config.model_type}'"):

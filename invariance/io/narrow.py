@@ -17,7 +17,7 @@ from ..model.labels import label
 from ..model.layout import Layout
 from ..model.modules import Stage
 from ..model.reparametrize import attention_of, reparametrize
-from ..model.vocabulary import Shape, install_blank
+from ..model.vocabulary import Shape, install_blank, tie
 from .form import TYPE, Form
 
 
@@ -29,7 +29,7 @@ def narrow(model: PreTrainedModel, form: Form, where: str) -> None:
     """
     arch = architecture(model.config)
     if model.config.tie_word_embeddings:  # on the meta device transformers leaves the two apart
-        model.get_submodule(arch.head).weight = model.get_parameter(f"{arch.embed[0]}.weight")
+        tie(model, arch)
     training = model.training
     try:
         layout = canonicalize(model, fold=form.folded, tie=form.tie, split=form.split)
@@ -100,9 +100,12 @@ def _check(form: Form, layout: Layout, where: str) -> None:
             raise _damaged(where, f"{TYPE}.ranks", f"the stream has no point '{name}'")
     rows, width = layout.shapes[f"{readers.embed[0]}.weight"]
     asked = form.vocabulary
-    if asked is not None and (asked.common >= rows or asked.rank > width):
-        why = f"it has {rows} rows of {width}"
-        raise _damaged(where, f"{TYPE}.vocabulary", why)
+    if asked is not None and asked.common >= rows:
+        why = f"{asked.common} leaves no rare ones of {rows} tokens"
+        raise _damaged(where, f"{TYPE}.vocabulary.common", why)
+    if asked is not None and asked.rank > width:
+        why = f"{asked.rank} is more than the {width} of the dense model"
+        raise _damaged(where, f"{TYPE}.vocabulary.rank", why)
     for name in form.biases:
         if not name.startswith(readers.blocks) or not name.endswith(".bias"):
             raise _damaged(where, f"{TYPE}.biases", f"'{name}' is no bias of a block")

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from ..model.vocabulary import is_tied
+from ..model.vocabulary import LEAVES, is_tied
 from . import shards
 
 
@@ -41,5 +41,9 @@ def _tied(config: PretrainedConfig) -> Iterator[tuple[str, str]]:
     """The names that are one tensor where a config says so: those of the head and of the table."""
     kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
     named = getattr(kind, "_tied_weights_keys", None)
-    if isinstance(named, dict):
-        yield from named.items()
+    if not isinstance(named, dict):
+        return
+    yield from named.items()
+    for head, table in named.items():  # whose rows may be factors
+        for leaf in LEAVES:
+            yield tuple(name.removesuffix("weight") + leaf for name in (head, table))  # type: ignore[misc]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ..core.errors import InputError
 from . import modules
+from .vocabulary import tie
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ class Architecture:
         """The family's own model, untrained, on the device that torch builds on now."""
         model = AutoModelForCausalLM.from_config(config)
         if config.tie_word_embeddings:  # on the meta device transformers leaves the two apart
-            model.get_submodule(self.head).weight = model.get_parameter(f"{self.embed[0]}.weight")
+            tie(model, self)
         return model
 
     def origin(self, i: int, s: int, layer: int | None = None) -> dict[str, str]:

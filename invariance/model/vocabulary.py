@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .architecture import Architecture
-
 LEAVES = ("common", "rare", "basis")
 Factors = tuple[Tensor, Tensor, Tensor]
 """``common`` (n, d), ``rare`` (V − n, r), ``basis`` (r, d)."""
+
+
+class Ends(Protocol):
+    """Where the tables and the head of a model lie, as ``Architecture`` says it."""
+
+    @property
+    def embed(self) -> tuple[str, ...]: ...
+    @property
+    def head(self) -> str: ...
+    @property
+    def scaled(self) -> bool: ...
 
 
 class Rows(nn.Module):
@@ -90,14 +100,14 @@ class Shape:
         return self.common * width + (vocabulary - self.common + width) * self.rank
 
 
-def factored(model: PreTrainedModel, arch: Architecture) -> Shape | None:
+def factored(model: PreTrainedModel, arch: Ends) -> Shape | None:
     """How a model's vocabulary is stored, where it is two factors."""
     table = model.get_submodule(arch.embed[0])
     return Shape(len(table.common), len(table.basis)) if isinstance(table, Rows) else None
 
 
 def install(
-    model: PreTrainedModel, arch: Architecture, table: Factors, head: Factors | None = None
+    model: PreTrainedModel, arch: Ends, table: Factors, head: Factors | None = None
 ) -> None:
     """Put factors in the place of the table, and in the head's: the same ones, tied, where it has none of its own."""
     before, read = model.get_submodule(arch.embed[0]), model.get_submodule(arch.head)
@@ -115,7 +125,7 @@ def install(
     model._tied_weights_keys = model.all_tied_weights_keys = names if head is None else {}
 
 
-def install_blank(model: PreTrainedModel, arch: Architecture, shape: Shape) -> None:
+def install_blank(model: PreTrainedModel, arch: Ends, shape: Shape) -> None:
     """The same without numbers, of the widths that the table and the head have."""
     table, head = model.get_submodule(arch.embed[0]), model.get_submodule(arch.head)
     own = None if is_tied(table, head) else _blank(head, shape)
@@ -129,7 +139,7 @@ def is_tied(table: nn.Module, head: nn.Module) -> bool:
     return getattr(head, "weight", None) is getattr(table, "weight", 0)
 
 
-def tie(model: PreTrainedModel, arch: Architecture) -> None:
+def tie(model: PreTrainedModel, arch: Ends) -> None:
     """Let the head multiply by the table's numbers."""
     table, head = model.get_submodule(arch.embed[0]), model.get_submodule(arch.head)
     if isinstance(table, Rows) and isinstance(head, Rows):
@@ -159,7 +169,7 @@ class _Scaled(nn.Embedding):
         return found * torch.tensor(self.scale, dtype=found.dtype)
 
 
-def make_plain(model: PreTrainedModel, arch: Architecture) -> None:
+def make_plain(model: PreTrainedModel, arch: Ends) -> None:
     """Give a model that has no numbers a table and a head of one matrix each again."""
     table, head = model.get_submodule(arch.embed[0]), model.get_submodule(arch.head)
     assert isinstance(table, Table) and isinstance(head, Head)

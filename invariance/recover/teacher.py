@@ -25,6 +25,7 @@ from ..io.models import weights_digest
 from ..model.canonical import canonicalize
 from ..model.layout import Layout
 from ..model.verify import copy_in
+from ..model.vocabulary import factored
 
 SHARD = 16  # windows in a file of kept predictions
 KEPT_FORMAT = "2"  # counts up when predictions of the same model and tokens come out different
@@ -74,10 +75,13 @@ class Teacher:
                 "`hidden` and `local`."
             )
         table, first = f"{layout.architecture.embed[0]}.weight", layout.points[0]
+        shape = factored(student, layout.architecture)
         rows = student.get_submodule(layout.architecture.embed[0]).weight
         assert isinstance(rows, Tensor)
         ours, theirs = rows.float(), self.model.get_parameter(table)
         mapped = self.mapped(theirs, first) if theirs.shape[0] == ours.shape[0] else theirs
+        if shape is not None:  # the others are near it as the head reads them
+            ours, mapped = ours[: shape.common], mapped[: shape.common]
         if mapped.shape != ours.shape or not (mapped - ours).norm() < ours.norm():
             raise InputError(
                 "the dense model's embedding, in this model's basis, is not this model's embedding, so its states could "

@@ -19,7 +19,7 @@ def plan(document: Mapping[str, Any]) -> list[Any]:
         rows.append([span(unit["spaces"]), unit["group"], width, str(unit["dim"]), *methods])
     if (rare := document.get("vocabulary")) is not None:
         rows.append(
-            [f"rows of tokens from {rare['common']}", "", str(rare["rank"]), "", "", "", ""]
+            [f"rows of tokens from {rare['common']}", "two factors", str(rare["rank"]), *4 * [""]]
         )
     columns = ["spaces", "group", "width", "of", "rotate", "select", "slice"]
     changed = Grid("What is changed.", columns, folded(rows), len(columns))

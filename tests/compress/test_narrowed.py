@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from undeclared import IDS, cache_of_layouts, differs, made, model_of  # noqa: F401 - a fixture is imported
+from undeclared import (
+    IDS,
+    differs,
+    made,
+    model_of,
+    recipe,
+)
 
+from invariance.compress.derived.plan import derived_plan
 from invariance.core.errors import InputError
 from invariance.io.layouts import derived_layout
 from invariance.io.models import load_model
@@ -88,6 +95,8 @@ def test_a_record_that_forgets_the_old_width_computes_something_else(tmp_path: P
         ("shapes", {"transformer.h.0.mlp.c_fc.weight": [32, 4000]}, "is no part"),
         ("shapes", {"transformer.h.7.mlp.c_fc.weight": [32, 4]}, "KeyError"),
         ("numbers", {"transformer.h.0.attn": {"forward": 3}}, "no number 'forward'"),
+        ("numbers", {"transformer.h.0.attn": {"num_heads": -3}}, "and cannot be -3"),
+        ("numbers", {"transformer.h.0.attn": {"num_heads": [1]}}, "and cannot be"),
         ("norms", {"transformer.h.0.ln_9": {}}, "narrowed.norms"),
         ("family", "llama9", "no causal model of type 'llama9'"),
     ],
@@ -133,3 +142,11 @@ def test_a_copy_in_float64_computes_what_the_model_does() -> None:
     with torch.no_grad():
         assert differs(twin(IDS[:2]).logits.float(), model(IDS[:2]).logits) < 1e-5
     assert model.config._attn_implementation == config._attn_implementation
+
+
+def test_a_plan_knows_that_no_config_narrows_a_stream_under_layer_norms() -> None:
+    model, layout = model_of("gpt2")
+    chart = derived_plan(recipe(STREAM), model.config, layout)
+    said = chart.unsaid({"x": 24})
+    assert "gives a stream of 24 with norms that divide by 32" in said
+    assert not chart.unsaid({"x": 32})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from folders import invoke
 from transformers import AutoModelForCausalLM
 
-from invariance import compress
+from invariance import compress, load
 from invariance.compress.planner import plan
 from invariance.compress.vocabulary import factors_of
 from invariance.core.errors import InputError
@@ -20,7 +21,7 @@ from invariance.io.source import live
 from invariance.model.canonical import canonicalize
 from invariance.model.families import architecture
 from invariance.model.streamed import Streamed
-from invariance.model.verify import double_copy, tolerance
+from invariance.model.verify import double_copy, relative_error, tolerance
 from invariance.model.vocabulary import Head, Rows, Shape, Table, install, is_tied
 from invariance.recipe.recipe import Recipe
 from invariance.testing.tiny import VOCABULARY, tiny
@@ -28,6 +29,12 @@ from invariance.testing.tiny import VOCABULARY, tiny
 IDS = torch.arange(VOCABULARY).repeat(2, 1)
 FAMILIES = ["llama", "opt", "gemma3_text", "phi"]
 SHAPE = Shape(common=9, rank=5)
+NARROW = {
+    "spaces": "residual",
+    "rotate": "pca",
+    "select": {"uniform": {"width": 8}},
+    "slice": "truncate",
+}
 
 
 def recipe(vocabulary: dict[str, Any] | None, tokens: Path, **more: Any) -> Recipe:
@@ -154,7 +161,9 @@ def test_gains_and_biases_fold_into_them(family: str) -> None:
     ("asked", "more", "words"),
     [
         ({"common": 31, "rank": 2}, {}, "all 31 tokens would keep rows of their own"),
-        ({"common": 9, "rank": 12}, {}, "Give at most 9."),
+        ({"common": 9, "rank": 12}, {}, "Give a rank of at most 9."),
+        ({"common": 30, "rank": 1}, {}, "Give a smaller `common`."),
+        ({"common": 9, "rank": 8}, {"steps": [NARROW]}, "Give a rank of at most 5."),
         ({"common": 9, "rank": 5}, {"stock": True}, "no stock checkpoint holds its factors"),
         ({"common": 9, "rank": 5}, {"quantize": {"bits": 4}}, "Set `quantize: {tables: null}`"),
         ({"common": 9, "rank": 5}, {"calibrate": None}, "there is no data"),
@@ -170,10 +179,40 @@ def test_what_cannot_be_is_refused(
     plan(recipe({"common": 9, "rank": 5}, tokens), tiny("llama").config)  # and this one can
 
 
-def test_a_config_that_asks_for_more_rows_than_there_are_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("common", VOCABULARY, "common: 31 leaves no rare ones of 31 tokens"),
+        ("rank", 17, "rank: 17 is more than the 16 of the dense model"),
+        ("rank", True, "rank: got True, but it should be a valid integer"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(
+    key: str, value: int, words: str, tmp_path: Path
+) -> None:
     model, layout = with_rows("llama", SHAPE)
     small = wrap(model, layout, tiny("llama").config, "untie")
-    small.config.invariance["vocabulary"]["common"] = VOCABULARY
     small.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["invariance"]["vocabulary"][key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
     status, _, err = invoke("inspect", tmp_path)
-    assert status == 2 and "invariance.vocabulary: it has 31 rows of 16" in " ".join(err.split())
+    assert status == 2 and f"invariance.vocabulary.{words}" in " ".join(err.split())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_commands_and_doubtful_configs(tied: bool, tmp_path: Path) -> None:
+    """A checkpoint is inspected; a config that ties what its files hold twice is not believed; no token can be added."""
+    model, layout = with_rows("llama", SHAPE, tie_word_embeddings=tied)
+    small = wrap(model, layout, tiny("llama", tie_word_embeddings=tied).config, "untie")
+    small.config.tie_word_embeddings = True
+    small.save_pretrained(tmp_path)
+    again = load(str(tmp_path))
+    assert is_tied(again.get_input_embeddings(), again.get_output_embeddings()) == tied
+    error = relative_error(small(IDS).logits, again(IDS).logits)
+    assert error < tolerance(torch.float32, layout.depth)
+    status, out, _ = invoke("inspect", tmp_path, "--json")
+    assert status == 0
+    assert json.loads(out)["parameters"]["total"] == sum(p.numel() for p in small.parameters())
+    with pytest.raises(InputError, match="no tokens can be added"):
+        again.resize_token_embeddings(40)

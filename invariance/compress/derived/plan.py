@@ -109,6 +109,14 @@ class DerivedPlan:
 
     def unsaid(self, widths: Widths) -> str:
         """Why no config of the family says these widths; empty where one does."""
+        stream = self.layout.stream
+        if stream is not None and stream.kind is Kind.O1:
+            k = widths.get(STREAM, stream.width)
+            if k < stream.width:
+                return (
+                    f"no config of type '{self.config.model_type}' gives a stream of {k} with norms "
+                    f"that divide by {stream.width}"
+                )
         kept = self.layout.kept(widths)
         asked = tuple(sorted(widths.items()))
         if kept and asked not in self.said:
@@ -233,7 +241,7 @@ def _check_recipe(recipe: Recipe, kind: str) -> None:
         if wanted:
             raise InputError(
                 f"{recipe.where(key)}: `{key}` works with declared families, and the layout of type '{kind}' is derived. "
-                "Remove it; what a run writes is a stock checkpoint that other tools take."
+                "Remove it."
             )
     if recipe.order != "oneshot":
         raise InputError(

@@ -127,6 +127,11 @@ def apply(model: PreTrainedModel, found: Record) -> None:
         for k, v in numbers.items():
             if k not in known:
                 raise AttributeError(f"{name} has no number '{k}'")
+            value = tuple(v) if isinstance(v, list) else v
+            if type(value) is not type(known[k]) or (
+                isinstance(value, int) and value < 1 <= known[k]
+            ):
+                raise ValueError(f"{name}.{k} is {known[k]} in its family, and cannot be {v}")
             setattr(module, k, tuple(v) if isinstance(v, list) else v)
     named = stored(model)
     for name, shape in found.shapes.items():
