@@ -80,13 +80,22 @@ def is_helper() -> bool:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is over, where this thread is the one that it would reach."""
-    main = threading.current_thread() is threading.main_thread()
-    if not main or not hasattr(signal, "pthread_sigmask"):
+    """Ctrl-C waits until the block is over.
+
+    The system may tell any thread of a signal, so masking it in one would not do; what it does is done in the main one.
+    """
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    came: list[int] = []
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    held = {s: handler for s, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+    for s in held:
+        signal.signal(s, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for s, handler in held.items():
+            signal.signal(s, handler)
+        for number in came:
+            signal.raise_signal(number)

@@ -29,7 +29,12 @@ def test_what_is_not_its_own_page_is_refused_before_any_work(kind: str, tmp_path
 def test_ctrl_c_does_not_wait_for_the_types_that_are_left() -> None:
     """Of all types, which take half an hour; it reaches every process of the terminal."""
     command = [sys.executable, "-m", "invariance", "families", "--jobs", "1"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child ignores what we do
+    try:
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, process_group=0)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stderr is not None
         assert process.stderr.readline()  # of the first type
         os.killpg(process.pid, signal.SIGINT)
