@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
@@ -20,8 +20,12 @@ LEFT_OUT = (
     TYPE,
     *OLDER,
 )
+AGAIN = "Copy config.json from where the checkpoint was made, or run its recipe again."
 EARLIER = ("folded", "tie", "widths", "shortcuts", "biases", "pairs", "split", "nested", "ranks")
 """What an earlier version kept beside ``original``, the family's config."""
+
+
+Part = TypeVar("Part", bound=BaseModel)
 
 
 class Vocabulary(BaseModel):
@@ -66,14 +70,18 @@ class Form(BaseModel):
 
 def read_form(values: Any, where: str) -> Form:
     """The form that a config.json holds. Raises InputError with the key that cannot be."""
+    return read_part(Form, values, TYPE, where)
+
+
+def read_part(part: type[Part], values: Any, key: str, where: str) -> Part:
+    """What a config.json holds of ours under a key. Raises InputError with the key below it that cannot be."""
     try:
-        return Form.model_validate(values)
+        return part.model_validate(values)
     except ValidationError as e:
         first = e.errors()[0]
-        key = ".".join(map(str, (TYPE, *first["loc"])))
+        below = ".".join(map(str, (key, *first["loc"])))
         raise InputError(
-            f"{where or 'config'}: config.json: {key}: {first['msg'][:1].lower()}{first['msg'][1:]}. "
-            "Copy config.json from where the checkpoint was made, or run its recipe again."
+            f"{where or 'config'}: config.json: {below}: {first['msg'][:1].lower()}{first['msg'][1:]}. {AGAIN}"
         ) from None
 
 
@@ -82,8 +90,7 @@ def upgraded(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "original" not in values:
         if not isinstance(values.get(TYPE), dict):
             raise InputError(
-                f"{where or 'config'}: config.json: no '{TYPE}', which says what was done to the model. "
-                "Copy config.json from where the checkpoint was made, or run its recipe again."
+                f"{where or 'config'}: config.json: no '{TYPE}', which says what was done to the model. {AGAIN}"
             )
         return dict(values)
     original = dict(values["original"])

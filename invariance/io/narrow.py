@@ -18,7 +18,7 @@ from ..model.layout import Layout
 from ..model.modules import Stage
 from ..model.reparametrize import attention_of, reparametrize
 from ..model.vocabulary import Shape, install_blank, tie
-from .form import TYPE, Form
+from .form import AGAIN, TYPE, Form
 
 
 @torch.no_grad()
@@ -112,10 +112,7 @@ def _check(form: Form, layout: Layout, where: str) -> None:
 
 
 def _damaged(where: str, key: str, why: str) -> InputError:
-    return InputError(
-        f"{where or 'config'}: config.json: {key}: {why}. "
-        "Copy config.json from where the checkpoint was made, or run its recipe again."
-    )
+    return InputError(f"{where or 'config'}: config.json: {key}: {why}. {AGAIN}")
 
 
 def _blank(space: Space, k: int, pairs: Mapping[str, int]) -> Change:

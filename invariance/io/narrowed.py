@@ -6,7 +6,6 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub.dataclasses import strict
-from pydantic import ValidationError
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -19,11 +18,10 @@ from transformers import (
 from ..core.errors import InputError
 from ..model.described.weightless import on_meta
 from ..model.narrow.record import Record, apply, fill_buffers, record
-from .form import LEFT_OUT
+from .form import AGAIN, LEFT_OUT, read_part
 
 TYPE = "invariance-narrowed"
 KEY = "narrowed"
-AGAIN = "Copy config.json from where the checkpoint was made, or run its recipe again."
 
 if TYPE_CHECKING:
     Mixed = PreTrainedModel
@@ -40,14 +38,14 @@ class NarrowedConfig(PretrainedConfig):
     @property
     def record(self) -> Record:
         """What is narrower. Raises InputError that names the key that cannot be."""
-        return _read(self.narrowed, str(self._name_or_path))
+        return read_part(Record, self.narrowed, KEY, str(self._name_or_path))
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         if cls is not NarrowedConfig:
             return super().from_dict(config_dict, **kwargs)
         where = str(kwargs.get("name_or_path") or "")
-        family = _read(config_dict.get(KEY), where).family
+        family = read_part(Record, config_dict.get(KEY), KEY, where).family
         if (
             family not in CONFIG_MAPPING
             or CONFIG_MAPPING[family] not in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -57,17 +55,6 @@ class NarrowedConfig(PretrainedConfig):
                 f"'{family}'. Install the version that wrote the checkpoint, or a later one."
             )
         return config_class(CONFIG_MAPPING[family]).from_dict(config_dict, **kwargs)
-
-
-def _read(values: Any, where: str) -> Record:
-    try:
-        return Record.model_validate(values)
-    except ValidationError as e:
-        first = e.errors()[0]
-        key = ".".join(map(str, (KEY, *first["loc"])))
-        raise InputError(
-            f"{where or 'config'}: config.json: {key}: {first['msg'][:1].lower()}{first['msg'][1:]}. {AGAIN}"
-        ) from None
 
 
 class NarrowedForCausalLM(Mixed):

@@ -150,10 +150,7 @@ def fold_again(model: PreTrainedModel, layout: Layout) -> None:
     if isinstance(norm, nn.Sequential):  # a tied head is read through a matrix of its own
         norm, reader = norm.children()
     assert isinstance(norm, Norm) and isinstance(reader, nn.Linear | Head)
-    if isinstance(reader, Head):
-        _fold_rows(norm, reader)
-    else:
-        fold_norm(norm, [reader])
+    _fold_closing(norm, reader)
 
 
 def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
@@ -178,14 +175,14 @@ def _fold_head(model: PreTrainedModel, layout: Layout, tie: str) -> None:
         model._tied_weights_keys = (
             model.all_tied_weights_keys
         ) = {}  # else transformers ties them again
-    if isinstance(head, Head):
-        _fold_rows(norm, head)
-    else:
+    _fold_closing(norm, head)
+
+
+def _fold_closing(norm: Norm, head: nn.Linear | Head) -> None:
+    """``fold_norm`` into the head; where its last rows are two factors, what reads the signal has the gain."""
+    if isinstance(head, nn.Linear):
         fold_norm(norm, [head])
-
-
-def _fold_rows(norm: Norm, head: Head) -> None:
-    """``fold_norm``, into a head of which the last rows are two factors: what reads the signal has the gain."""
+        return
     if norm.bias is not None:
         bias = head.weight.double() @ norm.bias.double()
         bias = bias if head.bias is None else bias + head.bias.double()

@@ -78,14 +78,14 @@ def of_kind(
 
 def rebuilt(small: PreTrainedModel, example: Example) -> str:
     """Why a model made of its config, its record and its weights is another one; empty where it is the same."""
-    told_ = record(small)
-    if isinstance(told_, str):
-        return told_
+    found = record(small)
+    if isinstance(found, str):
+        return found
     config = copy.deepcopy(small.config)
     for part in (config, config.get_text_config()):
         part.tie_word_embeddings = False  # as tiny models are
     again = plain(config, type(small)).double().eval()
-    apply(again, told_)
+    apply(again, found)
     again.load_state_dict(copy.deepcopy(small.state_dict()))
     error = distance(outputs(small, example), outputs(again, example))
     return "" if error <= BUFFERS else f"read again it differs by {error:.0e}"

@@ -149,19 +149,15 @@ class Recipe(Part):
         if not self.calibrate:
             what = "the rows of rare tokens are fitted to what the model makes of text, and there is no data"
             raise Problem(f"{what}. Add `calibrate: {{data: ...}}`", "vocabulary")
-        clash = {
-            "stock": (self.stock, "no stock checkpoint holds its factors"),
-            "nested": (self.nested is not None, "its members share one table"),
-            "quantize": (
-                self.quantize is not None and self.quantize.tables is not None,
-                "a table of two factors is not rounded. Set `quantize: {tables: null}`, or",
-            ),
-        }
-        for key, (asked, why) in clash.items():
-            if asked:
-                instead = "remove" if why.endswith("or") else "Remove"
-                end = " " if why.endswith("or") else ". "
-                raise Problem(f"{why}{end}{instead} `vocabulary` or `{key}`", key)
+        if self.stock:
+            why = "no stock checkpoint holds its factors"
+            raise Problem(f"{why}. Remove `vocabulary` or `stock`", "stock")
+        if self.nested is not None:
+            why = "its members share one table"
+            raise Problem(f"{why}. Remove `vocabulary` or `nested`", "nested")
+        if self.quantize is not None and self.quantize.tables is not None:
+            why = "a table of two factors is not rounded. Set `quantize: {tables: null}`"
+            raise Problem(f"{why}, or remove `vocabulary` or `quantize`", "quantize")
 
     def _check_nested(self) -> None:
         """Narrower members are the first directions of one basis, cut under one budget, and nothing is refit."""

@@ -199,7 +199,7 @@ def _exported(cut: _Cut) -> tuple[PreTrainedModel, str]:
         f"it holds {len(cut.shared)} nested models, which `invariance extract` makes checkpoints of",
     )
     if cut.chart.shape is not None:
-        why = "the rows of rare tokens are two factors"
+        why = cut.chart.why_not_stock(sliced.widths) or ""
     elif not cut.shared:
         made, why = stock(sliced.model, sliced.layout, cut.chart.dense, dense.config)
         if made is None and recipe.stock:

@@ -16,7 +16,7 @@ Extent = tuple[str, int]  # a parameter of a module, and one of its dims
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def plain(module: nn.Module) -> dict[str, Any]:
+def whole_numbers(module: nn.Module) -> dict[str, Any]:
     """Whole numbers and tuples of them that a module holds."""
     return {
         k: v
@@ -35,7 +35,7 @@ def extents(models: Iterable[nn.Module]) -> dict[type, dict[str, set[Extent]]]:
     for model in models:
         for module in model.modules():
             own = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
-            for k, v in plain(module).items() if own else ():
+            for k, v in whole_numbers(module).items() if own else ():
                 here = {(n, d) for n, s in own.items() for d in range(len(s)) if _is(v, s, d)}
                 known = found[type(module)].get(k)
                 found[type(module)][k] = here if known is None else known & here
@@ -74,7 +74,7 @@ def moved(base: nn.Module, other: nn.Module) -> dict[tuple[str, str], tuple[Any,
         (name, k): (v, getattr(others[name], k))
         for name, module in base.named_modules()
         if name in others
-        for k, v in plain(module).items()
+        for k, v in whole_numbers(module).items()
         if k in vars(others[name]) and getattr(others[name], k) != v
     }
 

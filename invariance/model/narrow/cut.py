@@ -20,7 +20,7 @@ from ..described.description import Description, Flat, FlatAxis, Kind
 from ..described.elements import blocks
 from ..described.pattern import expand
 from ..described.weightless import on_meta, stored
-from .attributes import extents, moved, note, plain
+from .attributes import extents, moved, note, whole_numbers
 from .norms import Norm
 from .positions import Kept, Narrowing, narrowed, narrowings, shapes, zeroed
 from .renorm import norms_of, renorm
@@ -173,7 +173,7 @@ def _count(
                     own[was] = now
     for name, changes in numbers.items():
         module = model.get_submodule(name)
-        for attribute, value in plain(module).items():
+        for attribute, value in whole_numbers(module).items():
             if value in changes:
                 setattr(module, attribute, changes[value])
 

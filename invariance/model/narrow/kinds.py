@@ -103,8 +103,8 @@ def sample(space: Space, last: bool = False) -> np.ndarray:
     n = each.shape[1]
     k = 3 * n // 4
     k = k // 8 * 8 or k // 2 * 2 or k
-    chosen_ = each[:, :k] if last else each[:, n - k :]
-    return np.sort(chosen_.reshape(-1))
+    some = each[:, :k] if last else each[:, n - k :]
+    return np.sort(some.reshape(-1))
 
 
 Samples = Callable[[bool], Kept]

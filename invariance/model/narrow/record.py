@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..described.weightless import stored, weightless
-from .attributes import plain as whole
+from .attributes import whole_numbers
 from .norms import NormOver
-from .stock import alike, plain
+from .stock import alike, numbers_of
 
 LARGEST = 100_000  # numbers of a buffer that a config can hold
 
@@ -48,7 +48,7 @@ class Record(BaseModel):
 
 def held(module: nn.Module) -> dict[str, Any]:
     """Numbers and tuples of whole numbers that a module computes with."""
-    return {**plain(module), **whole(module)}
+    return {**numbers_of(module), **whole_numbers(module)}
 
 
 def record(model: PreTrainedModel) -> Record | str:

@@ -10,7 +10,7 @@ from ..described.weightless import weightless
 from .spoken import keys
 
 
-def plain(module: nn.Module) -> dict[str, object]:
+def numbers_of(module: nn.Module) -> dict[str, object]:
     """Numbers that a module computes with, as far as they are attributes of it."""
     held = vars(module).items()
     return {k: v for k, v in held if type(v) in (int, float) and not k.startswith("_")}
@@ -26,8 +26,8 @@ def differences(model: PreTrainedModel) -> dict[str, tuple[object, object]]:
         if other is None or type(other) is not type(module):
             found[name] = type(other).__name__, type(module).__name__
             continue
-        now = plain(module)
-        for k, v in plain(other).items():
+        now = numbers_of(module)
+        for k, v in numbers_of(other).items():
             if k in now and now[k] != v:
                 found[f"{name}.{k}"] = v, now[k]
         for k, p in other.named_parameters(recurse=False):
