@@ -12,7 +12,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from ..core.operator import Operator
-from .outer import outer
+from .outer import add_outer
 
 ROWS = 512  # of a weight, which are squared together
 Weights = Iterator[tuple[Float[Tensor, "o i"], Float64[Tensor, "o o"] | None]]
@@ -105,7 +105,9 @@ class Gram:
         runs = W.shape[1] // (self.copies * self.width)
         if M is None:
             X = rearrange(W, "n (c r d) -> c (n r) d", c=self.copies, d=self.width)
-            return outer(X).div_(runs)
+            total = self._empty(self.width, self.width)
+            add_outer(X, total)
+            return total.div_(runs)
         W = rearrange(W, "o (c r d) -> c r o d", c=self.copies, d=self.width)
         return einsum(W, M @ W, "c r o d, c r o e -> c d e").div_(runs)
 

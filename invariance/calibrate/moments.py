@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
@@ -22,7 +22,7 @@ from ..model.layout import Layout
 from ..model.modules import Factored
 from ..model.working import Stages
 from .moment import Gram, Known, Moment, Weights
-from .outer import outer
+from .outer import add_outer
 from .statistic import Statistic
 
 Key = tuple[str, Statistic]
@@ -97,8 +97,12 @@ class Moments:
             x, count = (x.to(wide) * weights.sqrt()).to(x.dtype), weights.double().sum().item()
         r = heads // copies
         runs = rearrange(x, "n (c r d) -> c (n r) d", c=copies, r=r)
-        total = runs.sum(1, dtype=torch.float64) / r if key[1] is Statistic.MEAN else outer(runs)
-        self._take(key, total, count)
+        if key[1] is Statistic.MEAN:
+            self._take(key, runs.sum(1, dtype=torch.float64) / r, count)
+            return
+        known = self._taken(key, (len(runs), runs.shape[-1], runs.shape[-1]), x.device)
+        add_outer(runs, known.total)
+        known.count += count
 
     def compare(self, key: Key, x: Float[Tensor, "n d"], y: Float[Tensor, "n d"]) -> None:
         """Take in the cosines of n pairs of tokens, as a moment of one dim."""
@@ -106,11 +110,17 @@ class Moments:
         self._take(key, total.reshape(1, 1, 1), len(x))
 
     def _take(self, key: Key, total: Float[Tensor, "c d *d"], count: float) -> None:
-        """Take in the sum of a batch, in place: matrices of all channels are large, and batches many."""
-        empty = Moment(torch.zeros_like(total, dtype=torch.float64), 0)
-        known = cast(Moment, self.known.setdefault(key, empty))
+        """Take in the sum of a batch."""
+        known = self._taken(key, total.shape, total.device)
         known.total += total
         known.count += count
+
+    def _taken(self, key: Key, shape: Sequence[int], device: torch.device) -> Moment:
+        """What was taken in so far, in place: matrices of all channels are large, and batches many."""
+        if key not in self.known:
+            empty = torch.zeros(*shape, dtype=torch.float64, device=device)
+            self.known[key] = Moment(empty, 0)
+        return cast(Moment, self.known[key])
 
     def cpu(self) -> Moments:
         """The same on the CPU, where bases are fitted and changes made whatever device the model is on."""

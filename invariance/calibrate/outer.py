@@ -1,4 +1,4 @@
-"""Σ x xᵀ over a batch of tokens, as fast as it is exact."""
+"""Σ x xᵀ over batches of tokens, as fast as it is exact."""
 
 from __future__ import annotations
 
@@ -6,35 +6,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 SMALL = 128  # products of fewer columns are not divided further
+LARGE = 2**21  # numbers of a product that are in memory before they are added
 
 
-def outer(x: Float[Tensor, "c n d"]) -> Float[Tensor, "c d d"]:
-    """Σ x xᵀ per copy of one batch; batches are added in float64. bfloat16 signals are multiplied by the fast bfloat16
-    units, exactly: their products are exact in float32, in which the sums are taken."""
+def add_outer(x: Float[Tensor, "c n d"], total: Float64[Tensor, "c d d"]) -> None:
+    """Add Σ x xᵀ of one batch to the sum of each copy, in float64 and in place. bfloat16 signals are multiplied by the fast
+    bfloat16 units, exactly: their products are exact in float32, in which the sums over one batch are taken."""
     with _exact_fast_products(x.dtype is torch.bfloat16):
         f = (x if x.dtype is torch.float64 else x.float()).detach()
-        total = f.new_empty(len(f), f.shape[-1], f.shape[-1])
-        for m, out in zip(
-            f, total, strict=True
-        ):  # one by one: batched products are half as fast on CPUs
-            _gram(m, out)
-        return total
+        for m, out in zip(f, total, strict=True):  # batched products are half as fast on CPUs
+            _add_gram(m, out)
 
 
-def _gram(x: Float[Tensor, "n d"], out: Float[Tensor, "d d"]) -> None:
+def _add_gram(x: Float[Tensor, "n d"], out: Float64[Tensor, "d d"]) -> None:
     """Xᵀ X. It is symmetric: of its four quarters, one is another's transpose and is not multiplied; so on inside them."""
     h = x.shape[1] // 2
     if h < SMALL:
-        torch.mm(x.mT, x, out=out)
+        out += (x.mT @ x).to(out.device)
         return
-    torch.mm(x[:, :h].mT, x[:, h:], out=out[:h, h:])
-    out[h:, :h] = out[:h, h:].mT
-    _gram(x[:, :h], out[:h, :h])
-    _gram(x[:, h:], out[h:, h:])
+    step = max(LARGE // (x.shape[1] - h), 1)
+    for first in range(0, h, step):
+        rows = slice(first, min(first + step, h))
+        part = (x[:, rows].mT @ x[:, h:]).to(out.device)
+        out[rows, h:] += part
+        out[h:, rows] += part.mT
+    _add_gram(x[:, :h], out[:h, :h])
+    _add_gram(x[:, h:], out[h:, h:])
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ..model.layout import Layout
 from ..model.modules import Stage
 from .batch import Batch
 from .moments import real_tokens, weights
-from .outer import outer
+from .outer import add_outer
 
 SHRINKAGE = (1e-2, 1e-1, 1.0, 10.0)  # fractions of the mean eigenvalue of H, the weakest first
 HELD_OUT = 4  # one sequence in so many chooses the shrinkage, neighbours two by two
@@ -50,7 +50,7 @@ class Normal:
         if w is not None:
             count, root = w.double().sum().item(), w.float().sqrt()
             h, t = (h.float() * root).to(h.dtype), t.float() * root
-        self.H += outer(h[None])[0]
+        add_outer(h[None], self.H[None])
         self.G += h.float().mT @ t.float()
         self.s += h.sum(0, dtype=torch.float32) if w is None else h.float().mT @ root[:, 0]
         self.n, self.total = self.n + len(h), self.total + count

@@ -17,7 +17,7 @@ from ..model.described.elements import blocks
 from ..model.described.turn import occurrences, positions
 from ..model.described.weightless import stored
 from .moment import Moment
-from .outer import outer
+from .outer import add_outer
 
 PRODUCTS = {"aten::mm": 0, "aten::addmm": 1, "aten::bmm": 0, "aten::baddbmm": 1}  # first factor
 Reader = tuple[str, tuple[int, ...]]  # a parameter and the dims of its axis that is contracted
@@ -139,7 +139,7 @@ class Tap(TorchDispatchMode):
                     index = each[c] - at[0]
                     if ((index >= 0) & (index < len(at))).all():
                         own = rows[:, torch.from_numpy(index).to(rows.device)]
-                        moment[c] += outer(own[None])[0].cpu()
+                        add_outer(own[None], moment[c : c + 1])
                         counts[c] += len(own)
 
     def _again(self, space: str, x: Tensor) -> bool:

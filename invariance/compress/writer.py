@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -68,7 +68,8 @@ class Writer:
         if self.check is not None:
             self.check.end(parts)
         for name in arch.embed:
-            self._write_rows(f"{name}.weight", self._table(parts, f"{name}.weight"))
+            table = f"{name}.weight"
+            self._write({table: self._table(parts, table)})
         final = parts.model.get_submodule(arch.final_norm)
         outline = parts.outline()
         if self.renaming is None:
@@ -82,29 +83,33 @@ class Writer:
             self.config = self.check.config
             if self.config is not None:
                 add_older_keys(self.config)
-        if not parts.layout.tied:
-            self._write_rows(f"{arch.head}.weight", self._head(parts))
-        rows = len(outline.get_parameter(f"{arch.head}.weight"))
-        if (bias := parts.head(torch.arange(rows)).bias) is not None:
-            self._write({f"{arch.head}.bias": bias})
+        for leaf, found in self._head(parts).items():
+            self._write({f"{arch.head}.{leaf}": found})
         self._done(ENDS)
 
-    def _table(self, parts: Working, name: str) -> Iterator[Tensor]:
+    def _table(self, parts: Working, name: str) -> Tensor:
+        """A table that writes the stream, rounded some rows at a time."""
         rows, width = parts.parts.model.get_parameter(name).shape
         scale = 1.0
         if self.renaming is not None and name == parts.parts.table:
             scale = self.renaming.table
+        made = _Rows(rows)
         for part in chunks(rows, width * torch.float64.itemsize):
             found = parts.table(name, torch.arange(part.start, part.stop))
-            yield found if scale == 1.0 else found * scale
+            made.put(part, self._cast(found if scale == 1.0 else found * scale))
+        return made.found
 
-    def _head(self, parts: Working) -> Iterator[Tensor]:
+    def _head(self, parts: Working) -> dict[str, Tensor]:
+        """The head's own tensors, rounded some rows at a time; a tied one has no weight of its own."""
         rows, width = parts.parts.model.get_parameter(parts.parts.table).shape
+        made = dict[str, _Rows]()
         for part in chunks(rows, width * torch.float64.itemsize):
-            yield parts.head(torch.arange(part.start, part.stop)).weight.detach()
-
-    def _write_rows(self, name: str, parts: Iterator[Tensor]) -> None:
-        self._write({name: torch.cat([self._cast(part) for part in parts])})
+            reader = parts.head(torch.arange(part.start, part.stop))
+            found = {"weight": None if parts.layout.tied else reader.weight, "bias": reader.bias}
+            for leaf, some in found.items():
+                if some is not None:
+                    made.setdefault(leaf, _Rows(rows)).put(part, self._cast(some))
+        return {leaf: each.found for leaf, each in made.items()}
 
     def _cast(self, value: Tensor) -> Tensor:
         return value.detach().to("cpu", self.dtype if value.is_floating_point() else value.dtype)
@@ -121,6 +126,20 @@ class Writer:
     def _done(self, step: str) -> None:
         if step not in self.sink.finished:
             self.sink.done(step)
+
+
+class _Rows:
+    """A tensor that is filled some rows at a time, so that it is in memory once."""
+
+    found: Tensor
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def put(self, where: slice, some: Tensor) -> None:
+        if where.start == 0:
+            self.found = some.new_empty(self.rows, *some.shape[1:])
+        self.found[where] = some
 
 
 class _Check:

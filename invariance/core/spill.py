@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-LIMIT = 2**28  # bytes that stay in memory
+LIMIT = 2**26  # bytes that stay in memory
 
 
 class Spill(MutableMapping[Hashable, Tensor]):

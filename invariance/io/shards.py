@@ -121,10 +121,16 @@ def read(tensors: Iterable[Stored]) -> Iterator[tuple[str, Tensor]]:
 
 
 def rows(tensor: Stored, index: Tensor) -> Tensor:
-    """Some rows of a tensor; no other part of its file is touched."""
-    with _open(tensor.file, "mmap") as found:
-        picked: Tensor = found.get_tensor(tensor.key)[index.cpu()]
-        return picked.clone()
+    """Some rows of a tensor; no other part of its file is read, not even by the pages of a mapped file."""
+    size = math.prod(tensor.shape[1:]) * tensor.dtype.itemsize
+    raw = torch.empty(len(index), size, dtype=torch.uint8)
+    with _reading(tensor.file), tensor.file.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        start = 8 + length + json.loads(file.read(length))[tensor.key]["data_offsets"][0]
+        for row, place in zip(raw.numpy(), index.tolist(), strict=True):
+            file.seek(start + place * size)
+            file.readinto(row.data)
+    return raw.view(tensor.dtype).view(len(index), *tensor.shape[1:])
 
 
 def equal(one: Stored, other: Stored) -> bool:
@@ -142,10 +148,15 @@ def equal(one: Stored, other: Stored) -> bool:
 
 @contextmanager
 def _open(file: Path, backend: str) -> Iterator[Any]:
+    with _reading(file), safe_open(file, "pt", backend=backend) as tensors:
+        yield tensors
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        with safe_open(file, "pt", backend=backend) as tensors:
-            yield tensors
-    except (SafetensorError, OSError) as e:
+        yield
+    except (SafetensorError, OSError, ValueError, LookupError) as e:
         raise InputError(
             f"{file}: the weights cannot be read: {' '.join(str(e).split())}. It changed while it was being read; "
             "save or download the model again."

@@ -17,7 +17,7 @@ from .families import architecture
 from .source import Source, on_meta, placed
 from .vocabulary import factored, make_plain
 
-CHUNK_BYTES = 2**25  # of a table, in the dtype to compute in
+CHUNK_BYTES = 2**23  # of a table, in the dtype to compute in
 Logits = Callable[[Tensor], Tensor]
 
 
