@@ -37,6 +37,7 @@ SHAPES = {  # layers, width, MLP width, heads, KV heads, vocabulary, tied
     "135M": (30, 576, 1536, 9, 3, 49152, True),
     "1B": (16, 2048, 8192, 32, 8, 128256, True),
     "8B": (32, 4096, 14336, 32, 8, 128256, False),
+    "70B": (80, 8192, 28672, 64, 8, 128256, False),
 }
 COMMANDS = ("verify", "mlp", "global-basis", "slicegpt", "best-stock")
 SEQUENCES, TOKENS = 8, 256
@@ -54,12 +55,12 @@ class Row:
     status: int
 
 
-def make(folder: Path, shape: str) -> int:
-    """A random checkpoint, shard by shard; its bytes."""
-    layers, width, mlp, heads, kv, vocabulary, tied = SHAPES[shape]
+def make(folder: Path, shape: str, layers: int | None = None) -> int:
+    """A random checkpoint, shard by shard, or its first layers with all that stands around them; its bytes."""
+    depth, width, mlp, heads, kv, vocabulary, tied = SHAPES[shape]
     config = AutoConfig.for_model(
         "llama",
-        num_hidden_layers=layers,
+        num_hidden_layers=layers or depth,
         hidden_size=width,
         intermediate_size=mlp,
         num_attention_heads=heads,
@@ -153,11 +154,11 @@ def _limited() -> list[str]:
     return [sys.executable, "-c", code]
 
 
-def rows(commands: list[str], shape: str, folder: Path) -> Iterator[Row]:
+def rows(commands: list[str], shape: str, layers: int | None, folder: Path) -> Iterator[Row]:
     imports = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     model = folder / shape
     try:
-        size = make(model, shape)
+        size = make(model, shape, layers)
         print(f"{shape}: checkpoint {size / 1e9:.2f} GB, imports {imports / 1e9:.2f} GB")
         for command in commands:
             yield measure(command, shape, model, folder / "out", imports)
@@ -169,10 +170,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", choices=SHAPES, default="135M")
+    parser.add_argument("--layers", type=int, help="this many layers of the shape, not all of them")
     parser.add_argument("--commands", default=",".join(COMMANDS))
     asked = parser.parse_args()
     print(f"{'command':14} {'peak GB':>8} {'floor GB':>9} {'allowed':>8} {'seconds':>8}  status")
-    for row in rows(asked.commands.split(","), asked.shape, asked.folder):
+    for row in rows(asked.commands.split(","), asked.shape, asked.layers, asked.folder):
         allowed = 1.5 * row.floor + 0.5e9
         print(
             f"{row.command:14} {row.peak / 1e9:8.2f} {row.floor / 1e9:9.2f} {allowed / 1e9:8.2f} "

@@ -55,11 +55,11 @@ def needs(chart: Plan, tokens: int, stored: torch.dtype) -> Needs:
     table = sizes[f"{layout.architecture.embed[0]}.weight"] * stored.itemsize
     vocabulary = chart.dense.shapes[f"{layout.architecture.embed[0]}.weight"][0]
     phases = [
-        stage * stored.itemsize + hidden + of_stage + largest // 2,  # measure
+        stage * stored.itemsize + hidden + of_stage,  # measure
         stage * WIDE + of_stage + FITS * largest,  # fit and cut
         2 * stage * WIDE,  # verify
         2 * stage * 4 + hidden + vocabulary * LOGITS,  # gradients
-        2 * table + 2**27,  # write tables and the head
+        table + 2**26,  # write tables and the head
     ]
     if chart.follows:
         phases.append(stage * WIDE + 4 * _features(chart) ** 2 * WIDE + hidden)

@@ -129,7 +129,8 @@ def rows(tensor: Stored, index: Tensor) -> Tensor:
         start = 8 + length + json.loads(file.read(length))[tensor.key]["data_offsets"][0]
         for row, place in zip(raw.numpy(), index.tolist(), strict=True):
             file.seek(start + place * size)
-            file.readinto(row.data)
+            if file.readinto(row.data) != size:
+                raise EOFError("the file ends in the tensor")
     return raw.view(tensor.dtype).view(len(index), *tensor.shape[1:])
 
 
@@ -156,7 +157,7 @@ def _open(file: Path, backend: str) -> Iterator[Any]:
 def _reading(file: Path) -> Iterator[None]:
     try:
         yield
-    except (SafetensorError, OSError, ValueError, LookupError) as e:
+    except (SafetensorError, OSError, EOFError, ValueError, LookupError) as e:
         raise InputError(
             f"{file}: the weights cannot be read: {' '.join(str(e).split())}. It changed while it was being read; "
             "save or download the model again."
