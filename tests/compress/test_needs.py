@@ -22,8 +22,9 @@ def of(*steps: Any, tokens: int = 1000, **keys: Any) -> Needs:
 
 
 def test_more_tokens_and_more_spaces_take_more() -> None:
-    assert of(MLP, tokens=10**7).memory > of(MLP).memory
-    assert of(MLP, tokens=10**7, order="dense_target").memory > of(MLP, tokens=10**7).memory
+    many = 2 * 10**6
+    assert of(MLP, tokens=many).memory > of(MLP).memory
+    assert of(MLP, tokens=many, order="dense_target").memory > of(MLP, tokens=many).memory
     moments = [8 * 64**2 * 2, 8 * 64**2 * 2 + 8 * 2 * 8**2 * 2]
     numbers = [of(*steps).disk - moments[n] for n, steps in enumerate(([MLP], [MLP, HEADS]))]
     assert numbers[0] > numbers[1] > 0  # what is left is the checkpoint, smaller by the heads' cut
