@@ -18,7 +18,7 @@ from ..model.axes import Edge
 from ..model.layout import Layout
 from ..model.source import Source
 from ..model.streamed import Streamed
-from ..model.verify import Certificate, half, tolerance
+from ..model.verify import CHANGED, Certificate, half, tolerance
 from ..model.working import Working
 from .batch import Batch
 from .declared import check_declared
@@ -116,7 +116,7 @@ def certify(
     errors = _compare([family, plain, turned, control], streams)
     return Certificate(
         relative_error=errors[2],
-        tolerance=tolerance(torch.float64, layout.depth),
+        tolerance=tolerance(torch.float64, layout.depth, CHANGED),
         negative_control=errors[3],
         spaces=len(rotations),
         restructured_error=errors[0],

@@ -63,14 +63,19 @@ class Certificate:
         return {**asdict(self), "passed": self.passed}
 
 
-def tolerance(dtype: torch.dtype, depth: int) -> float:
-    """The relative error that rounding alone can cause in a network of ``depth`` stages.
+CHANGED = 4
+"""Sums that a signal meets in a stage whose spaces have new bases: the weight's product with the basis on its input side, with
+that on its output side, that of a basis with its inverse, which is the identity up to rounding, and the weight's own."""
+
+
+def tolerance(dtype: torch.dtype, depth: int, sums: int = 1) -> float:
+    """The relative error that rounding alone can cause in a network of ``depth`` stages, each of so many ``sums`` in turn.
 
     A sum of n products errs by at most λ√n·u with probability 1 - 2·exp(-λ²/2) (Higham & Mary 2019, Theorem 2.4), u
     the unit roundoff. With λ = 8 and n = 2¹⁴, the longest sum in the models at hand, that is 2¹⁰·u; errors of
     successive stages add, and the embedding and the head count as one stage each.
     """
-    return 2**10 * torch.finfo(dtype).eps / 2 * (depth + 2)
+    return 2**10 * torch.finfo(dtype).eps / 2 * (depth + 2) * sums
 
 
 def relative_error(reference: Tensor, other: Tensor) -> float:
@@ -136,7 +141,7 @@ def certify(
     reparametrize(twin, layout, half(layout, bases, seed))
     return Certificate(
         relative_error=error,
-        tolerance=tolerance(torch.float64, layout.depth),
+        tolerance=tolerance(torch.float64, layout.depth, CHANGED),
         negative_control=relative_error(reference, logits(twin, ids)),
         spaces=len(bases),
         restructured_error=relative_error(reference, family),
