@@ -44,7 +44,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "under LayerNorms whose gain is the weight plus one": ("nemotron", STREAM),
     "under LayerNorms without weights": ("olmo", STREAM),
     "times the root of the width, in the code": ("gemma", STREAM),
-    "heads as wide as stream / heads": ("phi3", STREAM),
     "no points of the stream": ("rwkv", CHANNELS),
 }
 
@@ -150,3 +149,41 @@ def test_a_plan_knows_that_no_config_narrows_a_stream_under_layer_norms() -> Non
     said = chart.unsaid({"x": 24})
     assert "gives a stream of 24 with norms that divide by 32" in said
     assert not chart.unsaid({"x": 32})
+
+
+HEADS = {
+    "spaces": "heads",
+    "rotate": "permute",
+    "select": {"uniform": {"keep": 0.5}},
+    "slice": "truncate",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "gpt_neox", "gpt2", "phi3", "qwen2_moe", "deepseek_v2"]
+)
+def test_a_plan_promises_a_stock_config_where_one_is_written(kind: str) -> None:
+    model, layout = model_of(kind)
+    found = made(kind, HEADS)
+    chart = derived_plan(recipe(HEADS), model.config, layout)
+    assert bool(chart.unsaid(found.widths)) == bool(found.why) == kind.startswith("gpt")
+
+
+def test_an_empty_width_of_heads_is_said_so_that_fewer_of_them_stay_as_wide(tmp_path: Path) -> None:
+    assert model_of("mixtral")[0].config.head_dim is None
+    found = made("mixtral", HEADS)
+    assert found.cut is not None
+    said = {c.key.name: c.value for c in found.cut.changes}
+    assert said == {"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = found.model.float()
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model_of("mixtral")[0])
+    with torch.no_grad():
+        assert differs(again(IDS[:2]).logits, small(IDS[:2]).logits) < 1e-5
+
+
+def test_corrections_that_a_checkpoint_stores_are_no_reason_against_a_stock_config() -> None:
+    model = model_of("axk1")[0]
+    assert any("correction" in name for name in model.state_dict())
+    assert not made("axk1", HEADS).why
