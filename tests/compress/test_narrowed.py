@@ -108,6 +108,24 @@ def test_a_damaged_record_is_refused(key: str, value: Any, says: str, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=says):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=says) as told:
+        load_model(str(tmp_path))
+    assert str(told.value).count(str(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("rows", [80, 50])
+def test_a_narrowed_model_whose_vocabulary_was_resized_is_read_again(
+    rows: int, tmp_path: Path
+) -> None:
+    small = narrowed(made("gpt2", STREAM).model.float())
+    small.resize_token_embeddings(rows)
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = IDS[:2] % 50
+    with torch.no_grad():
+        logits = again(ids).logits
+        assert logits.shape[-1] == rows
+        assert differs(logits, small(ids).logits) < 1e-5
 
 
 def test_a_narrowed_model_is_loaded_checked_and_not_cut_again(tmp_path: Path) -> None:
