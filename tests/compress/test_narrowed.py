@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from folders import invoke
 from transformers import AutoConfig, AutoModelForCausalLM
 from undeclared import (
     IDS,
@@ -23,6 +24,7 @@ from invariance.core.errors import InputError
 from invariance.io.layouts import derived_layout
 from invariance.io.models import load_model
 from invariance.io.narrowed import narrowed
+from invariance.measure import bench
 from invariance.model.derive.certify import TOLERANCE
 from invariance.model.described.whole import double
 
@@ -136,6 +138,24 @@ def test_a_narrowed_model_is_loaded_checked_and_not_cut_again(tmp_path: Path) ->
         assert differs(again(IDS[:2]).logits, small(IDS[:2]).logits) < 1e-5
     with pytest.raises(InputError, match="is cut already"):
         derived_layout(again.config)
+
+
+def test_a_narrowed_model_is_timed_and_its_training_is_left_to_others(tmp_path: Path) -> None:
+    small = narrowed(made("gpt2", STREAM).model.float())
+    small.save_pretrained(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.COPIED, "cpu", 2**20)
+        patch.setitem(bench.SQUARE, "cpu", 64)
+        found = bench.bench([str(tmp_path)], [bench.Workload(1, 8, 3)], 1)
+    (costs,), (row,) = found["models"], found["timings"]
+    assert costs["parameters"] == sum(p.numel() for p in small.parameters())
+    matrices = {n: p for n, p in small.named_parameters() if p.dim() == 2 and "wte" not in n}
+    products = sum(p.numel() for n, p in matrices.items() if "wpe" not in n)
+    scores = 2 * 32 * 2  # of a token with itself in both layers, where attention is plain products
+    assert costs["flops_per_token"] in (2 * products, 2 * (products + scores))
+    assert row["decode"]["tokens_per_second"]["median"] > 0
+    status, _, err = invoke("recover", tmp_path, "--output", tmp_path / "out", "--device", "cpu")
+    assert status == 2 and "transformers.Trainer" in " ".join(err.split())
 
 
 def test_a_config_without_a_record_is_refused(tmp_path: Path) -> None:
