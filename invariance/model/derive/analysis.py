@@ -282,7 +282,13 @@ class Analysis:
         groups: dict[tuple, list[int]] = defaultdict(list)
         for c, places in self.places.items():
             marks = self.marks[c]
-            if len(places) < 2 or c in paired or c in nodes or marks & Mark.FROZEN or not self.member.get(c):
+            if (
+                len(places) < 2
+                or c in paired
+                or c in nodes
+                or marks & Mark.FROZEN
+                or not self.member.get(c)
+            ):
                 continue
             kind = self.kind(c, marks)
             key = (
