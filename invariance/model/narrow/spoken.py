@@ -2,39 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import suppress
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from ..described.weightless import Class, on_meta, stored
+from ..described.weightless import Class
+from .aloud import said_aloud
+from .keys import Change, Key, Shapes, built, changed, keys, shapes, together
 
-Shapes = Mapping[str, tuple[int, ...]]
 MOST = 120  # models built on meta at most
-
-
-@dataclass(frozen=True)
-class Key:
-    """A place in a config: the names of sub-configs on the way, and a name."""
-
-    path: tuple[str, ...]
-    name: str
-
-    def holder(self, config: PretrainedConfig) -> PretrainedConfig:
-        for step in self.path:
-            config = getattr(config, step)
-        return config
-
-
-@dataclass(frozen=True)
-class Change:
-    key: Key
-    value: Any
 
 
 @dataclass(frozen=True)
@@ -44,26 +22,6 @@ class Spoken:
     config: PretrainedConfig
     changes: tuple[Change, ...]
     model: PreTrainedModel = field(repr=False)  # on meta
-
-
-def keys(config: PretrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[Key, Any]]:
-    """All plain entries of a config and its sub-configs."""
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig) and len(path) < 2:
-            yield from keys(value, (*path, name))
-        elif not name.startswith("_"):
-            yield Key(path, name), value
-
-
-def changed(config: PretrainedConfig, changes: Sequence[Change]) -> PretrainedConfig:
-    made = copy.deepcopy(config)
-    for c in changes:
-        setattr(c.key.holder(made), c.key.name, c.value)
-    return made
-
-
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in stored(model).items()}
 
 
 @dataclass(frozen=True)
@@ -115,57 +73,6 @@ def search(
             partly.append(made)
             (mixed if wrong else good).append(change)
     return Search(_joined(left, good, mixed), pairs, tuple(partly))
-
-
-def said_aloud(config: PretrainedConfig, base: PreTrainedModel) -> list[Change]:
-    """Empty keys that shapes follow from, each at the value that leaves all shapes as they are."""
-    was, kind, made = shapes(base), type(base), list[Change]()
-    beyond = 2 * max(max(s, default=1) for s in was.values())
-    for key in empty(config, kind):
-        values = set[int]()
-        for tried in (1, beyond):  # neither is what the key stands for, unless that is 1
-            other = built(config, [Change(key, tried)], kind)
-            if other is not None:
-                values = _stood_for(was, shapes(other), tried)
-                break
-        for v in sorted(values):
-            same = built(config, together(made, [Change(key, v)]), kind)
-            if same is not None and shapes(same) == was:
-                made.append(Change(key, v))
-                break
-    return made
-
-
-def empty(config: PretrainedConfig, kind: Class) -> list[Key]:
-    """Keys that are empty, and those that modules ask for and the config has not."""
-    asked, unset = dict[Key, None](), [k for k, value in keys(config) if value is None]
-    twin = copy.deepcopy(config)
-    holders = {k.path: k.holder(twin) for k, _ in keys(twin)}
-    for path, holder in holders.items():
-
-        def missing(self: Any, name: str, path: tuple[str, ...] = path) -> Any:
-            if not name.startswith("_"):
-                asked[Key(path, name)] = None
-            raise AttributeError(name)
-
-        own = type(holder)
-        holder.__class__ = type(own.__name__, (own,), {"__getattr__": missing})
-    with suppress(Exception):
-        on_meta(twin, kind)
-    return list(dict.fromkeys([*unset, *asked]))
-
-
-def _stood_for(was: Shapes, now: Shapes, value: int) -> set[int]:
-    """What a key may stand for where it is empty: extents follow from it, and ``now`` it is this value."""
-    if was.keys() != now.keys() or any(len(was[n]) != len(now[n]) for n in was):
-        return set()
-    extents = {e for n in was for e in zip(was[n], now[n], strict=True)}
-    return {o * value // x for o, x in extents if o != x and x and not o * value % x}
-
-
-def together(first: Sequence[Change], more: Sequence[Change]) -> list[Change]:
-    """Changes of which the later one of a key counts."""
-    return list({c.key: c for c in (*first, *more)}.values())
 
 
 @dataclass(frozen=True)
@@ -271,16 +178,6 @@ def _candidates(config: PretrainedConfig, pairs: Set[tuple[int, int]]) -> Iterat
     for key, value in keys(config):
         if type(value) is int:
             yield from (Change(key, value - d) for d in sorted(fewer) if 1 < value - d < value)
-
-
-def built(
-    config: PretrainedConfig, changes: Sequence[Change], kind: Class
-) -> PreTrainedModel | None:
-    """The model of a changed config on meta; None where there can be none."""
-    try:
-        return on_meta(changed(config, changes), kind)
-    except Exception:  # a config that cannot be says so in many ways
-        return None
 
 
 def _compared(was: Shapes, now: Shapes, target: Shapes) -> tuple[bool, bool]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..described.weightless import stored, weightless
-from .spoken import keys
+from .keys import keys
 
 
 def numbers_of(module: nn.Module) -> dict[str, object]:
