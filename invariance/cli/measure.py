@@ -305,7 +305,6 @@ def bench(
 
     from ..core.files import write_json, write_text
     from ..core.outputs import claimed
-    from ..io.checkpoint import layout_of_config
     from ..io.models import load_config
     from ..measure import bench as benchmark
     from ..model.families import check_positions
@@ -323,7 +322,6 @@ def bench(
     where = device_named(device)
     for name in models:
         config = load_config(name, trust_remote_code=trust_remote_code)
-        layout_of_config(config)
         check_positions(
             config.get_text_config(), max(prompt) + new, f"--prompt {max(prompt)} --new {new}"
         )

@@ -73,8 +73,8 @@ def reading(model: str, what: str) -> Iterator[None]:
     ):
         try:
             yield
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
+        except (MemoryError, torch.OutOfMemoryError, InputError):
+            raise  # an error of ours says where and what to do
         except (
             Exception
         ) as e:  # transformers, safetensors, gguf and the hub client each raise their own

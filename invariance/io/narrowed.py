@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from ..core.errors import InputError
-from ..model.described.weightless import on_meta
+from ..model.described.weightless import on_meta, stored
 from ..model.narrow.record import Record, apply, fill_buffers, record
 from .form import AGAIN, LEFT_OUT, read_part
 
@@ -79,6 +79,13 @@ class NarrowedForCausalLM(Mixed):
         found = super().from_pretrained(*args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found
         fill_buffers(model, model.config.record)  # which loading makes as the family has them
+        return found
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().resize_token_embeddings(*args, **kwargs)
+        now, shapes = stored(self), self.config.record.shapes
+        assert self.config.narrowed is not None
+        self.config.narrowed |= {"shapes": {name: list(now[name].shape) for name in shapes}}
         return found
 
 

@@ -17,9 +17,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..core.errors import InvarianceError
 from ..core.progress import Progress, quiet
-from ..io.checkpoint import layout_of_config
 from ..io.models import is_rounded, load_model, stored_bytes
-from ..model.layout import Layout
+from .costs import Costs, counted, forward
 
 COPIED, SQUARE = (
     {"cpu": 2**28, "cuda": 2**30},
@@ -79,16 +78,16 @@ class Workload:
     prompt: int
     new: int  # two at least
 
-    def first_token(self, layout: Layout, itemsize: int) -> Work:
+    def first_token(self, costs: Costs, itemsize: int) -> Work:
         """All tokens pass the blocks, the last ones the head; the cache is written. Attention scores are left out."""
-        tokens, each = self.batch * self.prompt, layout.flops({})
-        flops = tokens * (each - layout.head_flops) + self.batch * layout.head_flops
-        return Work(flops, itemsize * (each / 2 + tokens * layout.kv_entries({})))
+        tokens, each = self.batch * self.prompt, costs.flops
+        flops = tokens * (each - costs.head_flops) + self.batch * costs.head_flops
+        return Work(flops, itemsize * (each / 2 + tokens * costs.kv_entries))
 
-    def step(self, layout: Layout, itemsize: int) -> Work:
+    def step(self, costs: Costs, itemsize: int) -> Work:
         """One token of each sequence, halfway: every matrix is read, and the cache so far."""
-        cached = self.batch * (self.prompt + self.new / 2) * layout.kv_entries({})
-        return Work(self.batch * layout.flops({}), itemsize * (layout.flops({}) / 2 + cached))
+        cached = self.batch * (self.prompt + self.new / 2) * costs.kv_entries
+        return Work(self.batch * costs.flops, itemsize * (costs.flops / 2 + cached))
 
 
 def bench(
@@ -106,17 +105,17 @@ def bench(
         n: load_model(n, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         for n in names
     }
-    layouts = {name: layout_of_config(model.config) for name, model in models.items()}
+    per_token = {name: counted(model, name) for name, model in models.items()}
     largest = max(workloads, key=lambda w: (w.batch * w.prompt, w.new))
-    costs = []
-    for name, layout in progress(list(layouts.items()), "peak memory", len(layouts)):
-        costs.append(
+    found = []
+    for name, costs in progress(list(per_token.items()), "peak memory", len(per_token)):
+        found.append(
             {
                 "name": name,
                 "rounded": is_rounded(name, trust_remote_code=trust_remote_code),
-                "parameters": layout.parameters({}).total,
-                "flops_per_token": layout.flops({}),
-                "kv_bytes_per_token": dtype.itemsize * layout.kv_entries({}),
+                "parameters": sum(p.numel() for p in models[name].parameters()),
+                "flops_per_token": costs.flops,
+                "kv_bytes_per_token": dtype.itemsize * costs.kv_entries,
                 "file_bytes": stored_bytes(name),
                 "peak_memory_bytes": peak_of(name, largest, device, dtype, trust_remote_code),
             }
@@ -126,18 +125,18 @@ def bench(
         "machine": {**vars(machine), "ridge": machine.ridge, "threads": torch.get_num_threads()},
         "dtype": str(dtype).removeprefix("torch."),
         "rounds": repeats,
-        "models": costs,
+        "models": found,
         "timings": [
             row
             for workload in workloads
-            for row in timings(models, layouts, workload, machine, repeats, progress)
+            for row in timings(models, per_token, workload, machine, repeats, progress)
         ],
     }
 
 
 def timings(
     models: Mapping[str, PreTrainedModel],
-    layouts: Mapping[str, Layout],
+    costs: Mapping[str, Costs],
     workload: Workload,
     machine: Machine,
     repeats: int,
@@ -161,7 +160,7 @@ def timings(
         ):
             seconds = [r[n] for r in rounds]
             least, base = (
-                work(workload, layouts[m], itemsize).seconds(machine) for m in (name, reference)
+                work(workload, costs[m], itemsize).seconds(machine) for m in (name, reference)
             )
             speed_up = [r[n] / s for r, s in zip(found[reference], seconds, strict=True)]
             row[phase] = {
@@ -171,7 +170,7 @@ def timings(
                 ),
                 "speed_up": vars(Spread.of(speed_up)),
                 "promised_speed_up": base / least,
-                "bound": work(workload, layouts[name], itemsize).bound(machine),
+                "bound": work(workload, costs[name], itemsize).bound(machine),
                 "of_roof": least / float(np.median(seconds)),
             }
         rows.append(row)
@@ -206,10 +205,8 @@ def generate(model: PreTrainedModel, workload: Workload) -> tuple[float, float]:
     cache = DynamicCache(config=model.config.get_text_config())
 
     def step(ids: torch.Tensor) -> torch.Tensor:
-        logits = model(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-        ).logits
-        return logits[:, -1:].argmax(-1)
+        next_ids: torch.Tensor = forward(model, ids, cache).logits[:, -1:].argmax(-1)
+        return next_ids
 
     ids, start = _some(model, workload.batch, workload.prompt), _now(model)
     ids = step(ids)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ..io.checkpoint import layout_of_config
 from ..io.models import load_config, load_model
+from ..model.described.weightless import on_meta
 from .bench import Workload, generate
 from .evaluate import peak_memory
 
@@ -40,7 +40,7 @@ def forget() -> None:
 def main() -> None:
     asked = json.loads(sys.argv[1])
     cuda = asked["device"] == "cuda"
-    layout_of_config(
+    on_meta(
         load_config(asked["model"], trust_remote_code=asked["trust_remote_code"])
     )  # imports its family
     forget()

@@ -34,6 +34,7 @@ from ..io.models import (
     origin,
     weights_digest,
 )
+from ..io.narrowed import NarrowedConfig
 from ..model.canonical import canonicalize
 from ..model.families import architecture, check_dense
 from ..model.labels import label
@@ -92,7 +93,7 @@ def _run(
     options, where = training.options, training.where
     device, trust_remote_code = loading.device, loading.trust_remote_code
     config = load_config(model, trust_remote_code=trust_remote_code)
-    architecture(config)
+    _check_known(model, config)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     dense = _teacher(model, teacher, options, where, device, trust_remote_code)
 
@@ -181,6 +182,16 @@ def _source(model: str, sliced: Mapping[str, Any] | None) -> dict[str, Any]:
     """Whose weights they were: as the run says that sliced them, else what the model's own name and card do."""
     told = {"name": model, "origin": origin(model)} if sliced is None else sliced["model"]
     return {**told, "licence": told.get("licence") or licence(model)}
+
+
+def _check_known(model: str, config: PretrainedConfig) -> None:
+    """Raises InputError for what this command cannot train."""
+    if isinstance(config, NarrowedConfig):
+        raise InputError(
+            f"{model}: its layout was derived, and `recover` trains spaces of declared families. The model is its family's own "
+            "class: train it with `transformers.Trainer`, or with adapters of PEFT; what they save loads again."
+        )
+    architecture(config)
 
 
 def _teacher(

@@ -55,7 +55,7 @@ def test_channels_are_cut_and_plain_transformers_reloads(kind: str, tmp_path: An
     assert torch.equal(*written)
 
 
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "phi3"])
 def test_the_stream_is_turned_and_cut_under_rms_norms(kind: str, tmp_path: Any) -> None:
     found = made(kind, STREAM, CHANNELS)
     assert found.certificate.passed and found.error <= TOLERANCE

@@ -58,6 +58,15 @@ def test_experts_and_channels_go_and_plain_transformers_reloads(kind: str, tmp_p
     assert torch.equal(*written)
 
 
+@pytest.mark.parametrize("kind", ["deepseek_v2", "ernie4_5_moe"])
+def test_experts_go_where_scores_are_computed_on_a_copy_or_corrected(kind: str) -> None:
+    """One copies its router's weight to float32 first; the other adds corrections to scores that are no longer minus
+    infinity."""
+    found = made(kind, EXPERTS)
+    assert found.error <= TOLERANCE and not found.why
+    assert found.cut is not None and [c.value for c in found.cut.changes] == [3]
+
+
 def test_a_model_that_still_chooses_what_went_is_told_from_the_cut_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from folders import invoke
 from transformers import AutoConfig, AutoModelForCausalLM
 from undeclared import (
     IDS,
@@ -23,6 +24,7 @@ from invariance.core.errors import InputError
 from invariance.io.layouts import derived_layout
 from invariance.io.models import load_model
 from invariance.io.narrowed import narrowed
+from invariance.measure import bench
 from invariance.model.derive.certify import TOLERANCE
 from invariance.model.described.whole import double
 
@@ -44,7 +46,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "under LayerNorms whose gain is the weight plus one": ("nemotron", STREAM),
     "under LayerNorms without weights": ("olmo", STREAM),
     "times the root of the width, in the code": ("gemma", STREAM),
-    "heads as wide as stream / heads": ("phi3", STREAM),
     "no points of the stream": ("rwkv", CHANNELS),
 }
 
@@ -109,6 +110,24 @@ def test_a_damaged_record_is_refused(key: str, value: Any, says: str, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=says):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=says) as told:
+        load_model(str(tmp_path))
+    assert str(told.value).count(str(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("rows", [80, 50])
+def test_a_narrowed_model_whose_vocabulary_was_resized_is_read_again(
+    rows: int, tmp_path: Path
+) -> None:
+    small = narrowed(made("gpt2", STREAM).model.float())
+    small.resize_token_embeddings(rows)
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = IDS[:2] % 50
+    with torch.no_grad():
+        logits = again(ids).logits
+        assert logits.shape[-1] == rows
+        assert differs(logits, small(ids).logits) < 1e-5
 
 
 def test_a_narrowed_model_is_loaded_checked_and_not_cut_again(tmp_path: Path) -> None:
@@ -119,6 +138,24 @@ def test_a_narrowed_model_is_loaded_checked_and_not_cut_again(tmp_path: Path) ->
         assert differs(again(IDS[:2]).logits, small(IDS[:2]).logits) < 1e-5
     with pytest.raises(InputError, match="is cut already"):
         derived_layout(again.config)
+
+
+def test_a_narrowed_model_is_timed_and_its_training_is_left_to_others(tmp_path: Path) -> None:
+    small = narrowed(made("gpt2", STREAM).model.float())
+    small.save_pretrained(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(bench.COPIED, "cpu", 2**20)
+        patch.setitem(bench.SQUARE, "cpu", 64)
+        found = bench.bench([str(tmp_path)], [bench.Workload(1, 8, 3)], 1)
+    (costs,), (row,) = found["models"], found["timings"]
+    assert costs["parameters"] == sum(p.numel() for p in small.parameters())
+    matrices = {n: p for n, p in small.named_parameters() if p.dim() == 2 and "wte" not in n}
+    products = sum(p.numel() for n, p in matrices.items() if "wpe" not in n)
+    scores = 2 * 32 * 2  # of a token with itself in both layers, where attention is plain products
+    assert costs["flops_per_token"] in (2 * products, 2 * (products + scores))
+    assert row["decode"]["tokens_per_second"]["median"] > 0
+    status, _, err = invoke("recover", tmp_path, "--output", tmp_path / "out", "--device", "cpu")
+    assert status == 2 and "transformers.Trainer" in " ".join(err.split())
 
 
 def test_a_config_without_a_record_is_refused(tmp_path: Path) -> None:
@@ -150,3 +187,41 @@ def test_a_plan_knows_that_no_config_narrows_a_stream_under_layer_norms() -> Non
     said = chart.unsaid({"x": 24})
     assert "gives a stream of 24 with norms that divide by 32" in said
     assert not chart.unsaid({"x": 32})
+
+
+HEADS = {
+    "spaces": "heads",
+    "rotate": "permute",
+    "select": {"uniform": {"keep": 0.5}},
+    "slice": "truncate",
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["mixtral", "gpt_neox", "gpt2", "phi3", "qwen2_moe", "deepseek_v2"]
+)
+def test_a_plan_promises_a_stock_config_where_one_is_written(kind: str) -> None:
+    model, layout = model_of(kind)
+    found = made(kind, HEADS)
+    chart = derived_plan(recipe(HEADS), model.config, layout)
+    assert bool(chart.unsaid(found.widths)) == bool(found.why) == kind.startswith("gpt")
+
+
+def test_an_empty_width_of_heads_is_said_so_that_fewer_of_them_stay_as_wide(tmp_path: Path) -> None:
+    assert model_of("mixtral")[0].config.head_dim is None
+    found = made("mixtral", HEADS)
+    assert found.cut is not None
+    said = {c.key.name: c.value for c in found.cut.changes}
+    assert said == {"head_dim": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = found.model.float()
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model_of("mixtral")[0])
+    with torch.no_grad():
+        assert differs(again(IDS[:2]).logits, small(IDS[:2]).logits) < 1e-5
+
+
+def test_corrections_that_a_checkpoint_stores_are_no_reason_against_a_stock_config() -> None:
+    model = model_of("axk1")[0]
+    assert any("correction" in name for name in model.state_dict())
+    assert not made("axk1", HEADS).why

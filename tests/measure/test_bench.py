@@ -17,6 +17,8 @@ from transformers import DynamicCache
 from invariance.io.checkpoint import layout_of_config
 from invariance.measure import bench
 from invariance.measure.bench import Machine, Spread, Work, Workload, interleaved
+from invariance.measure.costs import counted
+from invariance.model.tiny import tiny
 from invariance.report.bench_report import grids
 
 FAMILIES = ("llama", "opt", "phi")
@@ -41,10 +43,10 @@ def test_the_flops_to_the_first_token_are_those_that_torch_counts(family: str) -
         model(input_ids=ids, use_cache=True, logits_to_keep=1)
     found = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in found.items() if str(op) in ("aten.mm", "aten.addmm"))
-    layout = layout_of_config(model.config)
-    assert workload.first_token(layout, 4).flops == products
+    costs = counted(model, family)
+    assert workload.first_token(costs, 4).flops == products
     assert (
-        workload.batch * workload.prompt * layout.flops({}) > products
+        workload.batch * workload.prompt * costs.flops > products
     )  # the head sees the last token only
 
 
@@ -54,14 +56,21 @@ def test_the_cache_holds_the_bytes_that_are_counted(family: str) -> None:
     with torch.no_grad():
         model(input_ids=torch.ones(2, 9, dtype=torch.long), past_key_values=cache, use_cache=True)
     held = sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert held == 2 * 9 * layout_of_config(model.config).kv_entries({})
+    assert held == 2 * 9 * counted(model, family).kv_entries
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_counted_is_what_a_layout_says(family: str) -> None:
+    costs, layout = counted(model_of(family), family), layout_of_config(model_of(family).config)
+    assert costs.flops == layout.flops({}) and costs.kv_entries == layout.kv_entries({})
+    assert costs.head_flops == layout.head_flops
 
 
 def test_a_step_reads_every_matrix_and_the_cache_so_far() -> None:
-    layout = layout_of_config(model_of("llama").config)
-    one, many = (Workload(b, 100, 20).step(layout, 2) for b in (1, 8))
-    matrices = layout.flops({})  # two per entry, of two bytes each
-    assert one.bytes == matrices + 2 * 110 * layout.kv_entries({})
+    costs = counted(model_of("llama"), "llama")
+    one, many = (Workload(b, 100, 20).step(costs, 2) for b in (1, 8))
+    matrices = costs.flops  # two per entry, of two bytes each
+    assert one.bytes == matrices + 2 * 110 * costs.kv_entries
     assert many.bytes == matrices + 8 * (one.bytes - matrices) and many.flops == 8 * one.flops
 
 
@@ -195,6 +204,7 @@ def test_weights_of_few_bits_are_said_to_run_as_full_numbers(document: dict) -> 
     [
         (("dense", "sliced", "sliced"), "sliced: a model stands there twice"),
         (("dense", "--dtype", "int8"), "not a dtype that is known"),
+        (("mamba",), "a model of type 'mamba' does not run on a token with a growing cache"),
         (("gone/gone/gone",), "there is no such file or folder"),
         (("opt", "--prompt", "400"), "the model has 320 positions"),
         (("dense", "--output", "file"), "Name a folder"),
@@ -204,6 +214,7 @@ def test_weights_of_few_bits_are_said_to_run_as_full_numbers(document: dict) -> 
 def test_what_cannot_be_is_refused(root: Path, arguments: tuple[str, ...], told: str) -> None:
     if not (root / "opt").exists():
         save_model(root / "opt", "opt")
+        tiny("mamba").model.save_pretrained(root / "mamba")
         (root / "file").write_text("")
     status, out, err = invoke("bench", *arguments)
     assert status == 2 and out == "" and told in " ".join(err.split())

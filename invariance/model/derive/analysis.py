@@ -276,12 +276,19 @@ class Analysis:
         return len({self.ids.scale(a)[0] for a in raw}) <= 1 and not any(map(self.ids.fixed, raw))
 
     def same_company(self, paired: set[int]) -> list[Block]:
-        """Classes that every op saw together, of one kind and colour."""
+        """Classes that every op saw together, of one kind and colour. One that a single weight carries, once, was met by
+        nothing that could undo a change: what was traced multiplies it by zeros."""
         nodes = {self.ids.root(g) for g in self.ids.children}
         groups: dict[tuple, list[int]] = defaultdict(list)
-        for c in self.places:
+        for c, places in self.places.items():
             marks = self.marks[c]
-            if c in paired or c in nodes or marks & Mark.FROZEN or not self.member.get(c):
+            if (
+                len(places) < 2
+                or c in paired
+                or c in nodes
+                or marks & Mark.FROZEN
+                or not self.member.get(c)
+            ):
                 continue
             kind = self.kind(c, marks)
             key = (

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from .spoken import Change, built, keys
+from .keys import Change, built, keys
 
 Extent = tuple[str, int]  # a parameter of a module, and one of its dims
 Shapes = Mapping[str, tuple[int, ...]]

@@ -21,10 +21,11 @@ from ..described.elements import blocks
 from ..described.pattern import expand
 from ..described.weightless import on_meta, stored
 from .attributes import extents, moved, note, whole_numbers
+from .keys import Change
 from .norms import Norm
 from .positions import Kept, Narrowing, narrowed, narrowings, shapes, zeroed
 from .renorm import norms_of, renorm
-from .spoken import Change, Changes, Search, search
+from .spoken import Changes, Search, search
 from .stock import speak
 
 

@@ -14,7 +14,7 @@ from ..described.description import Flat, Kind, Space
 from ..described.weightless import stored
 from .positions import Kept
 
-PRODUCTS = ("aten::mm", "aten::addmm")
+PRODUCTS, COPY = ("aten::mm", "aten::addmm"), "aten::_to_copy"
 PROBE = (1, 4)  # texts and tokens
 
 
@@ -36,7 +36,8 @@ class NeverChosen(TorchDispatchMode):
     def __init__(self, model: nn.Module, flat: Flat, kept: Kept):
         super().__init__()
         named = stored(model)
-        self.routers: dict[int, Tensor] = {}
+        self.routers: dict[int, Tensor] = {}  # by storage: which experts are gone
+        self.copies: list[Tensor] = []  # of routers in another precision, whose storages must stay
         for name, stay in kept.items():
             space = flat.spaces[name]
             if not is_experts(name, space):
@@ -44,16 +45,20 @@ class NeverChosen(TorchDispatchMode):
             gone = torch.from_numpy(np.setdiff1d(np.arange(space.width), stay))
             for a in flat.carrying(name):
                 p = named[a.parameter]
-                if p.dim() == 2:
+                if p.numel() == space.width:
+                    p.data.index_fill_(a.axis.dims[0], gone, -torch.inf)
+                elif p.dim() == 2:
                     self.routers[p.untyped_storage()._cdata] = gone
-                elif p.dim() == 1:
-                    p.data[gone] = -torch.inf
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for t in args if func._schema.name in PRODUCTS else ():
+        name = func._schema.name
+        for t in args if name in (*PRODUCTS, COPY) else ():
             gone = self.routers.get(t.untyped_storage()._cdata) if isinstance(t, Tensor) else None
-            if gone is not None:
+            if gone is not None and name == COPY:
+                self.routers[out.untyped_storage()._cdata] = gone
+                self.copies.append(out)
+            elif gone is not None:
                 out[:, gone] = -torch.inf
         return out
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..described.weightless import weightless
-from .spoken import keys
+from ..described.weightless import stored, weightless
+from .keys import keys
 
 
 def numbers_of(module: nn.Module) -> dict[str, object]:
@@ -19,7 +19,7 @@ def numbers_of(module: nn.Module) -> dict[str, object]:
 def differences(model: PreTrainedModel) -> dict[str, tuple[object, object]]:
     """By name: what a model of this config has, and what this model has. Empty: a stock checkpoint holds it."""
     stock = weightless(model.config, kind=type(model))
-    found = dict[str, tuple[object, object]]()
+    found, kept = dict[str, tuple[object, object]](), stored(model)
     others = dict(stock.named_modules())
     for name, module in model.named_modules():
         other = others.get(name)
@@ -35,6 +35,8 @@ def differences(model: PreTrainedModel) -> dict[str, tuple[object, object]]:
             if mine is None or mine.shape != p.shape:
                 found[f"{name}.{k}"] = tuple(p.shape), None if mine is None else tuple(mine.shape)
         for k, b in other.named_buffers(recurse=False):
+            if f"{name}.{k}" in kept and b.shape == getattr(module, k).shape:
+                continue  # a checkpoint stores it
             if not alike(b, getattr(module, k, None)):
                 found[f"{name}.{k}"] = b, getattr(module, k, None)
     return found

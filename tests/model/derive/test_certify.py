@@ -150,3 +150,11 @@ def test_an_empty_element_changes_nothing() -> None:
     changed = trial.changed(Element({}, {}, frozenset(), {}))
     example = small.tokens(2, 7, 3)
     assert torch.allclose(outputs(changed, example), outputs(small.model, example), atol=1e-12)
+
+
+def test_a_decay_between_blocks_longer_than_what_was_traced_is_no_space_of_its_own() -> None:
+    """MiniMax's decay multiplies zeros in the first block of 256 tokens; what one weight carries alone says nothing."""
+    certificate = certified("minimax")
+    assert certificate.passed and not certificate.refuted and certificate.error <= TOLERANCE
+    assert found(certificate)["ch", Kind.PERM, 40] == 8
+    assert all(len(b.where) > 1 for b in certificate.blocks if b.kind is Kind.PERM)
