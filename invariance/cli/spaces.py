@@ -64,7 +64,7 @@ def verify(
 
     from ..calibrate.certificate import certify_random
     from ..core.errors import CertificateError
-    from ..io.layouts import declared
+    from ..model.families import declared
     from ..io.models import load_config
     from ..io.source import open_source
     from ..model.families import check_positions

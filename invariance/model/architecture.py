@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -110,8 +108,8 @@ class Architecture:
         ("residual", "hidden_size"),
         ("mlp", "intermediate_size"),
     )
-    alternatives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Model types that hold the same function under weaker config checks, and the config values that they need."""
+    eps: str = "rms_norm_eps"
+    """The config key that holds the eps of RMSNorms; empty where none does, or where norms are LayerNorms."""
 
     @property
     def post_normed(self) -> bool:

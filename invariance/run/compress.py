@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..core.progress import Progress, quiet
-from ..io.layouts import declared
+from ..model.families import declared
 from ..io.models import load_model, load_tokenizer
 from ..io.sources import needs_tokenizer
 from ..io.ties import note_ties

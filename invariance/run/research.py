@@ -30,7 +30,8 @@ from ..io.source import live
 from ..measure import losses
 from ..measure.evaluate import measure, prepare_each
 from ..method.interfaces import Method, Rotator
-from ..model.canonical import canonicalize, join
+from ..model.canonical import canonicalize
+from ..model.folding import join
 from ..model.entry import check_model
 from ..model.families import check_dense
 from ..model.layout import Layout
