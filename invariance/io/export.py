@@ -241,7 +241,10 @@ def stock_config(
     if layout.folded:
         eps = layout.architecture.eps
         if not eps:
-            return None, f"no entry of a config of '{original.model_type}' holds the eps of its norms"
+            return (
+                None,
+                f"no entry of a config of '{original.model_type}' holds the eps of its norms",
+            )
         values[eps] = getattr(original, eps) * d / k
     reasons = []
     others = ALTERNATIVES.get(original.model_type, {})

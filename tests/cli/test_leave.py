@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from invariance.cli import commands
 from invariance.cli.leave import leaving, print_anything
 from invariance.core.errors import CertificateError, InputError
-from invariance.model.families import FAMILIES
 
 FAULTS: dict[str, tuple[BaseException, int, str]] = {
     "input": (InputError("r.yaml:1: [no]"), 2, "error: r.yaml:1: [no]"),

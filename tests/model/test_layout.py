@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from declared import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import VOCABULARY, cut, elements, rotations, tiny, tiny_models, weights
@@ -14,7 +15,7 @@ from invariance.core.group import Group
 from invariance.core.kind import space_name
 from invariance.model.axes import Axis, Edge, Role
 from invariance.model.canonical import canonicalize, layout_of
-from invariance.model.families import FAMILIES, architecture
+from invariance.model.families import architecture
 from invariance.model.labels import label
 from invariance.model.layout import Parameters
 from invariance.model.modules import Block

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -48,14 +48,19 @@ class Block:
             found.append(stage)
         if not found:
             raise InputError(self._bare(before))
-        if not same(x, after):
-            said = " and ".join(f"'{stage.norm}'" for stage in found)
-            raise InputError(
-                f"behind the branches that read {said}, its stream is not the sum of the stream before and of what they give "
-                "(multipliers, or a second norm on the same point?)"
-            )
-        self._check_all_placed()
-        return tuple(found)
+        if same(x, after):
+            self._check_all_placed({*self.placed})
+            return tuple(found)
+        self._check_all_placed({c.name for c in (*self.linears, *self.norms)})
+        raise InputError(self._lost(found))
+
+    def _lost(self, found: Sequence[Stage]) -> str:
+        """Why the stream behind some stages is not what they explain."""
+        names = " and ".join(f"'{stage.norm}'" for stage in found)
+        return (
+            f"behind the branches that read {names}, its stream is not the sum of the stream before and of what they give "
+            "(multipliers?)"
+        )
 
     def _reads_stream(self, x: Tensor) -> Call | None:
         reading = [n for n in self.norms if n.name not in self.placed and same(n.given, x)]
@@ -80,7 +85,7 @@ class Block:
         attention, out = self._attention(left) if left else (None, None)
         written = [c for c in (out, down) if c is not None]
         if not written:
-            raise InputError(f"nothing that the grammar speaks of reads the norm '{self.short(norm)}'")
+            raise InputError(self._unknown_reader(norm))
         post = self._post(written[0]) if len(written) == 1 else None
         for call in written:
             x = x + (call if post is None else post).gave.reshape(x.shape)
@@ -91,6 +96,12 @@ class Block:
             post=None if post is None else self.short(post),
         )
         return made, x
+
+    def _unknown_reader(self, norm: Call) -> str:
+        """Why nothing is known of what reads a norm."""
+        reading = [self.short(c) for c in self.signals.under(self.name) if same(c.given, norm.gave)]
+        said = f" ('{min(reading, key=len)}')" if reading else ""
+        return f"what reads the norm '{self.short(norm)}'{said} is neither an attention nor an MLP of plain linear layers"
 
     def _post(self, writer: Call) -> Call | None:
         """The norm that what a branch gives passes before it is added."""
@@ -161,7 +172,9 @@ class Block:
             role = next((r for r, c in (("q_norm", q), ("k_norm", k)) if _of_heads(norm, c)), None)
             name = self.short(norm)
             if role is None:
-                raise InputError(f"its attention's norm '{name}' reads neither queries nor keys as they come")
+                raise InputError(
+                    f"its attention's norm '{name}' reads neither queries nor keys as they come"
+                )
             self._check_head_norm(norm, q if role == "q_norm" else k)
             self.place(norm)
             found[role] = _below(module, name)
@@ -178,10 +191,10 @@ class Block:
         if isinstance(norm.module, nn.LayerNorm):
             raise InputError(f"its attention norms queries or keys by a LayerNorm ('{name}')")
 
-    def _check_all_placed(self) -> None:
+    def _check_all_placed(self, placed: Set[str]) -> None:
         block = self.signals.model.get_submodule(self.name)
         homes = (f"{self.name}.{n}".rpartition(".")[0] for n, _ in block.named_parameters())
-        left = sorted(set(homes) - self.placed)
+        left = sorted(set(homes) - placed)
         if left:
             said = ", ".join(f"'{n}'" for n in left[:4])
             raise InputError(f"weights without a place in the grammar: {said}")

@@ -36,9 +36,7 @@ class Keys:
         if any(stage.mlp for stage in self.arch.stages):
             widths.append(("mlp", self._key(self._channels, 8, "its MLPs are")))
         eps = "" if isinstance(norm, nn.LayerNorm) else self._eps_key()
-        return replace(
-            self.arch, widths=tuple(widths), heads_fill=self._heads_fill(), eps=eps
-        )
+        return replace(self.arch, widths=tuple(widths), heads_fill=self._heads_fill(), eps=eps)
 
     def _linear(self, model: PreTrainedModel, part: str) -> nn.Linear:
         """The first block's linear layer of a name of ours."""

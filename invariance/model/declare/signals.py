@@ -54,9 +54,7 @@ def signals(model: nn.Module, example: Example) -> Signals:
             given = next(tensors([*args, *kwargs.values()]), None)
             results = tuple(t.detach().clone() for t in tensors([output]))
             if given is not None and results:
-                made = Call(
-                    name, module, given.detach().clone(), results[0], args, kwargs, results
-                )
+                made = Call(name, module, given.detach().clone(), results[0], args, kwargs, results)
                 calls.append(made)
 
         return hook

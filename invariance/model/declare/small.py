@@ -8,16 +8,22 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+from ..described.weightless import on_meta
 from ..tiny import Tiny, shrunk
-from ..tiny.build import built
+from ..tiny.build import LARGEST, built
 from ..tiny.sizes import HEAD, HEADS, LENGTH, VOCABULARY, WIDTH, is_number
 
 PASSING = (
     *("model_type", "dtype", "torch_dtype", "quantization_config", "transformers_version"),
     *("architectures", "_name_or_path", "id2label", "label2id", "initializer_range"),
-    *("bos_token_id", "eos_token_id", "use_cache", "key_prefix", "tie_word_embeddings"),
+    *("use_cache", "key_prefix"),
 )
-"""What says nothing of what a model computes; a head that shares the table's weight gets a copy of it."""
+FIXED: Mapping[str, Any] = {
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+"""What says nothing of what a model computes: left out, or the same for all. A tied head gets a weight of its own."""
 
 INNER, WINDOW, PAIRS = 40, 8, HEAD // 2
 HEAD_WIDTHS = (HEAD, 20, 12)  # tried in turn: some share of a head must come out whole and even
@@ -43,7 +49,7 @@ def small_values(config: PretrainedConfig) -> Values:
     numbers = {k: v for k, v in values.items() if is_number(v)}
     small = {**values, **shrunk(config)}
     small = {k: _fixed(k, v, numbers) for k, v in small.items() if k not in PASSING}
-    return {**small, "tie_word_embeddings": False}
+    return {**small, **{k: v for k, v in FIXED.items() if k in values}}
 
 
 def _fixed(key: str, value: Any, numbers: Mapping[str, int]) -> Any:
@@ -75,11 +81,20 @@ def small_model(kind: str, values: Values) -> Tiny:
     failed: Exception | None = None
     for width in HEAD_WIDTHS:
         try:
-            return built(small_config(kind, values, width), seed=0)
+            config = small_config(kind, values, width)
+            _check_small(config)
+            return built(config, seed=0)
         except Exception as e:  # each type fails in its own way
             failed = failed or e
     assert failed is not None
     raise failed
+
+
+def _check_small(config: PretrainedConfig) -> None:
+    """Raises ValueError for a model that is large although its config was made small."""
+    numbers = sum(p.numel() for p in on_meta(config).parameters())
+    if numbers > LARGEST:
+        raise ValueError(f"{numbers} parameters, more than {LARGEST}")
 
 
 def small_config(kind: str, values: Values, head: int = HEAD) -> PretrainedConfig:

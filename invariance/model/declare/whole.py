@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...core.errors import InputError
 from ..architecture import Architecture
 from ..tiny import Tiny
+from ..vocabulary import scale_of
 from .blocks import Block
 from .keys import Keys
 from .norms import is_norm, one_rms
@@ -56,9 +57,7 @@ def _layers(run: Signals) -> tuple[str, list[Call]]:
     path = outer[0]
     blocks: nn.ModuleList = run.model.get_submodule(path)  # type: ignore[assignment]
     calls = [c for i in range(len(blocks)) if (c := run.of(f"{path}.{i}")) is not None]
-    joined = all(
-        same(a.results[0], b.given) for a, b in zip(calls[:-1], calls[1:], strict=True)
-    )
+    joined = all(same(a.results[0], b.given) for a, b in zip(calls[:-1], calls[1:], strict=True))
     if len(calls) != len(blocks) or not joined:
         raise InputError("its layers do not hand on one stream, each to the next")
     return path, calls
@@ -81,10 +80,13 @@ def _embedding(run: Signals, path: str, first: Tensor) -> tuple[tuple[str, ...],
         raise InputError("its stream does not begin with the sum of the rows of its tables")
     rows = table.weight[run.ids]
     factor = float((calls[0].gave * rows).sum() / rows.square().sum())
-    root = rows.shape[-1] ** 0.5
-    if min(abs(factor - 1), abs(factor / root - 1)) > SCALE:
-        raise InputError(f"its table multiplies what it looks up by {factor:.4g}")
-    return tuple(c.name for c in calls), abs(factor - 1) > SCALE
+    scaled = abs(factor - 1) > SCALE
+    kept = (rows.shape[-1] ** 0.5, scale_of(table))
+    if scaled and any(abs(factor / number - 1) > SCALE for number in kept):
+        raise InputError(
+            f"its table multiplies what it looks up by {factor:.4g}, which is not the root of its width"
+        )
+    return tuple(c.name for c in calls), scaled
 
 
 def _ending(run: Signals, path: str, last: Tensor) -> tuple[Call, Call]:
@@ -97,7 +99,9 @@ def _ending(run: Signals, path: str, last: Tensor) -> tuple[Call, Call]:
     for norm in norms:
         if same(norm.gave, head.given) and same(norm.given, last):
             return norm, head
-    raise InputError("no norm stands between its last layer and its head, or something else does too")
+    raise InputError(
+        "no norm stands between its last layer and its head, or something else does too"
+    )
 
 
 def _rotary(run: Signals, path: str, layers: list[Call]) -> str | None:
