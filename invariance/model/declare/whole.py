@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +14,7 @@ from ..vocabulary import scale_of
 from .blocks import Block
 from .keys import Keys
 from .norms import is_norm, one_rms
-from .signals import Call, Signals, same, signals
+from .signals import Call, Signals, same, signals, tensors
 
 SCALE = 1e-6  # relative: a factor may be kept in float32
 
@@ -57,7 +59,7 @@ def _layers(run: Signals) -> tuple[str, list[Call]]:
     path = outer[0]
     blocks: nn.ModuleList = run.model.get_submodule(path)  # type: ignore[assignment]
     calls = [c for i in range(len(blocks)) if (c := run.of(f"{path}.{i}")) is not None]
-    joined = all(same(a.results[0], b.given) for a, b in zip(calls[:-1], calls[1:], strict=True))
+    joined = all(same(a.results[0], b.given) for a, b in pairwise(calls))
     if len(calls) != len(blocks) or not joined:
         raise InputError("its layers do not hand on one stream, each to the next")
     return path, calls
@@ -109,11 +111,11 @@ def _rotary(run: Signals, path: str, layers: list[Call]) -> str | None:
     given = [c.kwargs.get("position_embeddings") for c in layers]
     if all(angles is None for angles in given):
         return None
+    angles = list(tensors([given[0]]))
     for call in run.calls:
-        outside = not call.name.startswith(f"{path}.")
-        if outside and isinstance(given[0], tuple) and len(call.results) == len(given[0]) == 2:
-            if all(same(a, b) for a, b in zip(call.results, given[0], strict=True)):
-                return call.name
+        outside = not call.name.startswith(f"{path}.") and len(call.results) == len(angles)
+        if outside and all(map(same, call.results, angles)):
+            return call.name
     raise InputError("no module gives its layers their rotary positions")
 
 
