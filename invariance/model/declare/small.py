@@ -1,4 +1,4 @@
-"""A small model that stands for a config: all its values stay but sizes, which are the same for every config."""
+"""A small model that stands for a config: its values stay but sizes, eps and angles, which are alike for all configs."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ FIXED: Mapping[str, Any] = {
 """What says nothing of what a model computes: left out, or the same for all. A tied head gets a weight of its own."""
 
 INNER, WINDOW, PAIRS = 40, 8, HEAD // 2
+EPS, THETA = 1e-5, 1e4
 HEAD_WIDTHS = (HEAD, 20, 12)  # tried in turn: some share of a head must come out whole and even
 
 _SIZES: tuple[tuple[str, int], ...] = (
@@ -56,6 +57,8 @@ def _fixed(key: str, value: Any, numbers: Mapping[str, int]) -> Any:
     """The small value of a key; ``numbers`` are the config's own."""
     if isinstance(value, Mapping) and key.startswith("rope"):
         return {k: _fixed_rope(k, v) for k, v in value.items()}
+    if isinstance(value, float) and key.endswith("eps"):
+        return EPS
     before = numbers.get(key)
     if before is None or before <= 0:
         return value
@@ -73,6 +76,8 @@ def _fixed_rope(key: str, value: Any) -> Any:
         return {k: _fixed_rope(k, v) for k, v in value.items()}
     if isinstance(value, (list, tuple)) and len(value) > 1 and "factor" in key:
         return [*value, *[value[-1]] * PAIRS][:PAIRS]
+    if key == "rope_theta" and value is not None:
+        return THETA
     return next((n for pattern, n in _SIZES if re.search(pattern, key)), value)
 
 
