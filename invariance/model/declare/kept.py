@@ -95,7 +95,8 @@ def _code(kind: str) -> str:
     if config.__module__.startswith("transformers.") or config not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return ""
     try:
-        source = Path(inspect.getfile(MODEL_FOR_CAUSAL_LM_MAPPING[config])).read_bytes()
+        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config]
+        source = Path(inspect.getfile(model)).read_bytes()
     except (OSError, TypeError):
         return ""
     return hashlib.sha256(source).hexdigest()[:16]

@@ -74,13 +74,13 @@ def _embedding(run: Signals, path: str, first: Tensor) -> tuple[tuple[str, ...],
         if isinstance(c.module, nn.Embedding) and not c.name.startswith(f"{path}.")
     ]
     calls = sorted(found, key=lambda c: c.module is not table)  # stable: tokens first
-    if not calls or calls[0].module is not table:
+    if table is None or not calls or calls[0].module is not table:
         raise InputError("its tokens are not looked up in a table")
     if any(c.gave.shape[-1] != first.shape[-1] for c in calls) or not same(
         sum((c.gave.expand_as(first) for c in calls), torch.zeros_like(first)), first
     ):
         raise InputError("its stream does not begin with the sum of the rows of its tables")
-    rows = table.weight[run.ids]
+    rows = calls[0].module.get_parameter("weight")[run.ids]
     factor = float((calls[0].gave * rows).sum() / rows.square().sum())
     scaled = abs(factor - 1) > SCALE
     kept = (rows.shape[-1] ** 0.5, scale_of(table))
