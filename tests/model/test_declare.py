@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from declared import FAMILIES
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.initialization import no_init_weights
 
 from invariance.core.errors import InputError
+from invariance.io.skeleton import parameters_on_meta
 from invariance.model.architecture import Architecture
 from invariance.model.declare import kept
 from invariance.model.declare.proof import prove
@@ -172,6 +175,18 @@ def test_what_was_read_is_kept(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
         path.write_text("damaged")
     kept._read.cache_clear()
     assert known(config) == found
+
+
+def test_reading_disturbs_nothing_and_is_not_disturbed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("INVARIANCE_CACHE", str(tmp_path))
+    kept._read.cache_clear()
+    config, before = AutoConfig.for_model("llama"), torch.get_rng_state()
+    with torch.device("meta"), parameters_on_meta(), no_init_weights():
+        assert known(config) == FAMILIES["llama"]
+        assert nn.Linear(2, 2).weight.is_meta
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_plain_data_and_back() -> None:

@@ -19,6 +19,7 @@ from ...core.cache import cache_dir, hashed
 from ...core.errors import InputError
 from ...core.sealed import read_kept_json, write_kept_json
 from ..architecture import Architecture, Attention, Mlp, Rms, Stage
+from .apart import apart
 from .proof import prove
 from .small import small_model, small_values
 from .whole import architecture_of
@@ -37,21 +38,23 @@ def _read(kind: str, told: str) -> Architecture | str:
     kept = read_kept_json(path)
     if kept is not None:
         return kept if isinstance(kept, str) else from_plain(kept)
-    found = _tried(kind, json.loads(told))
+    try:
+        with apart():
+            found = _tried(kind, json.loads(told))
+    except Exception as e:  # each type fails in its own way, which may not be for good
+        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        return f"no small model of its config.json can be built, run and rewritten ({why})"
     write_kept_json(path, found if isinstance(found, str) else asdict(found))
     return found
 
 
 def _tried(kind: str, values: dict[str, Any]) -> Architecture | str:
+    made = small_model(kind, values)
     try:
-        made = small_model(kind, values)
         arch = architecture_of(made)
         prove(made, arch)
     except InputError as e:
         return str(e)
-    except Exception as e:  # each type fails in its own way
-        why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
-        return f"no small model of its config.json can be built, run and rewritten ({why})"
     return arch
 
 

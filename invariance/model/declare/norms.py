@@ -22,7 +22,7 @@ def rms_of(norm: nn.Module) -> Rms | None:
     if own.keys() != {"weight"} or own["weight"].dim() != 1:
         return None
     gain = own["weight"]
-    x = SMALL * torch.randn(3, len(gain), dtype=torch.float64)
+    x = SMALL * torch.arange(3 * len(gain), dtype=torch.float64).sin().reshape(3, -1)
     with double(), Double():
         theirs = norm(x)
     for name, eps in vars(norm).items():
