@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from declared import FAMILIES
 from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from invariance.core.change import Change
 from invariance.core.operator import Operator
 from invariance.core.space import Space, columns
 from invariance.model.canonical import canonicalize
-from invariance.model.families import FAMILIES
 from invariance.model.layout import Layout
 from invariance.model.verify import exact_copy
 from invariance.testing.tiny import LENGTH, VOCABULARY, redraw, tiny

@@ -21,7 +21,6 @@ from ..model.streamed import Streamed
 from ..model.verify import CHANGED, Certificate, half, tolerance
 from ..model.working import Working
 from .batch import Batch
-from .declared import check_declared
 from .enter import enter
 
 
@@ -82,7 +81,6 @@ def certify(
     Four streams go side by side: through the family's own layers, through the rewritten stages, through those rotated,
     and through those of the control. Logits are compared by rows of the head.
     """
-    check_declared(source.config)
     split = [n for n in rotations if n.startswith("edge.")]
     family, plain = Streamed(source, torch.float64, device), Working(source, device=device)
     turned, control = (

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..core.change import Change
 from ..model.axes import Edge
-from ..model.canonical import assign
+from ..model.folding import assign
 from ..model.layout import Layout
 from ..model.modules import Stage
 from .batch import Batch

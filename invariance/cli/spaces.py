@@ -64,10 +64,9 @@ def verify(
 
     from ..calibrate.certificate import certify_random
     from ..core.errors import CertificateError
-    from ..io.layouts import declared
     from ..io.models import load_config
     from ..io.source import open_source
-    from ..model.families import check_positions
+    from ..model.families import check_positions, declared
     from .derived import verify as verify_derived
 
     config = load_config(model, trust_remote_code=trust_remote_code)

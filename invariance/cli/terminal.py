@@ -37,7 +37,7 @@ Plugin = Annotated[
     typer.Option(
         "--plugin",
         metavar="MODULE",
-        help="Import a module, or a .py file, that registers methods or declares families. May stand several times.",
+        help="Import a module, or a .py file, that registers methods or models. May stand several times.",
     ),
 ]
 Trust = Annotated[

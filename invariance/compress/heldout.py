@@ -16,9 +16,9 @@ from ..core.progress import Progress
 from ..core.sealed import read_kept_json, write_kept_json
 from ..io.data import Tokens
 from ..measure.losses import perplexity
+from ..model.copies import copy_in
 from ..model.layout import Layout
 from ..model.reparametrize import reparametrize
-from ..model.verify import copy_in
 from .demand import Unit
 
 HELD_OUT = 8  # the last one of so many calibration sequences measures widths, and takes no part in the calibration

@@ -12,10 +12,10 @@ from ..core.space import Space
 from ..io.checkpoint import wrap
 from ..io.export import stock
 from ..model.canonical import layout_of
+from ..model.copies import double_copy
 from ..model.labels import label
 from ..model.layout import Layout
 from ..model.reparametrize import reparametrize
-from ..model.verify import double_copy
 from .demand import Widths
 
 Members = Mapping[

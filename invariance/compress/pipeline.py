@@ -20,7 +20,7 @@ from ..io.data import Tokens
 from ..io.source import live
 from ..method.interfaces import Rotator
 from ..model.axes import Edge
-from ..model.canonical import join
+from ..model.folding import join
 from ..model.source import Source
 from .bases import Bases, Cuts
 from .calibration import Calibration, timed

@@ -13,8 +13,8 @@ from ..core.errors import InputError
 from ..core.progress import Progress, quiet
 from ..io.tokens import Tokens
 from ..model.architecture import Architecture
+from ..model.copies import copy_in
 from ..model.layout import Layout
-from ..model.verify import copy_in
 from ..model.vocabulary import Factors, Shape, install, is_tied
 from ..recipe.recipe import Recipe
 

@@ -18,6 +18,10 @@ OLDER = ("rope_theta", "rope_scaling", "rope_local_base_freq")
 TOKENIZER = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 """Classes of tokenizers that version 5 made, and what version 4 calls them; version 5 reads both names alike."""
 
+_PLAIN: Mapping[str, Mapping[str, Any]] = {"mistral": {"sliding_window": None}}
+ALTERNATIVES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"llama": _PLAIN, "qwen2": _PLAIN}
+"""Model type → types that hold the same function under weaker config checks, each with the config values it needs."""
+
 
 def add_older_keys(config: PretrainedConfig) -> None:
     """Let a config say its rotary positions by the older keys too.

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..core.errors import InputError
 from ..core.paths import expanded
 from ..core.progress import Progress, quiet
-from ..model.families import FAMILIES, check_positions
+from ..model.families import check_positions, declared
 from .arrays import open_array
 from .documents import FORMS, documents
 from .own_text import write
@@ -132,7 +132,7 @@ def _own(reading: _Reading, shape: Shape) -> np.ndarray:
         )
     model = making.model()
     config = model.config.get_text_config()
-    if config.model_type in FAMILIES:
+    if declared(config):
         check_positions(config, shape.tokens, where)
     seed = 2 * making.seed + (reading.split == "test")  # what is measured is not what calibrated
     return write(model, reading.tokenizer, shape, seed, making.progress).numpy()

@@ -20,7 +20,7 @@ from ..model.layout import Layout
 from ..model.modules import Norm
 from ..model.reparametrize import attention_of
 from ..model.verify import logits, relative_error, tolerance
-from .clients import OLDER, add_older_keys
+from .clients import ALTERNATIVES, OLDER, add_older_keys
 
 
 def stock(
@@ -239,9 +239,15 @@ def stock_config(
         )
     values["tie_word_embeddings"] = layout.tied
     if layout.folded:
-        values["rms_norm_eps"] = original.rms_norm_eps * d / k
+        eps = layout.architecture.eps
+        if not eps:
+            return (
+                None,
+                f"no entry of a config of '{original.model_type}' holds the eps of its norms",
+            )
+        values[eps] = getattr(original, eps) * d / k
     reasons = []
-    others = {k: v for k, v in layout.architecture.alternatives.items() if k != original.model_type}
+    others = ALTERNATIVES.get(original.model_type, {})
     kinds: dict[str, Mapping[str, Any]] = {original.model_type: {}, **others}
     if values["num_attention_heads"] * each["vo"] != k and not _biased(layout):
         kinds = {

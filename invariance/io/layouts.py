@@ -10,14 +10,8 @@ from ..model.described.cache import kept
 from ..model.described.description import Description
 from ..model.described.real import layout_text
 from ..model.described.weightless import on_meta
-from ..model.families import FAMILIES, family_of
 from .hub import line, progress, quiet
 from .narrowed import NarrowedConfig
-
-
-def declared(config: PretrainedConfig) -> bool:
-    """Whether a config's family is one of those that recipes know by declaration."""
-    return family_of(config) in FAMILIES
 
 
 def derived_layout(config: PretrainedConfig) -> Description:
@@ -37,6 +31,5 @@ def derived_layout(config: PretrainedConfig) -> Description:
     except Exception as e:  # a family's own code fails in its own way
         raise InputError(
             f"model type '{config.model_type}': no layout can be derived of it, since its causal model of this config does not "
-            f"run on a few tokens ({type(e).__name__}: {line(e, 200)}). Repair the config, or declare the family "
-            "(docs/add-a-family.md)."
+            f"run on a few tokens ({type(e).__name__}: {line(e, 200)}). Repair the config."
         ) from e

@@ -19,7 +19,7 @@ from ..io.data import Amount, Making, Tokens, load_tokens
 from ..io.memo import Memo
 from ..io.source import live
 from ..io.sources import sources
-from ..model.families import FAMILIES, check_positions, positions
+from ..model.families import check_positions, declared, positions
 from ..recipe import evaluate as parts
 from .losses import Each, Mean, check_windows, divergence, perplexity, scored, token_losses
 from .sourced import Model, Sourced, whole
@@ -200,7 +200,7 @@ def prepare(
 
 def _check_room(config: PretrainedConfig, tokens: int, where: str) -> None:
     """Raises InputError for sequences that are longer than the positions of a model whose family is known."""
-    if config.model_type in FAMILIES:
+    if declared(config):
         check_positions(config, tokens, where)
 
 

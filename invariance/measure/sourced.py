@@ -17,7 +17,7 @@ from ..core.spill import Spill
 from ..io.data import Tokens
 from ..io.models import load_config, load_model
 from ..io.source import open_source
-from ..model.families import FAMILIES
+from ..model.families import declared
 from ..model.source import Source, filled
 from ..model.streamed import Streamed
 
@@ -53,7 +53,7 @@ Model = PreTrainedModel | Sourced
 def opened(name: str, device: str, *, trust_remote_code: bool = False) -> Model:
     """A model to be measured: read part by part where its family is known, else loaded."""
     config = load_config(name, trust_remote_code=trust_remote_code)
-    if config.model_type in (*FAMILIES, "invariance"):
+    if declared(config):
         source = open_source(name, trust_remote_code=trust_remote_code)
         return Sourced(source, device)
     return load_model(name, device=device, trust_remote_code=trust_remote_code)

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from jaxtyping import Float64
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..calibrate.statistic import Statistic
 from ..core.change import Basis, Change
 from ..core.errors import InputError, did_you_mean
 from ..core.group import Group
 from ..core.space import Space
-from ..model.families import FAMILIES
 
 if TYPE_CHECKING:
     from ..calibrate.moments import Moments
@@ -254,7 +254,7 @@ def begin(plugins: Iterable[str]) -> None:
 
 def load_plugin(module: str) -> None:
     """Import a module, named as Python imports it or as a path to a .py file, so that its methods register."""
-    before = _declared()
+    before = _registered()
     try:
         if module.endswith(".py"):
             spec = importlib.util.spec_from_file_location(
@@ -278,14 +278,16 @@ def load_plugin(module: str) -> None:
         for c in known.values()
         if c.__module__.startswith(made.__name__)
     ]
-    if before == _declared() and not ours and module not in _PLUGINS:
+    if before == _registered() and not ours and module not in _PLUGINS:
         raise InputError(
-            f"--plugin {module}: registers no method and declares no family. Subclass Rotator, Joint, Selector, Slicer or "
-            "Rounding with a `name=` there, or add to `invariance.model.families.FAMILIES`."
+            f"--plugin {module}: registers no method and no model. Subclass Rotator, Joint, Selector, Slicer or Rounding "
+            "with a `name=` there, or register a model with `AutoModelForCausalLM.register`."
         )
     _PLUGINS.add(module)
 
 
-def _declared() -> dict[str, dict[str, Any]]:
-    """What plugins may add to: methods of each kind, and families of models."""
-    return {**{kind: dict(registry(kind)) for kind in _REGISTRY}, "families": dict(FAMILIES)}
+def _registered() -> dict[str, dict[Any, Any]]:
+    """What plugins may add to: methods of each kind, and model classes that transformers has not."""
+    models: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    own = dict(models._extra_content)
+    return {**{kind: dict(registry(kind)) for kind in _REGISTRY}, "models": own}

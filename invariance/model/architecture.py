@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -110,8 +108,8 @@ class Architecture:
         ("residual", "hidden_size"),
         ("mlp", "intermediate_size"),
     )
-    alternatives: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Model types that hold the same function under weaker config checks, and the config values that they need."""
+    eps: str = "rms_norm_eps"
+    """The config key that holds the eps of RMSNorms; empty where none does, or where norms are LayerNorms."""
 
     @property
     def post_normed(self) -> bool:
@@ -153,7 +151,7 @@ class Architecture:
         }
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuse a model of the family that holds weights the grammar does not speak of, or lacks some it does."""
+        """Refuse a model that holds weights which what was read of a small one does not speak of, or lacks some."""
         kind = model.config.model_type
         known = {*self.embed, self.final_norm, self.head}
         for i in range(len(model.get_submodule(self.blocks))):  # type: ignore[arg-type]
@@ -163,18 +161,15 @@ class Architecture:
         for name in sorted(known):
             if present.get(name) is None:
                 raise InputError(
-                    f"model type '{kind}': this variant has no '{name}', which the family's declaration names. "
-                    "Its layer order differs (post-norm?); use a pre-norm variant, or declare it in families.py."
+                    f"model type '{kind}': this model has no '{name}', which a small one of its config has. Give the model "
+                    "as its family's own code makes it."
                 )
         for name, _ in model.named_parameters():
             module = name.rpartition(".")[0]
             if module not in known:
-                heads = any(s.attention and f".{s.attention.module}." in name for s in self.stages)
-                norms = " (a norm of queries or keys, which changes of their basis do not pass)"
                 raise InputError(
-                    f"model type '{kind}': this variant has a weight '{name}'{norms if heads and 'norm' in module else ''} "
-                    "that the family's declaration does not speak of, so no change of basis could be trusted. Use a "
-                    "plain variant, or declare this one."
+                    f"model type '{kind}': this model has a weight '{name}', which a small one of its config has not, so no "
+                    "change of basis could be trusted. Give the model as its family's own code makes it."
                 )
 
     def restructure(self, model: PreTrainedModel) -> None:

@@ -16,7 +16,7 @@ from ..core.dense import pairs_kept
 from ..core.errors import InvarianceError
 from ..core.space import Space
 from .axes import Axis, Edge, Role
-from .canonical import assign
+from .folding import assign
 from .layout import Layout
 from .modules import Attention, Stage
 from .vocabulary import tie

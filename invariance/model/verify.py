@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..core.change import Change
@@ -18,6 +18,7 @@ from ..core.group import Group
 from ..core.operator import Operator
 from ..core.pick import Pick
 from .canonical import canonicalize
+from .copies import double_copy
 from .labels import label
 from .layout import Layout
 from .reparametrize import reparametrize
@@ -88,27 +89,6 @@ def exact_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A float64 copy whose norms and softmax compute in float64 too; blocks restructured, no weight changed."""
     twin = double_copy(model)
     canonicalize(twin, fold=False)
-    return twin
-
-
-def double_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in float64, with attention that computes in it; no copy in the model's own dtype in between."""
-    return copy_in(torch.float64, model)
-
-
-def copy_in(dtype: torch.dtype, model: PreTrainedModel) -> PreTrainedModel:
-    """The model in a dtype, as ``double_copy``."""
-    made: dict[int, Any] = {
-        id(p): nn.Parameter(p.detach().to(dtype, copy=True), p.requires_grad)
-        for p in model.parameters()
-    }
-    made |= {
-        id(b): b.to(dtype, copy=True) if b.is_floating_point() else b.clone()
-        for b in model.buffers()
-    }
-    twin = copy.deepcopy(model, made).eval()
-    if twin._can_set_attn_implementation():  # else masks would be made for another attention
-        twin.config._attn_implementation = "sdpa"
     return twin
 
 

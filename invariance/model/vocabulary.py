@@ -116,7 +116,7 @@ def install(
     other = own if head is None else Rows(*(nn.Parameter(part, grad) for part in head))
     bias = read.bias
     assert bias is None or isinstance(bias, nn.Parameter)
-    scale = float(before.scalar_embed_scale) if arch.scaled else 1.0  # type: ignore[arg-type]
+    scale = scale_of(before) if arch.scaled else 1.0
     made = Table(own.common, own.rare, own.basis, scale)
     model.set_submodule(arch.embed[0], made.train(before.training))
     reader = Head(other.common, other.rare, other.basis, bias)
@@ -130,6 +130,13 @@ def install_blank(model: PreTrainedModel, arch: Ends, shape: Shape) -> None:
     table, head = model.get_submodule(arch.embed[0]), model.get_submodule(arch.head)
     own = None if is_tied(table, head) else _blank(head, shape)
     install(model, arch, _blank(table, shape), own)
+
+
+def scale_of(table: nn.Module) -> float:
+    """The number that a scaled table keeps, by which it multiplies its rows; 1 where it keeps none."""
+    plain = vars(nn.Embedding(1, 1))
+    kept = (v for k, v in vars(table).items() if isinstance(v, float) and k not in plain)
+    return next(kept, 1.0)
 
 
 def is_tied(table: nn.Module, head: nn.Module) -> bool:

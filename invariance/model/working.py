@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from ..core.change import Change
 from ..core.memory import trim
 from .axes import Edge
-from .canonical import assign, canonicalize, centre_stage, centred, fold_norm, fold_stage
+from .canonical import canonicalize
+from .folding import assign, centre_stage, centred, fold_norm, fold_stage
 from .layout import Layout
 from .modules import Block, Factored, Norm, Stage
 from .reparametrize import along, contract, renumber, reparametrize, slots

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..core.errors import InputError
-from ..model.canonical import fold_again
+from ..model.folding import fold_again
 from ..model.layout import Layout
 from ..model.modules import Norm, Stage
 from ..recipe.recover import Recover

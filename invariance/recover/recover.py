@@ -25,9 +25,9 @@ from ..io.basis_file import Basis
 from ..io.data import Tokens
 from ..measure.evaluate import perplexity
 from ..measure.losses import scored
+from ..model.copies import copy_in
 from ..model.labels import label
 from ..model.layout import Layout
-from ..model.verify import copy_in
 from ..recipe.recover import Recover
 from .adapt import adapt, settle
 from .local import reconstruct

@@ -23,8 +23,8 @@ from ..io.basis_file import Basis
 from ..io.data import Tokens
 from ..io.models import weights_digest
 from ..model.canonical import canonicalize
+from ..model.copies import copy_in
 from ..model.layout import Layout
-from ..model.verify import copy_in
 from ..model.vocabulary import factored
 
 SHARD = 16  # windows in a file of kept predictions

@@ -9,11 +9,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..core.progress import Progress, quiet
-from ..io.layouts import declared
 from ..io.models import load_model, load_tokenizer
 from ..io.sources import needs_tokenizer
 from ..io.ties import note_ties
 from ..model.entry import check_model
+from ..model.families import declared
 from ..recipe.recipe import Recipe, load_recipe
 from . import derived
 from .outcome import Loaded, outcome

@@ -18,7 +18,8 @@ from ..io.layouts import derived_layout
 from ..io.memo import Memo
 from ..io.narrowed import narrowed
 from ..measure.evaluate import Models, peak_memory
-from ..model.verify import Certificate, copy_in
+from ..model.copies import copy_in
+from ..model.verify import Certificate
 from ..recipe.recipe import Recipe
 from .document import Data, Made, document, measured, shown
 

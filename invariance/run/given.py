@@ -25,7 +25,7 @@ from ..io.ties import note_ties
 from ..io.tokens import check_ids
 from ..method.interfaces import Method
 from ..model.entry import check_model
-from ..model.families import FAMILIES, check_dense, check_positions
+from ..model.families import check_dense, check_positions, declared
 from ..model.layout import Layout
 from ..recipe.calibrate import Calibrate
 from ..recipe.complaints import validate
@@ -128,7 +128,7 @@ def tokens_of(data: Data, config: PretrainedConfig, tokenizer: Any) -> Tokens:
             split=spec.split,
             amount=Amount(spec.sequences, spec.tokens),
         )
-    if text.model_type in (*FAMILIES, "invariance"):
+    if declared(text):
         check_positions(text, found.ids.shape[1], "data")
     return found
 

@@ -32,7 +32,8 @@ from ..io.rounded import check_installed
 from ..io.source import live
 from ..io.sources import needs_tokenizer
 from ..measure.evaluate import peak_memory
-from ..model.verify import Certificate, copy_in
+from ..model.copies import copy_in
+from ..model.verify import Certificate
 from ..recipe.recipe import Recipe
 from .document import Data, Made, document, measured, shown
 from .nested_report import measure_members, members_of

@@ -15,9 +15,10 @@ from ..compress.plan import Plan
 from ..compress.planner import plan
 from ..core.progress import Progress, quiet
 from ..io.checkpoint import layout_of_config
-from ..io.layouts import declared, derived_layout
+from ..io.layouts import derived_layout
 from ..io.models import load_config
 from ..model.described import text
+from ..model.families import declared
 from ..recipe.recipe import load_recipe
 from .derived import chart_of
 from .document import stored_dtype

@@ -36,10 +36,10 @@ from ..io.models import (
 )
 from ..io.narrowed import NarrowedConfig
 from ..model.canonical import canonicalize
+from ..model.copies import double_copy
 from ..model.families import architecture, check_dense
 from ..model.labels import label
 from ..model.layout import Layout
-from ..model.verify import double_copy
 from ..recipe.recover import Recover
 from ..recover.recover import check, recover
 from ..recover.training import Restructured, Training

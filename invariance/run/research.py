@@ -30,12 +30,14 @@ from ..io.source import live
 from ..measure import losses
 from ..measure.evaluate import measure, prepare_each
 from ..method.interfaces import Method, Rotator
-from ..model.canonical import canonicalize, join
+from ..model.canonical import canonicalize
+from ..model.copies import double_copy
 from ..model.entry import check_model
 from ..model.families import check_dense
+from ..model.folding import join
 from ..model.layout import Layout
 from ..model.reparametrize import reparametrize
-from ..model.verify import Certificate, double_copy
+from ..model.verify import Certificate
 from ..model.working import Working
 from ..recipe.complaints import validate
 from ..recipe.evaluate import Evaluations

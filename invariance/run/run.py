@@ -16,9 +16,9 @@ from ..compress.planner import plan
 from ..core.errors import InputError
 from ..core.outputs import Claim, check_room, claimed
 from ..core.progress import Progress, quiet
-from ..io.layouts import declared
 from ..io.models import licence, load_config, load_model, load_tokenizer, origin
 from ..io.source import open_source
+from ..model.families import declared
 from ..recipe.recipe import Recipe, load_recipe
 from . import derived, streamed
 from .document import stored_dtype

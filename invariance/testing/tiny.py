@@ -1,4 +1,4 @@
-"""Tiny models of every declared family, with weights that hide nothing."""
+"""Tiny models of a few families, with weights that hide nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ..model.families import architecture
+from ..model.architecture import Architecture, Rms
+from ..model.families import known
 
 VOCABULARY = 31
 LENGTH = 32  # the most positions that a tiny model takes
@@ -77,7 +78,8 @@ def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     All that writes the stream has a mean, so that centring it is no small thing.
     """
     g = torch.Generator().manual_seed(seed)
-    family = architecture(model.config)
+    found = known(model.config)
+    scaled, rms = (found.scaled, found.rms) if isinstance(found, Architecture) else (False, Rms())
     for name, module in model.named_modules():
         weight: Any = getattr(module, "weight", None)
         bias: Any = getattr(module, "bias", None)
@@ -86,13 +88,13 @@ def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
             drawn = torch.randn(weight.shape, generator=g) + (0 if name == "lm_head" else mean)
             weight.copy_(drawn / module.in_features**0.5)
         elif isinstance(module, nn.Embedding):
-            small = (model.config.tie_word_embeddings and "position" not in name) or family.scaled
+            small = (model.config.tie_word_embeddings and "position" not in name) or scaled
             weight.copy_(
                 (torch.randn(weight.shape, generator=g) + 0.3)
                 * (weight.shape[1] ** -0.5 if small else 0.7)
             )
         elif weight is not None:
-            weight.copy_(1 - family.rms.offset + 0.3 * torch.randn(weight.shape, generator=g))
+            weight.copy_(1 - rms.offset + 0.3 * torch.randn(weight.shape, generator=g))
         if bias is not None:
             bias.copy_(0.3 * torch.randn(bias.shape, generator=g) + 0.2)
     return model

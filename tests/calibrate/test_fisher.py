@@ -20,8 +20,9 @@ from invariance.compress.means import Means
 from invariance.compress.pipeline import slice_model
 from invariance.compress.planner import plan
 from invariance.io.data import Tokens, load_tokens
+from invariance.model.copies import copy_in
 from invariance.model.layout import Layout
-from invariance.model.verify import copy_in, exact_copy, tolerance
+from invariance.model.verify import exact_copy, tolerance
 from invariance.model.working import Whole
 from invariance.recipe.recipe import Recipe
 

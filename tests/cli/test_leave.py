@@ -9,17 +9,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import typer
 from folders import invoke, save_model
 from safetensors import SafetensorError
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
 from invariance.cli import commands
 from invariance.cli.leave import leaving, print_anything
 from invariance.core.errors import CertificateError, InputError
-from invariance.model.families import FAMILIES
+from invariance.model.families import declared
 
 FAULTS: dict[str, tuple[BaseException, int, str]] = {
     "input": (InputError("r.yaml:1: [no]"), 2, "error: r.yaml:1: [no]"),
@@ -131,15 +133,30 @@ def test_streams_that_are_no_terminal_stay_as_they_are(monkeypatch: pytest.Monke
 # --- Plugins.
 
 
+MINE = """
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+class MineConfig(LlamaConfig):
+    model_type = "mine"
+
+class Mine(LlamaForCausalLM):
+    config_class = MineConfig
+
+AutoConfig.register("mine", MineConfig, exist_ok=True)
+AutoModelForCausalLM.register(MineConfig, Mine, exist_ok=True)
+"""
+
+
 @pytest.fixture
 def family(tmp_path: Path) -> Iterator[Path]:
-    """A plugin that declares a family."""
-    path = tmp_path / "declares.py"
-    path.write_text(
-        "from invariance.model.families import FAMILIES\nFAMILIES['mine'] = FAMILIES['llama']\n"
-    )
+    """A plugin that registers a model."""
+    path = tmp_path / "registers.py"
+    path.write_text(MINE)
+    models: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    configs: Any = CONFIG_MAPPING
+    before = dict(models._extra_content), dict(configs._extra_content)
     yield path
-    FAMILIES.pop("mine", None)
+    models._extra_content, configs._extra_content = before
 
 
 @pytest.mark.parametrize("name", [c.callback.__name__ for c in commands.app.registered_commands])
@@ -151,14 +168,16 @@ def test_every_command_takes_plugins(name: str) -> None:
 @pytest.mark.parametrize("command", ["inspect", "verify"])
 def test_a_family_may_come_as_a_plugin(command: str, tmp_path: Path, family: Path) -> None:
     save_model(tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    config.write_text(config.read_text().replace('"llama"', '"mine"'))
     for _ in range(2):  # a process that has it already says the same
         status, _, err = invoke(command, tmp_path / "model", "--plugin", family)
         assert status == 0, err
-    assert "mine" in FAMILIES
+    assert declared(AutoConfig.for_model("mine"))
 
 
 PLUGINS: dict[str, tuple[str, str]] = {
-    "nothing": ("x = 1\n", "registers no method and declares no family"),
+    "nothing": ("x = 1\n", "registers no method and no model"),
     "raises": ("1 / 0\n", "division by zero"),
     "exits": ("raise SystemExit(3)\n", "cannot be imported"),
     "is no Python": ("def (\n", "cannot be imported"),

@@ -29,9 +29,10 @@ from invariance.io.data import Tokens
 from invariance.io.memo import Memo
 from invariance.method.interfaces import find
 from invariance.model.canonical import canonicalize
+from invariance.model.copies import copy_in
 from invariance.model.layout import Layout
 from invariance.model.reparametrize import reparametrize
-from invariance.model.verify import copy_in, logits
+from invariance.model.verify import logits
 from invariance.model.working import Whole
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "opt", "phi"]

@@ -37,11 +37,12 @@ from invariance.io.checkpoint import layout_of_config
 from invariance.io.data import Tokens, load_tokens
 from invariance.io.source import live
 from invariance.measure.losses import perplexity
+from invariance.model.copies import copy_in
 from invariance.model.families import architecture
 from invariance.model.labels import label
 from invariance.model.modules import Stage
 from invariance.model.reparametrize import reparametrize
-from invariance.model.verify import copy_in, logits, relative_error, tolerance
+from invariance.model.verify import logits, relative_error, tolerance
 from invariance.recipe.recipe import Recipe
 from invariance.run.outcome import Outcome, outcome
 

@@ -14,7 +14,7 @@ from invariance.core.errors import InputError
 from invariance.core.files import beside
 from invariance.io.basis_file import NAME, read_basis
 from invariance.model.canonical import canonicalize
-from invariance.model.verify import copy_in
+from invariance.model.copies import copy_in
 from invariance.recover.module import hidden_loss
 from invariance.recover.teacher import Teacher, tapped
 

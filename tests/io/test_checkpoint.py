@@ -26,8 +26,9 @@ from invariance.io.export import cast
 from invariance.io.models import load_config, load_model
 from invariance.io.source import live, open_source
 from invariance.model.canonical import canonicalize
+from invariance.model.copies import double_copy
 from invariance.model.reparametrize import reparametrize
-from invariance.model.verify import certify, double_copy, relative_error, tolerance
+from invariance.model.verify import certify, relative_error, tolerance
 
 FAMILIES = ["llama", "qwen3", "gemma3_text", "opt", "phi"]
 CLASSES = {

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from declared import FAMILIES
 from folders import model_of, tokenizer
 from safetensors import safe_open
 from tiny import tiny
@@ -21,7 +22,6 @@ from invariance.core.errors import InputError
 from invariance.io import sink as sinks
 from invariance.io.sink import Folder, Memory, open_folder
 from invariance.io.source import Source, live, open_source
-from invariance.model.families import FAMILIES
 
 INDEX = "model.safetensors.index.json"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from declared import FAMILIES
 from folders import model_of
 from safetensors.torch import load_file, save_file
 from tiny import tiny
@@ -21,7 +22,6 @@ from invariance.core.errors import InputError
 from invariance.io.checkpoint import layout_of_config
 from invariance.io.models import load_config, load_model
 from invariance.io.source import Source, live, open_source
-from invariance.model.families import FAMILIES
 from invariance.recipe.quantize import Quantize
 from invariance.run.compress import compress
 

@@ -42,7 +42,8 @@ from invariance.io.checkpoint import layout_of_config, wrap
 from invariance.io.data import Tokens, load_tokens
 from invariance.method.interfaces import find
 from invariance.model import verify
-from invariance.model.canonical import assign, canonicalize, join, layout_of
+from invariance.model.canonical import canonicalize, layout_of
+from invariance.model.folding import assign, join
 from invariance.model.labels import label
 from invariance.model.layout import Layout
 from invariance.model.modules import Factored, factors

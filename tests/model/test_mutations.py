@@ -20,10 +20,11 @@ from invariance.core.group import Group
 from invariance.core.operator import Operator
 from invariance.core.pick import Pick
 from invariance.core.space import haar
-from invariance.model import canonical, verify
+from invariance.model import folding, verify
 from invariance.model import reparametrize as operator
 from invariance.model.axes import Axis, Role
-from invariance.model.canonical import assign, canonicalize
+from invariance.model.canonical import canonicalize
+from invariance.model.folding import assign
 from invariance.model.labels import label
 from invariance.model.layout import Layout
 from invariance.model.modules import Norm, Stage
@@ -86,7 +87,7 @@ def norms(model: PreTrainedModel) -> list[Norm]:
 def test_centring_under_rmsnorm(family):
     model = tiny(family)
     assert error(model) <= 1
-    assert error(model, before=canonical._centre) > FAR
+    assert error(model, before=folding._centre) > FAR
 
 
 @pytest.mark.parametrize("family", LAYER)
@@ -97,7 +98,7 @@ def test_forgotten_centring_under_layernorm(family, centred, monkeypatch):
             norm.centred = centred  # a mean that is subtracted in a rotated basis is another's
 
     assert error(tiny(family)) <= 1
-    monkeypatch.setattr(canonical, "_centre", forget)
+    monkeypatch.setattr(folding, "_centre", forget)
     assert error(tiny(family)) > FAR
 
 
@@ -141,9 +142,9 @@ def test_norm_bias_not_folded_into_reader_biases(family, monkeypatch):
         norm.bias = None
         fold(norm, readers)
 
-    fold = canonical.fold_norm
+    fold = folding.fold_norm
     assert error(tiny(family)) <= 1
-    monkeypatch.setattr(canonical, "fold_norm", forget)
+    monkeypatch.setattr(folding, "fold_norm", forget)
     assert error(tiny(family)) > FAR
 
 
@@ -159,9 +160,9 @@ def test_norm_bias_folded_where_linear_layers_had_none(monkeypatch):
 
 @pytest.mark.parametrize("family", RMS + LAYER)
 def test_norm_gain_not_folded_into_one_reader(family, monkeypatch):
-    fold = canonical.fold_norm
+    fold = folding.fold_norm
     assert error(tiny(family)) <= 1
-    monkeypatch.setattr(canonical, "fold_norm", lambda norm, readers: fold(norm, readers[:-1]))
+    monkeypatch.setattr(folding, "fold_norm", lambda norm, readers: fold(norm, readers[:-1]))
     assert error(tiny(family)) > FAR
 
 
@@ -287,12 +288,12 @@ def test_final_gain_folded_into_the_tied_table(family, monkeypatch):
     def fold_into_both(model: PreTrainedModel, layout: Layout, tie: str) -> None:
         arch = layout.architecture
         head = model.get_submodule(arch.head)
-        canonical.fold_norm(model.get_submodule(arch.final_norm), [head])
+        folding.fold_norm(model.get_submodule(arch.final_norm), [head])
         model.get_submodule(arch.embed[0]).weight = head.weight
 
     model = tiny(family, tie_word_embeddings=True)
     assert error(model, tie="untie") <= 1 and error(model, tie="keep") <= 1
-    monkeypatch.setattr(canonical, "_fold_head", fold_into_both)
+    monkeypatch.setattr(folding, "_fold_head", fold_into_both)
     assert error(model, lambda layout: {}) > FAR
 
 

@@ -19,9 +19,10 @@ from invariance.core.errors import InputError
 from invariance.io.checkpoint import wrap
 from invariance.io.source import live
 from invariance.model.canonical import canonicalize
+from invariance.model.copies import double_copy
 from invariance.model.families import architecture
 from invariance.model.streamed import Streamed
-from invariance.model.verify import double_copy, relative_error, tolerance
+from invariance.model.verify import relative_error, tolerance
 from invariance.model.vocabulary import Head, Rows, Shape, Table, install, is_tied
 from invariance.recipe.recipe import Recipe
 from invariance.testing.tiny import VOCABULARY, tiny

@@ -25,10 +25,11 @@ from invariance.core.progress import quiet
 from invariance.io.basis_file import Basis
 from invariance.io.data import Tokens, load_tokens
 from invariance.measure.evaluate import perplexity
+from invariance.model.copies import copy_in
 from invariance.model.labels import label
 from invariance.model.layout import Layout
 from invariance.model.reparametrize import reparametrize
-from invariance.model.verify import copy_in, logits, relative_error, tolerance
+from invariance.model.verify import logits, relative_error, tolerance
 from invariance.recipe.recipe import Recipe
 from invariance.recipe.recover import Recover
 from invariance.recover import module as recover_module

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..copies import copy_in
 from ..derive.trace import Example
 from ..tiny import untie
-from ..verify import copy_in
 
 
 def double(model: PreTrainedModel, apart: bool = True) -> PreTrainedModel:
