@@ -225,3 +225,12 @@ def test_corrections_that_a_checkpoint_stores_are_no_reason_against_a_stock_conf
     model = model_of("axk1")[0]
     assert any("correction" in name for name in model.state_dict())
     assert not made("axk1", HEADS).why
+
+
+def test_where_no_config_that_is_tried_computes_the_same_a_record_says_the_cut(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("invariance.model.narrow.certificate.CONFIGS", 1)  # narrower heads
+    found = made("mixtral", HEADS)
+    assert found.error <= TOLERANCE and found.why
+    assert found.cut is not None and not found.cut.changes

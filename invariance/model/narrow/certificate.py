@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -64,7 +65,7 @@ def tried(
 def _ways(
     model: PreTrainedModel, description: Description, kept: Kept, example: Example
 ) -> Iterator[tuple[Way, Plan]]:
-    """Configs that say the shapes, then none of them, each with the ways that there are."""
+    """Some configs that say the shapes, then none of them, each with the ways that there are."""
     but: set[Changes] = set()
     for _ in range(CONFIGS):
         todo = plan(model, description, kept, example, but)
@@ -72,3 +73,5 @@ def _ways(
         if todo.search.said is None:
             return
         but.add(mark(todo.search.said.changes))
+    unsaid = replace(todo, search=replace(todo.search, said=None))
+    yield from ((way, unsaid) for way in unsaid.ways())
