@@ -13,12 +13,12 @@ from types import ModuleType
 
 import pytest
 import typer
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 from typer.testing import CliRunner
 
 from invariance.cli import commands as cli
 from invariance.method import interfaces, manual
 from invariance.method.interfaces import ENTRY_POINTS
-from invariance.model import families
 from invariance.recipe.budget import Budget
 from invariance.recipe.calibrate import Calibrate
 from invariance.recipe.evaluate import Divergence, Perplexity, Samples, Tasks
@@ -67,7 +67,8 @@ def sandbox(tmp_path, monkeypatch):
     monkeypatch.setattr(
         interfaces, "_REGISTRY", {k: dict(v) for k, v in interfaces._REGISTRY.items()}
     )
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    for known in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
+        monkeypatch.setattr(known, "_extra_content", dict(known._extra_content))
     monkeypatch.setenv("INVARIANCE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

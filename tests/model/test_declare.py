@@ -177,6 +177,12 @@ def test_what_was_read_is_kept(kind: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert known(config) == found
 
 
+def test_models_are_read_without_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INVARIANCE_CACHE", "/dev/null/no")
+    kept._read.cache_clear()
+    assert declared(AutoConfig.for_model("llama"))
+
+
 def test_reading_disturbs_nothing_and_is_not_disturbed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

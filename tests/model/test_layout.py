@@ -274,7 +274,7 @@ def test_a_model_that_the_grammar_does_not_speak_of_is_refused_untouched():
     ("family", "options", "named"),
     [
         ("phi", {"qk_layernorm": True}, "by a LayerNorm"),
-        ("opt", {"do_layer_norm_before": False}, "no norm stands in front of 'self_attn'"),
+        ("opt", {"do_layer_norm_before": False}, "no norm stands between its last layer"),
         ("opt", {"word_embed_proj_dim": 8}, "does not begin with the sum of the rows"),
         ("opt", {"_remove_final_layer_norm": True}, "no norm stands between its last layer"),
     ],

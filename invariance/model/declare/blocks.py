@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ class Block:
         if not found:
             raise InputError(self._bare(before))
         if same(x, after):
-            self._check_all_placed({*self.placed})
+            self._check_all_placed(self.placed)
             return tuple(found)
         self._check_all_placed({c.name for c in (*self.linears, *self.norms)})
         raise InputError(self._lost(found))
@@ -207,9 +207,9 @@ def _of_heads(norm: Call, linear: Call) -> bool:
     return any(x.numel() == gave.numel() and same(x.reshape(gave.shape), gave) for x in forms)
 
 
-def _home(names: object) -> str:
+def _home(names: Iterable[str]) -> str:
     """The module that all of these lie in; '' for the block itself."""
-    parts = [name.split(".")[:-1] for name in names]  # type: ignore[attr-defined]
+    parts = [name.split(".")[:-1] for name in names]
     shared = []
     for level in zip(*parts, strict=False):
         if len(set(level)) > 1:

@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -33,9 +34,8 @@ def read(kind: str, config: PretrainedConfig) -> Architecture | str:
 @cache
 def _read(kind: str, told: str) -> Architecture | str:
     """By the small config's values as text: what the result hangs on and nothing else."""
-    versions = (transformers.__version__, torch.__version__, _rules(), _code(kind))
-    path = cache_dir("layouts") / f"{hashed(kind, told, *versions)}.grammar.json"
-    kept = read_kept_json(path)
+    path = _place(kind, told)
+    kept = None if path is None else read_kept_json(path)
     if kept is not None:
         return kept if isinstance(kept, str) else from_plain(kept)
     try:
@@ -44,8 +44,19 @@ def _read(kind: str, told: str) -> Architecture | str:
     except Exception as e:  # each type fails in its own way, which may not be for good
         why = " ".join(f"{type(e).__name__}: {e}".split())[:200]
         return f"no small model of its config.json can be built, run and rewritten ({why})"
-    write_kept_json(path, found if isinstance(found, str) else asdict(found))
+    if path is not None:
+        with suppress(OSError):
+            write_kept_json(path, found if isinstance(found, str) else asdict(found))
     return found
+
+
+def _place(kind: str, told: str) -> Path | None:
+    """Where a result is kept; None where there is no cache, which models are loaded without too."""
+    versions = (transformers.__version__, torch.__version__, _rules(), _code(kind))
+    try:
+        return cache_dir("layouts") / f"{hashed(kind, told, *versions)}.grammar.json"
+    except InputError:
+        return None
 
 
 def _tried(kind: str, values: dict[str, Any]) -> Architecture | str:

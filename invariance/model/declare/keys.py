@@ -16,6 +16,14 @@ from ..tiny.sizes import HEADS, is_number
 
 COUNTS = ("num_attention_heads", "num_hidden_layers")  # which export writes by these names
 
+
+def check_counts(config: PretrainedConfig) -> None:
+    """Raises InputError for a config that does not say by these names how many heads and layers there are."""
+    for key in COUNTS:
+        if key not in config.to_dict():
+            raise InputError(f"its config has no entry '{key}'")
+
+
 Told = Callable[[PreTrainedModel], float]
 
 
@@ -28,10 +36,6 @@ class Keys:
 
     def told(self, norm: nn.Module) -> Architecture:
         """The architecture, with what its config's entries say. Raises InputError."""
-        values = self.config.to_dict()
-        for key in COUNTS:
-            if key not in values:
-                raise InputError(f"its config has no entry '{key}'")
         widths = [("residual", self._key(self._stream, 2 * HEADS, "its stream is"))]
         if any(stage.mlp for stage in self.arch.stages):
             widths.append(("mlp", self._key(self._channels, 8, "its MLPs are")))

@@ -20,8 +20,8 @@ PASSING = (
 )
 FIXED: Mapping[str, Any] = {
     "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 """What says nothing of what a model computes: left out, or the same for all. A tied head gets a weight of its own."""
 

@@ -12,7 +12,7 @@ from ..architecture import Architecture
 from ..tiny import Tiny
 from ..vocabulary import scale_of
 from .blocks import Block
-from .keys import Keys
+from .keys import Keys, check_counts
 from .norms import is_norm, one_rms
 from .signals import Call, Signals, same, signals, tensors
 
@@ -26,7 +26,8 @@ def architecture_of(made: Tiny) -> Architecture:
     first, last = layers[0].given, layers[-1].results[0]
     embed, scaled = _embedding(run, path, first)
     norm, head = _ending(run, path, last)
-    blocks = [Block(call.name, run, made.config.num_attention_heads) for call in layers]
+    heads = getattr(made.config, "num_attention_heads", None) or 1  # only tells what reasons say
+    blocks = [Block(call.name, run, heads) for call in layers]
     stages = [b.stages(c.given, c.results[0]) for b, c in zip(blocks, layers, strict=True)]
     if len(set(stages)) > 1:
         raise InputError("its layers are not alike: each has other branches or norms")
@@ -43,6 +44,7 @@ def architecture_of(made: Tiny) -> Architecture:
         rms=one_rms(used),
         scaled=scaled,
     )
+    check_counts(made.config)
     return Keys(made.config, arch).told(norm.module)
 
 
