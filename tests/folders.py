@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    PreTrainedTokenizerFast,
+)
 
 from invariance.cli import commands as cli
 from invariance.testing.tiny import WORDS as VOCABULARY
@@ -91,3 +95,16 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
         else:
             status = 0
     return status, out.getvalue(), err.getvalue()
+
+
+@contextmanager
+def types_forgotten() -> Iterator[None]:
+    """Types that are registered with transformers inside are forgotten afterwards; the package's own, made once, stay."""
+    known: Any = (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING)
+    before = [set(each._extra_content) for each in known]
+    yield
+    for each, names in zip(known, before, strict=True):
+        for key in each._extra_content.keys() - names:
+            made = key if isinstance(key, type) else each._extra_content[key]
+            if not made.__module__.startswith("invariance."):
+                del each._extra_content[key]

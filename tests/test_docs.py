@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import typer
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from folders import types_forgotten
 from typer.testing import CliRunner
 
 from invariance.cli import commands as cli
@@ -67,12 +67,11 @@ def sandbox(tmp_path, monkeypatch):
     monkeypatch.setattr(
         interfaces, "_REGISTRY", {k: dict(v) for k, v in interfaces._REGISTRY.items()}
     )
-    for known in (CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING):
-        monkeypatch.setattr(known, "_extra_content", dict(known._extra_content))
     monkeypatch.setenv("INVARIANCE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
-    return tmp_path / "work"
+    with types_forgotten():
+        yield tmp_path / "work"
 
 
 @pytest.mark.parametrize("page", sorted({b.page for b in blocks("python")}))

@@ -9,14 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import typer
-from folders import invoke, save_model
+from folders import invoke, save_model, types_forgotten
 from safetensors import SafetensorError
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+from transformers import AutoConfig
 
 from invariance.cli import commands
 from invariance.cli.leave import leaving, print_anything
@@ -152,11 +151,8 @@ def family(tmp_path: Path) -> Iterator[Path]:
     """A plugin that registers a model."""
     path = tmp_path / "registers.py"
     path.write_text(MINE)
-    models: Any = MODEL_FOR_CAUSAL_LM_MAPPING
-    configs: Any = CONFIG_MAPPING
-    before = dict(models._extra_content), dict(configs._extra_content)
-    yield path
-    models._extra_content, configs._extra_content = before
+    with types_forgotten():
+        yield path
 
 
 @pytest.mark.parametrize("name", [c.callback.__name__ for c in commands.app.registered_commands])
