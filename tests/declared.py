@@ -27,6 +27,7 @@ GEMMA3 = replace(
     LLAMA,
     rms=Rms(eps="eps", offset=1.0),
     scaled=True,
+    scores_by_width=False,
     stages=(
         Stage("input_layernorm", attention=NORMED, post="post_attention_layernorm"),
         replace(

@@ -237,6 +237,12 @@ def stock_config(
             None,
             f"{asked} do not make up its stream of {k}, as those of '{original.model_type}' must",
         )
+    before = _by_kind(layout, {})
+    if each["qk"] != before["qk"] and not layout.architecture.scores_by_width:
+        return (
+            None,
+            f"'{original.model_type}' does not divide scores by the root of its heads' width",
+        )
     values["tie_word_embeddings"] = layout.tied
     if layout.folded:
         eps = layout.architecture.eps

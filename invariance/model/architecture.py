@@ -108,6 +108,8 @@ class Architecture:
         ("residual", "hidden_size"),
         ("mlp", "intermediate_size"),
     )
+    scores_by_width: bool = True
+    """Whether attention divides scores by the root of its heads' width, and not by a number of the config's own."""
     eps: str = "rms_norm_eps"
     """The config key that holds the eps of RMSNorms; empty where none does, or where norms are LayerNorms."""
 

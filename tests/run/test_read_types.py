@@ -52,3 +52,19 @@ def test_a_type_that_is_read_goes_all_the_way(
         made.save_pretrained(tmp_path / spaces)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / spaces)
         assert relative_error(logits(made, IDS[:2]), logits(again, IDS[:2])) == 0
+
+
+def test_scores_that_a_config_scales_are_no_stock_form_once_heads_are_narrower(
+    tmp_path: Path,
+) -> None:
+    np.save(tmp_path / "t.npy", IDS.numpy())
+    data = {"data": str(tmp_path / "t.npy"), "sequences": 16, "tokens": 24}
+    half = {"select": {"uniform": {"keep": 0.5}}, "slice": "truncate"}
+    steps = [
+        {"spaces": "qk", "rotate": {"rope_pairs": {"per": "model"}}, **half},
+        {"spaces": "vo", "rotate": "head_svd", **half},
+    ]
+    for kind, stock in (("granite", False), ("gemma", True)):
+        model = tiny(kind, head_dim=8)
+        made = compress(model, {"model": "tiny", "calibrate": data, "steps": steps})
+        assert (made.config.model_type == kind) is stock

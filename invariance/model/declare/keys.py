@@ -17,14 +17,16 @@ from ..tiny.sizes import HEADS, is_number
 COUNTS = ("num_attention_heads", "num_hidden_layers")  # which export writes by these names
 
 
+SAME = 1e-6  # relative
+
+Told = Callable[[PreTrainedModel], float]
+
+
 def check_counts(config: PretrainedConfig) -> None:
     """Raises InputError for a config that does not say by these names how many heads and layers there are."""
     for key in COUNTS:
         if key not in config.to_dict():
             raise InputError(f"its config has no entry '{key}'")
-
-
-Told = Callable[[PreTrainedModel], float]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,13 @@ class Keys:
         if any(stage.mlp for stage in self.arch.stages):
             widths.append(("mlp", self._key(self._channels, 8, "its MLPs are")))
         eps = "" if isinstance(norm, nn.LayerNorm) else self._eps_key()
-        return replace(self.arch, widths=tuple(widths), heads_fill=self._heads_fill(), eps=eps)
+        return replace(
+            self.arch,
+            widths=tuple(widths),
+            heads_fill=self._heads_fill(),
+            scores_by_width=self._scores_by_width(widths[0][1]),
+            eps=eps,
+        )
 
     def _linear(self, model: PreTrainedModel, part: str) -> nn.Linear:
         """The first block's linear layer of a name of ours."""
@@ -96,3 +104,22 @@ class Keys:
         if model is None or wider is None:
             return True
         return self._inside_heads(model) == self._inside_heads(wider)
+
+    def _scaling(self, model: PreTrainedModel) -> float:
+        """What scores are multiplied by."""
+        home = next(s.attention.module for s in self.arch.stages if s.attention is not None)
+        attention: Any = model.get_submodule(f"{self.arch.blocks}.0.{home}")
+        return float(attention.scaling)
+
+    def _scores_by_width(self, stream: str) -> bool:
+        """Whether scores shrink as heads twice as wide want it."""
+        model = self._built()
+        if model is None:
+            return False
+        head = int(self._inside_heads(model)) // self.config.num_attention_heads
+        twice = {stream: 2 * getattr(self.config, stream), "head_dim": 2 * head}
+        wider = self._built(**twice)
+        return (
+            wider is not None
+            and abs(self._scaling(wider) / self._scaling(model) * 2**0.5 - 1) < SAME
+        )
