@@ -1,4 +1,4 @@
-"""A run on a type that nobody declared: its layout derived, the whole model in memory, a stock checkpoint out of it."""
+"""A run on a type that is not rewritten: its layout derived, the whole model in memory, a stock checkpoint out of it."""
 
 from __future__ import annotations
 

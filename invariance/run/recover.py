@@ -188,7 +188,7 @@ def _check_known(model: str, config: PretrainedConfig) -> None:
     """Raises InputError for what this command cannot train."""
     if isinstance(config, NarrowedConfig):
         raise InputError(
-            f"{model}: its layout was derived, and `recover` trains spaces of declared families. The model is its family's own "
+            f"{model}: its layout was derived, and `recover` trains spaces of rewritten models. The model is its family's own "
             "class: train it with `transformers.Trainer`, or with adapters of PEFT; what they save loads again."
         )
     architecture(config)

@@ -1,1 +1,1 @@
-"""Recipes on types that nobody declared: spaces of a derived layout, cut in the family's own modules."""
+"""Recipes on types that are not rewritten: spaces of a derived layout, cut in the family's own modules."""

@@ -240,7 +240,7 @@ def _check_recipe(recipe: Recipe, kind: str) -> None:
     for key, wanted in asked.items():
         if wanted:
             raise InputError(
-                f"{recipe.where(key)}: `{key}` works with declared families, and the layout of type '{kind}' is derived. "
+                f"{recipe.where(key)}: `{key}` works with rewritten models, and the layout of type '{kind}' is derived. "
                 "Remove it."
             )
     if recipe.order != "oneshot":
